@@ -1,0 +1,27 @@
+"""tinyserve: the readable LLM inference engine for CPUs, in pure Python and Numba."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "TinyserveError", "__version__"]
+
+if TYPE_CHECKING:
+    from tinyserve.errors import TinyserveError
+    from tinyserve.llm import LLM, RequestOutput
+    from tinyserve.sampling_params import SamplingParams
+
+_HOME = {
+    "LLM": "tinyserve.llm",
+    "RequestOutput": "tinyserve.llm",
+    "SamplingParams": "tinyserve.sampling_params",
+    "TinyserveError": "tinyserve.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve the public names on first use, so that `import tinyserve` costs milliseconds."""
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'tinyserve' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

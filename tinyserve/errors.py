@@ -1,0 +1,36 @@
+"""Every error tinyserve raises on purpose: one sentence that says what is wrong, where, and the way out.
+
+The command line prints the sentence and exits with `exit_code`; it knows nothing else about errors.
+"""
+
+
+class TinyserveError(Exception):
+    """Something outside the user's hands failed: the network, the disk, a processor, or tinyserve itself."""
+
+    exit_code = 1
+
+
+class UserError(TinyserveError, ValueError):
+    """Something the user can change is wrong: a name, an option, a prompt, a file."""
+
+    exit_code = 2
+
+
+class UnknownModelError(UserError):
+    """No preset, folder, file or repository has this name."""
+
+
+class ConfigError(UserError):
+    """A config.json lacks a key, or asks for what is not built; the message names the key and its value."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint's file is missing, truncated, corrupt or misshapen; the message names the file and the tensor."""
+
+
+class RequestError(UserError):
+    """A prompt or a sampling parameter cannot be served; the message has the numbers."""
+
+
+class HubError(TinyserveError):
+    """A download failed: no network, a gated or missing repository, a full disk."""

@@ -1,0 +1,1 @@
+"""Files to named arrays. Nothing here knows what the arrays mean to a model."""
