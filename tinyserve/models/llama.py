@@ -1,0 +1,137 @@
+"""Llama, and what is built like it: Llama 1 to 3, TinyLlama, SmolLM2, Mistral.
+
+Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al. 2024, arXiv:2407.21783; Jiang et al. 2023,
+arXiv:2310.06825. RMSNorm before each half, rotary positions, grouped keys, a gated MLP.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from tinyserve.config import LlamaConfig, RopeParameters
+from tinyserve.models.base import Loader
+from tinyserve.models.batch import Batch
+from tinyserve.models.cache import KVCache, LayerCache
+from tinyserve.models.layers import Attention, Linear, RMSNorm, Rope
+from tinyserve.tensor.activation import silu_mul
+from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
+
+
+class MLP:
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, gate_up: Linear, down: Linear):
+        self.gate_up, self.down = gate_up, down
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(silu_mul(self.gate_up(x)))
+
+
+class Block:
+    """Attention and MLP, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP):
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        x = x + self.attention(self.attention_norm(x), batch, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama:
+    """Embedding, blocks, norm; the head is the embedding again where the two are tied."""
+
+    def __init__(self, config: LlamaConfig, loader: Loader):
+        eps = config.rms_norm_eps
+        rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
+        self.config = config
+        self.embedding = loader.embedding("model.embed_tokens")
+        self.blocks = []
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+            qkv = loader.linear(*(f"{layer}.self_attn.{part}_proj" for part in "qkv"))
+            attention = Attention(
+                qkv,
+                loader.linear(f"{layer}.self_attn.o_proj"),
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                scale=config.head_dim**-0.5,
+                rope=rope,
+                window=config.sliding_window or 0,
+            )
+            mlp = MLP(
+                loader.linear(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+                loader.linear(f"{layer}.mlp.down_proj"),
+            )
+            attention_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
+            mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
+            self.blocks.append(Block(attention_norm, attention, mlp_norm, mlp))
+        self.norm = loader.rms_norm("model.norm", eps)
+        self.head = self.embedding.head if config.tie_word_embeddings else loader.linear("lm_head")
+        self.nbytes = loader.nbytes
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Array:
+        x = self.embedding(batch.token_ids)  # (tokens, hidden)
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, batch, layer_cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Array) -> Array:
+        return self.head(hidden)
+
+
+def rope_frequencies(rope: RopeParameters, head_dim: int) -> Array:
+    """The angle a position adds to each pair of a head's numbers: theta^(-2i/head_dim), stretched as the model was."""
+    f = 1.0 / np.float32(rope.rope_theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if rope.rope_type == "linear":
+        return f / np.float32(rope.factor)
+    if rope.rope_type != "llama3":
+        return f
+    # Llama 3.1: long waves are slowed down by the factor, short ones kept, those between blended.
+    wavelength = 2 * np.pi / f
+    low, high, old = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings
+    blend = np.clip((old / wavelength - low) / (high - low), 0, 1).astype(np.float32)
+    return (1 - blend) * f / np.float32(rope.factor) + blend * f
+
+
+_GGUF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
+    """The checkpoint under Hugging Face's names, with GGUF's reordered q and k rows put back."""
+    if "token_embd.weight" not in checkpoint:
+        return checkpoint
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        match name.split("."):
+            case ["token_embd", kind]:
+                tensors[f"model.embed_tokens.{kind}"] = tensor
+            case ["output_norm", kind]:
+                tensors[f"model.norm.{kind}"] = tensor
+            case ["output", kind]:
+                tensors[f"lm_head.{kind}"] = tensor
+            case ["blk", layer, part, kind] if part in _GGUF_NAMES:
+                if part in heads:
+                    tensor = tensor.map(partial(_rotate_halves, heads=heads[part]), tensor.shape)
+                tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
+    return Checkpoint(tensors, checkpoint.source)
+
+
+def _rotate_halves(weight: Array, heads: int) -> Array:
+    """Rows of each head from GGUF's order (a pair's two numbers side by side) to halves (all firsts, all seconds)."""
+    rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)

@@ -1,0 +1,146 @@
+"""How kernels are compiled: one decorator, one set of fast-math flags, one cache, one thread count.
+
+The only file that names `numba.njit`. It knows nothing about what the kernels compute.
+"""
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+from numba.core import config as numba_config
+from numba.core import event
+
+# No "nnan" and "ninf": a fully masked attention row is an infinity that must survive. No "reassoc" and "arcp": kernels
+# name their own vectors and their own order, so that a number is the same in a tile of 1 row and of 6.
+FAST_MATH = {"nsz", "contract"}
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a kernel on first use, and keep the machine code in the cache folder."""
+    return _compile(function, parallel=False)
+
+
+def parallel_kernel(function: Callable[..., Any]) -> Any:
+    """The same for a kernel that contains a `prange`."""
+    return _compile(function, parallel=True)
+
+
+def _compile(function: Callable[..., Any], parallel: bool) -> Any:
+    before = numba_config.CACHE_DIR
+    # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
+    numba_config.CACHE_DIR = str(cache_folder())
+    try:
+        return numba.njit(
+            cache=True, nogil=True, parallel=parallel, fastmath=FAST_MATH, error_model="numpy", boundscheck=False
+        )(function)
+    finally:
+        numba_config.CACHE_DIR = before
+
+
+@cache
+def cache_folder() -> Path:
+    """Where compiled kernels live: a folder named by everything that machine code depends on.
+
+    Numba's own cache does not see that an intrinsic changed in another module, so the sources are part of the name.
+    `TINYSERVE_CACHE` moves it; where nothing can be written, a temporary folder serves.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    key = hashlib.sha256()
+    for source in sources:
+        key.update(source.read_bytes())
+    processor = f"{cpu_name()} {cpu_features()}"
+    key.update(f"{numba.__version__} {platform.python_version()} {processor}".encode())
+    name = f"kernels-{key.hexdigest()[:16]}"
+    for root in (_user_cache(), Path(tempfile.gettempdir()) / f"tinyserve-{os.getuid() if hasattr(os, 'getuid') else 0}"):
+        try:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(root / name, os.W_OK):
+            return root / name
+    return Path(tempfile.mkdtemp(prefix="tinyserve-"))
+
+
+def _user_cache() -> Path:
+    if folder := os.environ.get("TINYSERVE_CACHE"):
+        return Path(folder)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tinyserve")
+
+
+def cpu_name() -> str:
+    """The processor that machine code is made for, in LLVM's words."""
+    return numba_config.CPU_NAME or str(llvm.get_host_cpu_name())
+
+
+@cache
+def cpu_features() -> str:
+    """Its features as LLVM writes them: "+avx512vnni,-amx-int8,..."."""
+    if numba_config.CPU_FEATURES is not None:
+        return str(numba_config.CPU_FEATURES)
+    return str(llvm.get_host_cpu_features().flatten())
+
+
+def has_feature(*names: str) -> bool:
+    """Whether the processor has all of these features."""
+    features = set(cpu_features().split(","))
+    return all(f"+{name}" in features for name in names)
+
+
+def usable_cores() -> int:
+    """Cores this process may really use: affinity and the container's quota, rounded down, at least one.
+
+    More threads than that is not slower by a little: they spin, waiting for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, _cgroup_quota())))
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """The container's processor quota in cores; infinite outside of one (cgroup v2, then v1)."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return float("inf") if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+        period = (root / "cpu/cpu.cfs_period_us").read_text()
+        return float("inf") if int(quota) <= 0 else int(quota) / int(period)
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def set_threads(threads: int | None) -> int:
+    """Use this many threads in every kernel from now on, by default the usable cores; returns the number in force."""
+    wanted = threads if threads is not None else usable_cores()
+    wanted = max(1, min(wanted, int(numba_config.NUMBA_NUM_THREADS)))
+    numba.set_num_threads(wanted)
+    return wanted
+
+
+@contextmanager
+def on_compile(report: Callable[[str], None]) -> Iterator[None]:
+    """While inside, call `report` with a kernel's name whenever one is about to be compiled (not when it is cached)."""
+
+    class Listener(event.Listener):
+        def on_start(self, happened: Any) -> None:
+            report(happened.data["dispatcher"].py_func.__name__)
+
+        def on_end(self, happened: Any) -> None: ...
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)

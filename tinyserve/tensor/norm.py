@@ -1,0 +1,65 @@
+"""RMSNorm and LayerNorm, a row at a time, in float32.
+
+RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467. LayerNorm: Ba et al. 2016, arXiv:1607.06450.
+"""
+
+import numpy as np
+from numba import prange
+
+from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor.simd import LANES, first_lanes, fma, load_first, splat, store_first, sum_lanes
+
+
+@kernel
+def _rms_row(x, weight, eps, y, m):
+    H = x.shape[1]
+    squares = splat(np.float32(0.0))
+    for h in range(0, H, LANES):
+        v = load_first(x, m * H + h, H - h)
+        squares = fma(v, v, squares)
+    inverse = splat(np.float32(1.0) / np.sqrt(sum_lanes(squares) / np.float32(H) + eps))
+    for h in range(0, H, LANES):
+        v = load_first(x, m * H + h, H - h) * inverse
+        store_first(y, m * H + h, v * load_first(weight, h, H - h), H - h)
+
+
+@parallel_kernel
+def rms_norm(x, weight, eps):
+    """x (tokens, hidden), weight (hidden,), both float32 -> weight · x / sqrt(mean(x²) + eps), row by row."""
+    y = np.empty_like(x)
+    if x.shape[0] == 1:
+        _rms_row(x, weight, eps, y, 0)
+    else:
+        for m in prange(x.shape[0]):
+            _rms_row(x, weight, eps, y, m)
+    return y
+
+
+@kernel
+def _layer_row(x, weight, bias, eps, y, m):
+    H = x.shape[1]
+    total = splat(np.float32(0.0))
+    for h in range(0, H, LANES):
+        total = total + load_first(x, m * H + h, H - h)
+    mean = splat(sum_lanes(total) / np.float32(H))
+    squares = splat(np.float32(0.0))
+    for h in range(0, H, LANES):
+        v = first_lanes(load_first(x, m * H + h, H - h) - mean, splat(np.float32(0.0)), H - h)
+        squares = fma(v, v, squares)
+    inverse = splat(np.float32(1.0) / np.sqrt(sum_lanes(squares) / np.float32(H) + eps))
+    for h in range(0, H, LANES):
+        v = (load_first(x, m * H + h, H - h) - mean) * inverse
+        v = fma(v, load_first(weight, h, H - h), load_first(bias, h, H - h))
+        store_first(y, m * H + h, v, H - h)
+
+
+@parallel_kernel
+def layer_norm(x, weight, bias, eps):
+    """x (tokens, hidden), weight and bias (hidden,) -> weight · (x - mean) / sqrt(variance + eps) + bias, row by row."""
+    y = np.empty_like(x)
+    if x.shape[0] == 1:
+        _layer_row(x, weight, bias, eps, y, 0)
+    else:
+        for m in prange(x.shape[0]):
+            _layer_row(x, weight, bias, eps, y, m)
+    return y

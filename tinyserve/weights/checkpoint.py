@@ -1,0 +1,65 @@
+"""A checkpoint as one read-only mapping of names to float32 arrays, each read from its file when it is asked for.
+
+Knows neither file formats (they hand it readers) nor models (they rename what it holds).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tinyserve.errors import CheckpointError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point."""
+
+    shape: tuple[int, ...]
+    file: str
+    read: Callable[[], Array]
+
+    def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
+        """The same tensor with `change` applied when it is read, which gives it another shape."""
+        return replace(self, shape=shape, read=lambda: change(self.read()))
+
+    def transposed(self) -> "LazyTensor":
+        """The same matrix the other way round."""
+        return self.map(np.transpose, self.shape[::-1])
+
+
+class Checkpoint(Mapping[str, Array]):
+    """Named tensors of one model. Reading an item twice reads the file twice: keep what you build from it."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], source: str):
+        self.tensors = dict(tensors)
+        self.source = source
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise KeyError(name)
+        array = tensor.read()
+        array.flags.writeable = False
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the tensor is there in this shape; nothing is read."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(
+                f"{self.source} has no tensor {name!r}, which its config asks for: the checkpoint is incomplete, or "
+                f"the config belongs to another model."
+            )
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, but the config implies {list(shape)}."
+            )

@@ -1,0 +1,254 @@
+"""GGUF files: metadata, tensors (widened to float32, or as the blocks they are kept in), and the config they imply.
+
+Knows the file format; what a block means is told by the gguf package, and by tensor/gguf_blocks.py for the common
+ones. The header is read here because that package spends seconds on a vocabulary's 100,000 strings, several times what
+the rest of loading a small model takes.
+"""
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyserve.errors import CheckpointError, ConfigError
+from tinyserve.tensor import gguf_blocks
+from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
+
+MAGIC = b"GGUF"
+# Element types of GGUF's metadata: 0..7 and 10..12 are numbers, 8 a string, 9 an array (gguf.GGUFValueType).
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+SUPPORTED = ("F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """One opened file: its metadata as plain Python values, its tensors by GGUF's own names."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: Checkpoint
+
+
+class _Cursor:
+    """A position in the header. Reading past the end of the file raises CheckpointError."""
+
+    def __init__(self, path: Path, data: Array):
+        self.path, self.data, self.at = path, memoryview(data), 0
+
+    def need(self, count: int) -> None:
+        if count < 0 or self.at + count > len(self.data):
+            raise CheckpointError(
+                f"{self.path} ends at byte {len(self.data)} inside its header: it is truncated or corrupt, "
+                f"download it again."
+            )
+
+    def number(self, code: str) -> Any:
+        size = struct.calcsize("<" + code)
+        self.need(size)
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += size
+        return value
+
+    def string(self) -> str:
+        length = self.number("Q")
+        self.need(length)
+        value = bytes(self.data[self.at : self.at + length])
+        self.at += length
+        return value.decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise CheckpointError(f"{self.path}: metadata of type {kind} at byte {self.at} is not GGUF; the file is corrupt.")
+        element, count = self.number("I"), self.number("Q")
+        if element in _NUMBERS:
+            form = f"<{count}{_NUMBERS[element]}"
+            self.need(count)  # before asking struct for a size that no memory holds
+            self.need(struct.calcsize(form))
+            values = list(struct.unpack_from(form, self.data, self.at))
+            self.at += struct.calcsize(form)
+            return values
+        self.need(count)
+        if element == _STRING:
+            return self._strings(count)
+        return [self.value(element) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """The hot loop of opening a file: a vocabulary and its merges."""
+        data, at, unpack, values = self.data, self.at, struct.Struct("<Q").unpack_from, []
+        try:
+            for _ in range(count):
+                (length,) = unpack(data, at)
+                end = at + 8 + length
+                values.append(str(data[at + 8 : end], "utf-8", "replace"))
+                at = end
+        except struct.error:
+            at = len(data) + 1
+        self.at = min(at, len(data))
+        self.need(at - self.at)
+        return values
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read a GGUF file's header and map its tensors; raises CheckpointError naming the file, the byte or the tensor."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    if path.stat().st_size < 24:
+        raise CheckpointError(f"{path} is {path.stat().st_size} bytes long, too short for a GGUF file: download it again.")
+    data = np.memmap(path, np.uint8, mode="r")
+    cursor = _Cursor(path, data)
+    if bytes(data[:4]) != MAGIC:
+        raise CheckpointError(f"{path} does not start with 'GGUF': it is not a GGUF file, or a download was cut off.")
+    cursor.at = 4
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path} is GGUF version {version}; tinyserve reads versions 2 and 3, little-endian.")
+    tensor_count, key_count = cursor.number("Q"), cursor.number("Q")
+    metadata = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.number("I"))
+    entries = []
+    for _ in range(tensor_count):
+        name = cursor.string()
+        dimensions = [cursor.number("Q") for _ in range(cursor.number("I"))]
+        entries.append((name, tuple(reversed(dimensions)), cursor.number("I"), cursor.number("Q")))
+    alignment = int(metadata.get("general.alignment", 32))
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {name: _tensor(path, data, start + offset, name, shape, kind) for name, shape, kind, offset in entries}
+    return GGUFFile(path, metadata, Checkpoint(tensors, str(path)))
+
+
+def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...], kind: int) -> LazyTensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    known = {int(quant) for quant in GGMLQuantizationType}
+    quantization = GGMLQuantizationType(kind) if kind in known else None
+    if quantization is None or quantization.name not in SUPPORTED:
+        found = quantization.name if quantization else f"type {kind}"
+        raise CheckpointError(f"{path}: tensor {name!r} is stored as {found}; tinyserve reads {', '.join(SUPPORTED)}.")
+    block, block_bytes = GGML_QUANT_SIZES[quantization]
+    rows, columns = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1] if shape else 1
+    if columns % block:
+        raise CheckpointError(f"{path}: tensor {name!r} has rows of {columns}, no multiple of {quantization.name}'s {block}.")
+    size = rows * columns // block * block_bytes
+    if at + size > len(data):
+        raise CheckpointError(
+            f"{path} is truncated: tensor {name!r} ends at byte {at + size}, the file at byte {len(data)}. Download it again."
+        )
+    raw = data[at : at + size].reshape(rows, -1)
+    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape))
+
+
+def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
+    if quantization.name in gguf_blocks.FAST:
+        return gguf_blocks.dequantize(raw.reshape(-1, raw.size * 32 // int(np.prod(shape))), quantization.name).reshape(shape)
+    match quantization.name:
+        case "F32":
+            return np.asarray(raw).view(np.float32).reshape(shape)
+        case "F64":
+            return np.asarray(raw).view(np.float64).astype(np.float32).reshape(shape)
+        case "F16":
+            return np.asarray(raw).view(np.float16).astype(np.float32).reshape(shape)
+        case _:
+            from gguf.quants import dequantize
+
+            return np.asarray(dequantize(raw, quantization), np.float32).reshape(shape)
+
+
+# --- the config.json that a file's metadata implies ---------------------------------------------------------------
+
+
+def config_from_gguf(path: Path) -> dict[str, Any]:
+    """The config a GGUF file implies, under Hugging Face's keys; raises ConfigError naming the missing key."""
+    return hf_config(open_gguf(path))
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The same for an opened file."""
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    build = _CONFIGS.get(str(architecture))
+    if build is None:
+        raise ConfigError(
+            f"{file.path}: general.architecture {architecture!r} is not supported; tinyserve reads GGUF files of "
+            f"{', '.join(_CONFIGS)}."
+        )
+
+    def key(name: str, *default: Any) -> Any:
+        full = f"{architecture}.{name}"
+        if full not in metadata and not default:
+            raise ConfigError(f"{file.path} lacks the metadata key {full!r}; convert the model again.")
+        return metadata.get(full, *default)
+
+    raw = build(key, file)
+    vocabulary = metadata.get("tokenizer.ggml.tokens")
+    raw["vocab_size"] = key("vocab_size", len(vocabulary) if vocabulary else file.tensors.tensors["token_embd.weight"].shape[0])
+    raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    raw["eos_token_id"] = sorted({end for end in ends if end is not None})
+    raw["tie_word_embeddings"] = "output.weight" not in file.tensors
+    return raw
+
+
+def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_layer": key("block_count"),
+        "n_embd": key("embedding_length"),
+        "n_head": key("attention.head_count"),
+        "n_inner": key("feed_forward_length"),
+        "n_positions": key("context_length"),
+        "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    heads = key("attention.head_count")
+    scaling = key("rope.scaling.type", "none")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
+    if scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": key("rope.scaling.factor")}
+    elif scaling != "none":
+        raise ConfigError(f"{file.path}: llama.rope.scaling.type {scaling!r} is not supported; none and linear are.")
+    if "rope_freqs.weight" in file.tensors:
+        # llama.cpp bakes Llama 3's scaling into a tensor of divisors; its extremes give the rule's parameters back.
+        rope |= _llama3_scaling(file.tensors["rope_freqs.weight"], key)
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": key("block_count"),
+        "hidden_size": key("embedding_length"),
+        "intermediate_size": key("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key("attention.head_count_kv", heads),
+        "head_dim": key("attention.key_length", key("embedding_length") // heads),
+        "max_position_embeddings": key("context_length"),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+    }
+
+
+def _llama3_scaling(divisors: Array, key: Callable[..., Any]) -> dict[str, Any]:
+    """Llama 3's rule (low 1, high 4, 8192 positions before stretching) has one free number, the largest divisor."""
+    return {
+        "rope_type": "llama3",
+        "factor": float(divisors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": key("rope.scaling.original_context_length", 8192),
+    }
+
+
+_CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {"gpt2": _gpt2, "llama": _llama}

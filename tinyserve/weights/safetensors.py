@@ -1,0 +1,117 @@
+"""Safetensors files, one or many with an index, memory-mapped: a tensor costs memory only while it is converted.
+
+Knows the file format and its float dtypes; the library checks each file, NumPy reads it (bfloat16 and float8, which
+NumPy lacks, are widened here).
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from tinyserve.errors import CheckpointError
+from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def open_safetensors(folder: Path) -> Checkpoint:
+    """Map every tensor of a folder's safetensors files; raises CheckpointError naming the file and the tensor."""
+    tensors: dict[str, LazyTensor] = {}
+    if (folder / INDEX).is_file():
+        wanted = _read_index(folder / INDEX)
+        for file in sorted(set(wanted.values())):
+            shard = _open_file(folder / file)
+            tensors |= {name: tensor for name, tensor in shard.items() if wanted.get(name) == file}
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise CheckpointError(
+                f"{folder / wanted[missing[0]]} lacks tensor {missing[0]!r}, which {INDEX} promises there: "
+                f"download the shards again."
+            )
+        return Checkpoint(tensors, str(folder))
+    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} has no *.safetensors file: tinyserve reads safetensors and GGUF, not pickled weights."
+        )
+    for file in files:
+        tensors |= _open_file(file)
+    return Checkpoint(tensors, str(folder))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index with a weight_map ({error}).") from None
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, by name."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again.")
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header, every offset, and the file's length
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({error}): it is truncated or corrupt, download it again."
+        ) from None
+    data = np.memmap(path, np.uint8, mode="r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(bytes(data[8:start]))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        convert = _CONVERT.get(entry["dtype"])
+        read = partial(_read, data[start + first : start + last], tuple(entry["shape"]), convert, entry["dtype"], name, path)
+        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read)
+    return tensors
+
+
+def _read(
+    data: Array, shape: tuple[int, ...], convert: Callable[[Array], Array] | None, dtype: str, name: str, path: Path
+) -> Array:
+    if convert is None:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype}; tinyserve reads {', '.join(_CONVERT)} "
+            f"(a quantized checkpoint needs its unquantized original)."
+        )
+    return convert(np.ascontiguousarray(data)).reshape(shape)
+
+
+def _widen_bfloat16(data: Array) -> Array:
+    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+@cache
+def _float8_values(exponent_bits: int) -> Array:
+    """What each of the 256 bytes means: OCP 8-bit floats, E4M3 (finite, "fn") and E5M2."""
+    mantissa_bits = 7 - exponent_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    byte = np.arange(256)
+    exponent = (byte >> mantissa_bits) & (2**exponent_bits - 1)
+    fraction = (byte & (2**mantissa_bits - 1)) / 2**mantissa_bits
+    value = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    if exponent_bits == 5:
+        value = np.where(exponent == 31, np.where(fraction == 0, np.inf, np.nan), value)
+    else:
+        value = np.where((byte & 0x7F) == 0x7F, np.nan, value)
+    return np.where(byte & 0x80, -value, value).astype(np.float32)
+
+
+_CONVERT: dict[str, Callable[[Array], Array]] = {
+    "F32": lambda data: data.view("<f4"),
+    "F16": lambda data: data.view("<f2").astype(np.float32),
+    "BF16": _widen_bfloat16,
+    "F64": lambda data: data.view("<f8").astype(np.float32),
+    "F8_E4M3": lambda data: _float8_values(4)[data],
+    "F8_E5M2": lambda data: _float8_values(5)[data],
+}
