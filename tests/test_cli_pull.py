@@ -1,0 +1,111 @@
+"""`pull`, `list` and `rm` against a loopback Hub: the path on stdout, the talk on stderr."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from fake_hub import FakeHub
+from typer.testing import CliRunner
+
+from tinyserve.cli.list_ import list_models
+from tinyserve.cli.pull import pull
+from tinyserve.cli.rm import rm
+from tinyserve.errors import HubError, UserError
+
+app = typer.Typer()
+app.command("pull")(pull)
+app.command("list")(list_models)
+app.command("rm")(rm)
+runner = CliRunner()
+
+HEADER = b'{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + b"abcd"
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    folder = tmp_path / "hub/owner/name"
+    folder.mkdir(parents=True)
+    for name, data in {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": WEIGHTS}.items():
+        (folder / name).write_bytes(data)
+    for name in (
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("TINYSERVE_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with FakeHub(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def test_pull_prints_the_path_alone_on_stdout() -> None:
+    result = runner.invoke(app, ["pull", "owner/name"])
+    assert result.exit_code == 0
+    (line,) = result.stdout.splitlines()
+    assert (Path(line) / "model.safetensors").read_bytes() == WEIGHTS
+    assert "Downloading owner/name" in result.stderr
+    again = runner.invoke(app, ["pull", "owner/name", "--revision", "main"])
+    assert (again.stdout, again.stderr) == (result.stdout, "")
+
+
+def test_pull_without_a_hub_is_an_error_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    result = runner.invoke(app, ["pull", "owner/name"])
+    assert isinstance(result.exception, HubError)
+    assert "cannot be reached" in str(result.exception)
+
+
+def test_list_shows_name_size_and_path() -> None:
+    assert "No model is downloaded yet" in runner.invoke(app, ["list"]).stdout
+    path = runner.invoke(app, ["pull", "owner/name"]).stdout.strip()
+    header, row = runner.invoke(app, ["list"]).stdout.splitlines()
+    assert header.split() == ["name", "size", "where"]
+    assert row.split() == ["owner/name", str(len(WEIGHTS) + 4), "bytes", path]
+    (entry,) = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    assert (entry["name"], entry["bytes"], entry["path"], entry["source"]) == (
+        "owner/name",
+        len(WEIGHTS) + 4,
+        path,
+        "hub",
+    )
+
+
+def test_list_presets_says_which_are_here_and_which_are_gated() -> None:
+    rows = {
+        row["name"]: row for row in json.loads(runner.invoke(app, ["list", "--presets", "--json"]).stdout)
+    }
+    assert rows["gpt2"]["repo"] == "openai-community/gpt2"
+    assert not any(row["downloaded"] for row in rows.values())
+    text = runner.invoke(app, ["list", "--presets"]).stdout
+    assert len(text.splitlines()) == len(rows) + 1
+    assert any("gated" in line for line in text.splitlines() if line.startswith("llama-3.1-8b"))
+
+
+def test_rm_wants_a_yes() -> None:
+    path = Path(runner.invoke(app, ["pull", "owner/name"]).stdout.strip())
+    refused = runner.invoke(app, ["rm", "owner/name"])
+    assert isinstance(refused.exception, UserError)
+    assert "add --yes" in str(refused.exception)
+    assert path.is_dir()
+    result = runner.invoke(app, ["rm", "owner/name", "--yes"])
+    assert result.exit_code == 0
+    assert "Removed owner/name" in result.stderr
+    assert not path.exists()
+    assert isinstance(runner.invoke(app, ["rm", "owner/name", "--yes"]).exception, UserError)
+
+
+@pytest.mark.parametrize("command", ["pull", "list", "rm"])
+def test_help_has_examples(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert f"tinyserve {command}" in result.stdout

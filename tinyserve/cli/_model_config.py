@@ -1,0 +1,123 @@
+"""The config of whatever the user named, offline, and an architecture said in a few words.
+
+Knows presets, folders, config.json and .gguf files; it opens no weights and no network.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tinyserve import presets
+from tinyserve.config import FalconConfig, GPT2Config, GraniteConfig, LlamaConfig, ModelConfig, RopeParameters
+from tinyserve.errors import ConfigError
+
+
+def load_raw_config(model: str) -> tuple[dict[str, Any], str]:
+    """Find the config of a preset, folder, config.json or .gguf file: its keys, and where they are from."""
+    preset = presets.find(model)
+    if preset is not None:
+        return preset.raw_config, f"presets/{preset.name}.json"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{path} does not exist; name a folder that holds a checkpoint with its config.json."
+            )
+    if not path.is_file():
+        raise presets.unknown_model(model)
+    if path.suffix == ".gguf":
+        from tinyserve.weights.gguf import config_from_gguf
+
+        return config_from_gguf(path), str(path)
+    return _read_json(path), str(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a config.json; raises ConfigError when it cannot be read or holds no object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}); name a config.json, its folder, or a .gguf file."
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, but a config is one JSON object.")
+    return raw
+
+
+def architecture(config: ModelConfig) -> dict[str, str]:
+    """Say what the architecture is made of: attention, position, norm, activation, block."""
+    match config:
+        case GPT2Config():
+            exact = config.activation_function == "gelu"
+            position, norm = "learned", "LayerNorm"
+            activation, block = "GELU (erf)" if exact else "GELU (tanh)", "sequential"
+        case FalconConfig():
+            position, norm = _rope(config.rope, otherwise="ALiBi"), "LayerNorm"
+            activation, block = "GELU (erf)", "parallel" if config.parallel_attn else "sequential"
+            if config.parallel_attn:
+                norms = config.num_ln_in_parallel_attn
+                block += f", {norms} norm{'s' * (norms > 1)}"
+        case LlamaConfig() | GraniteConfig():
+            position, norm = _rope(config.rope, otherwise="none"), "RMSNorm"
+            activation, block = "SwiGLU", "sequential"
+        case _:
+            raise TypeError(f"no description for {type(config).__name__}")
+    return {
+        "attention": _attention(config),
+        "position": position,
+        "norm": norm,
+        "activation": activation,
+        "block": block + _mixture(config),
+    }
+
+
+def attention_kind(config: ModelConfig) -> str:
+    """MHA, GQA or MQA, by how many query heads share one key-value head."""
+    if config.num_key_value_heads == config.num_attention_heads:
+        return "MHA"
+    return "MQA" if config.num_key_value_heads == 1 else "GQA"
+
+
+def _attention(config: ModelConfig) -> str:
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
+    words = f"{attention_kind(config)} {heads}"
+    if config.num_mamba_layers:
+        words += (
+            f" in {config.num_attention_layers} of {config.num_hidden_layers} layers, Mamba2 in the others"
+        )
+    if isinstance(config, LlamaConfig) and config.sliding_window:
+        words += f", window {config.sliding_window}"
+    return words
+
+
+def _rope(rope: RopeParameters | None, otherwise: str) -> str:
+    if rope is None:
+        return otherwise
+    words = f"RoPE θ={rope.rope_theta:.0f}"
+    return words if rope.rope_type == "default" else f"{words}, {rope.rope_type} ×{rope.factor:g}"
+
+
+def _mixture(config: ModelConfig) -> str:
+    if not isinstance(config, GraniteConfig) or not config.num_local_experts:
+        return ""
+    return f", {config.num_experts_per_tok} of {config.num_local_experts} experts"
+
+
+def count(number: float) -> str:
+    """Write a count as people do: 340.3 M, 1.46 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.{1 if unit != 'B' else 2}f} {unit}"
+    return f"{number:g}"
+
+
+def size(number: float) -> str:
+    """Write bytes in decimal units: 8.2 kB, 22.6 MB, 1.36 GB."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= step:
+            return f"{number / step:.{1 if unit != 'GB' else 2}f} {unit}"
+    return f"{number:g} B"

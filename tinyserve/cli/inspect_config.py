@@ -1,0 +1,238 @@
+"""`tinyserve inspect-config`: what a config implies for layers, parameters, memory and speed.
+
+Knows how to lay the numbers out; they are counted in tinyserve/shapes.py.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from tinyserve import presets, shapes
+from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size
+from tinyserve.config import MAMBA, ModelConfig, parse_config
+
+DEFAULT_BANDWIDTH = 40.0  # GB/s: what a desktop with two channels of DDR4 or DDR5 reads
+DEFAULT_CONTEXT = 1024
+LAYERS_PER_ROW = 40
+
+
+def inspect_config(
+    model: Annotated[
+        str, typer.Argument(help="A preset, a folder with a config.json, a config.json or a .gguf file.")
+    ],
+    bandwidth: Annotated[
+        float,
+        typer.Option(
+            min=0.001, help="Memory bandwidth of the roofline, in GB/s. The default is an assumption."
+        ),
+    ] = DEFAULT_BANDWIDTH,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens already in the cache when the roofline's token is decoded.")
+    ] = DEFAULT_CONTEXT,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Show a model's layer map, parameters, memory by dtype, cache and roofline. Offline, no weights.
+
+    Examples:
+
+      tinyserve inspect-config granite-350m
+
+      tinyserve inspect-config ./my-model --bandwidth 80
+
+      tinyserve inspect-config falcon-7b --json
+    """
+    raw, source = load_raw_config(model)
+    report = inspection(parse_config(raw, source), model, source, bandwidth, context)
+    if json_:
+        print(json.dumps(report, indent=2))
+    else:
+        _show(report)
+
+
+def inspection(
+    config: ModelConfig,
+    model: str,
+    source: str,
+    bandwidth: float = DEFAULT_BANDWIDTH,
+    context: int = DEFAULT_CONTEXT,
+) -> dict[str, Any]:
+    """Collect everything the command says, as plain data; sizes are bytes, bandwidth is GB/s."""
+    preset = presets.find(model)
+    context = min(context, config.max_position_embeddings)
+    parameters = shapes.parameter_count(config)
+    kv = {dtype: shapes.kv_bytes_per_token(config, dtype) for dtype in shapes.KV_DTYPES}
+    state = shapes.state_bytes_per_sequence(config)
+    # A decoded token reads the weights and the cache once, and both reads and writes the recurrent state.
+    read = {
+        dtype: shapes.weight_bytes_per_token(config, dtype) + context * kv["float32"] + 2 * state
+        for dtype in shapes.WEIGHT_DTYPES
+    }
+    return {
+        "model": model,
+        "source": source,
+        "repo": preset.repo if preset else None,
+        "revision": preset.revision if preset else None,
+        "license": preset.license if preset else None,
+        "gated": preset.gated if preset else None,
+        "unverified": list(preset.unverified) if preset else [],
+        "model_type": config.model_type,
+        "architecture": architecture(config),
+        "attention_kind": attention_kind(config),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": list(config.eos_token_ids),
+        "layer_types": list(config.layer_types),
+        "parameters": parameters,
+        "active_parameters": shapes.active_parameter_count(config),
+        "parameters_by_component": shapes.parameters_by_component(config),
+        "weight_bytes": {dtype: shapes.weight_bytes(config, dtype) for dtype in shapes.WEIGHT_DTYPES},
+        "kv_bytes_per_token": kv,
+        "kv_bytes_full_context": {dtype: n * config.max_position_embeddings for dtype, n in kv.items()},
+        "state_bytes_per_sequence": state,
+        "flops_per_token": shapes.matmul_flops_per_token(config),
+        "attention_flops_per_position": shapes.attention_flops_per_position(config),
+        "roofline": {
+            "bandwidth_gb_per_s": bandwidth,
+            "context": context,
+            "bytes_per_token": read,
+            "tokens_per_second": {dtype: round(bandwidth * 1e9 / n, 2) for dtype, n in read.items()},
+        },
+    }
+
+
+def layer_map(layer_types: list[str], per_row: int = LAYERS_PER_ROW) -> list[str]:
+    """Draw a letter per layer, A for attention and M for Mamba, in rows numbered by their first layer."""
+    letters = "".join("M" if kind == MAMBA else "A" for kind in layer_types)
+    rows = []
+    for start in range(0, len(letters), per_row):
+        row = letters[start : start + per_row]
+        rows.append(f"{start:>4}  " + " ".join(row[i : i + 10] for i in range(0, len(row), 10)))
+    return rows
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print the report for people; nothing in it needs more than 80 columns."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    title = Text(report["model"], style="bold")
+    if report["repo"]:
+        revision = report["revision"]
+        title.append(f"  {report['repo']}@{revision if revision == 'main' else revision[:7]}", style="dim")
+    else:
+        title.append(f"  {report['source']}", style="dim")
+    console.print(title)
+    if report["license"]:
+        console.print(Text(f"Licence: {report['license']}.", style="dim"))
+    if report["unverified"]:
+        console.print(
+            Text(
+                f"Unverified: {', '.join(report['unverified'])}; the downloaded model decides.",
+                style="yellow",
+            )
+        )
+    console.print()
+    _show_architecture(console, report)
+    _show_layers(console, report)
+    _show_parameters(console, report)
+    _show_memory(console, report)
+    _show_cache(console, report)
+
+
+def _table(*columns: str, title: str) -> Any:
+    """Make a plain table: names to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0)
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", header_style="dim")
+    return table
+
+
+def _show_architecture(console: Any, report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("architecture", report["model_type"])
+    for name, words in report["architecture"].items():
+        table.add_row(name, words)
+    table.add_row("hidden / MLP", f"{report['hidden_size']} / {report['intermediate_size']}")
+    tied = "tied" if report["tie_word_embeddings"] else "untied"
+    table.add_row("vocabulary", f"{report['vocab_size']}, {tied} head")
+    table.add_row("context", f"{report['max_position_embeddings']} tokens")
+    console.print(table)
+    console.print()
+
+
+def _show_layers(console: Any, report: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    layers = report["layer_types"]
+    mamba = layers.count(MAMBA)
+    kinds = [f"A attention ×{len(layers) - mamba}"] * (mamba < len(layers)) + [f"M Mamba2 ×{mamba}"] * (
+        mamba > 0
+    )
+    console.print(Text("Layers", style="bold").append(f"  {', '.join(kinds)}", style="not bold dim"))
+    for row in layer_map(layers):
+        text = Text(row)
+        text.highlight_regex("A", "bold cyan")
+        text.highlight_regex("M", "magenta")
+        console.print(text)
+    console.print()
+
+
+def _show_parameters(console: Any, report: dict[str, Any]) -> None:
+    total = report["parameters"]
+    table = _table("", "count", "share", "", title="Parameters")
+    table.columns[3].justify = "left"
+    for component, number in report["parameters_by_component"].items():
+        bar = "█" * round(24 * number / total)
+        table.add_row(component, count(number), f"{number / total:.1%}", bar)
+    table.add_row("total", count(total), "", "", style="bold")
+    if report["active_parameters"] < total:
+        table.add_row("active per token", count(report["active_parameters"]), "", "")
+    console.print(table)
+    console.print()
+
+
+def _show_memory(console: Any, report: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    roofline = report["roofline"]
+    table = _table("dtype", "weights", "read per token", "at most", title="Memory and roofline")
+    for dtype, number in report["weight_bytes"].items():
+        speed = f"{roofline['tokens_per_second'][dtype]:.1f} tokens/s"
+        table.add_row(dtype, size(number), size(roofline["bytes_per_token"][dtype]), speed)
+    console.print(table)
+    console.print(
+        Text(
+            f"One sequence with {roofline['context']} tokens of float32 cache, memory read at "
+            f"{roofline['bandwidth_gb_per_s']:g} GB/s (--bandwidth; 40 is an assumption).",
+            style="dim",
+        )
+    )
+    console.print()
+
+
+def _show_cache(console: Any, report: dict[str, Any]) -> None:
+    full = report["max_position_embeddings"]
+    table = _table("KV cache", "per token", f"{full} tokens", title="Cache of one sequence")
+    for dtype, number in report["kv_bytes_per_token"].items():
+        table.add_row(dtype, size(number), size(report["kv_bytes_full_context"][dtype]))
+    if report["state_bytes_per_sequence"]:
+        table.add_row("Mamba2 state", "", size(report["state_bytes_per_sequence"]))
+    console.print(table)

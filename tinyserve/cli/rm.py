@@ -1,0 +1,29 @@
+"""`tinyserve rm`: deletes a downloaded model. It knows only `hub.cached` and `hub.remove`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def rm(
+    model: Annotated[str, typer.Argument(help="A name, as `tinyserve list` shows it.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a downloaded model, with all its revisions and unfinished downloads.
+
+    Examples:
+
+        tinyserve rm gpt2
+
+        tinyserve rm owner/name --yes
+    """
+    from tinyserve.errors import UserError
+    from tinyserve.hub import remove
+    from tinyserve.hub.progress import human
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"Removing {model} needs a yes, and there is no terminal to ask: add --yes.")
+        typer.confirm(f"Delete {model} from this disk?", abort=True, err=True)
+    print(f"Removed {model}: {human(remove(model))} freed.", file=sys.stderr)

@@ -1,0 +1,67 @@
+"""config.json -> a ModelConfig: believe the checkpoint, refuse the unsupported, invent nothing.
+
+Knows nothing of weights, presets or the network; imports neither numpy nor numba.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinyserve.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
+from tinyserve.config.falcon import LEGACY_TYPES, FalconConfig
+from tinyserve.config.gpt2 import GPT2Config
+from tinyserve.config.granite import GraniteConfig
+from tinyserve.config.llama import LlamaConfig
+from tinyserve.errors import ConfigError
+
+__all__ = [
+    "ATTENTION",
+    "MAMBA",
+    "SUPPORTED_MODEL_TYPES",
+    "FalconConfig",
+    "GPT2Config",
+    "GraniteConfig",
+    "LlamaConfig",
+    "ModelConfig",
+    "RopeParameters",
+    "parse_config",
+]
+
+_FAMILIES: dict[str, type[GPT2Config | FalconConfig | LlamaConfig | GraniteConfig]] = {
+    "gpt2": GPT2Config,
+    "falcon": FalconConfig,
+    **dict.fromkeys(LEGACY_TYPES, FalconConfig),
+    "llama": LlamaConfig,
+    "mistral": LlamaConfig,
+    "granite": GraniteConfig,
+    "granitemoe": GraniteConfig,
+    "granitemoehybrid": GraniteConfig,
+}
+
+SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Read a config.json in either dialect; raises ConfigError naming `source`, key and value."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source}: a config is one JSON object, but this is a {type(raw).__name__}.")
+    fields = Fields(raw, source)
+    model_type = fields.choice("model_type", SUPPORTED_MODEL_TYPES)
+    _refuse_unsupported(fields)
+    return _FAMILIES[model_type].parse(fields, model_type)
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Refuse what no architecture here can load: quantized checkpoints, and classifiers."""
+    quantization = fields.raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        fields.refuse(
+            f"'quantization_config' has the method {method!r}, which is not supported; take the model's "
+            "float16, bfloat16 or float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+        )
+    for architecture in fields.names("architectures"):
+        if "Classification" in architecture or "QuestionAnswering" in architecture:
+            fields.refuse(
+                f"'architectures' has {architecture!r}, "
+                "which is not a language model (supported: ...ForCausalLM)."
+            )

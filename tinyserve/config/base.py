@@ -1,0 +1,200 @@
+"""What every architecture's config answers, and how one key of config.json is read, checked or refused.
+
+Knows nothing of a particular architecture, of weights, or of where the file came from.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from tinyserve.errors import ConfigError
+
+ATTENTION: Final = "attention"
+MAMBA: Final = "mamba"
+
+_MISSING: Final = object()
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary position embedding: its base, and how its frequencies were stretched for longer contexts."""
+
+    rope_theta: float
+    rope_type: str = "default"  # "default" | "linear" | "llama3"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3 only, as are the two below
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The questions every architecture answers, under Hugging Face's names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int  # the effective number: 1 for multi-query
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    layer_types: tuple[str, ...]  # "attention" | "mamba", one per layer
+
+    @property
+    def num_attention_layers(self) -> int:
+        """How many layers keep keys and values."""
+        return self.layer_types.count(ATTENTION)
+
+    @property
+    def num_mamba_layers(self) -> int:
+        """How many layers keep a recurrent state."""
+        return self.layer_types.count(MAMBA)
+
+
+class Fields:
+    """The keys of one config.json: a reader per kind of value, which refuses by file, key and value.
+
+    A reader takes a key's spellings in order of preference. Without a `default` the key is required; a `null`
+    counts as absent, as it does in transformers.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def refuse(self, message: str) -> NoReturn:
+        """Raise ConfigError: `message` continues the sentence that starts with the file's name."""
+        raise ConfigError(f"{self.source}: {message}")
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value; its truth is the reader's business."""
+        return self.raw.get(key) is not None
+
+    def _read(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        for key in keys:
+            if self.has(key):
+                return key, self.raw[key]
+        if default is _MISSING:
+            others = f" (or {', '.join(map(repr, keys[1:]))})" if len(keys) > 1 else ""
+            self.refuse(
+                f"the required key {keys[0]!r}{others} is missing or null; "
+                "take the config.json that belongs to the weights."
+            )
+        return keys[0], default
+
+    def integer(self, *keys: str, default: Any = _MISSING, minimum: int = 1) -> Any:
+        """Read an int of at least `minimum`."""
+        key, value = self._read(keys, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.refuse(f"{key!r} must be an integer, but it is {value!r} ({type(value).__name__}).")
+        if value < minimum:
+            self.refuse(f"{key!r} must be at least {minimum}, but it is {value}.")
+        return value
+
+    def number(self, *keys: str, default: Any = _MISSING, positive: bool = True) -> float:
+        """Read a finite float, greater than zero unless `positive` is off."""
+        key, value = self._read(keys, default)
+        number = as_float(value)
+        if number is None or not math.isfinite(number):
+            self.refuse(f"{key!r} must be a finite number, but it is {value!r} ({type(value).__name__}).")
+        if positive and number <= 0:
+            self.refuse(f"{key!r} must be greater than 0, but it is {value!r}.")
+        return number
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """Read true or false; 0 and 1 are neither."""
+        _, value = self._read((key,), default)
+        if not isinstance(value, bool):
+            self.refuse(f"{key!r} must be true or false, but it is {value!r}.")
+        return value
+
+    def choice(self, key: str, supported: tuple[str, ...], *, default: Any = _MISSING) -> str:
+        """Read a name that must be one of those that are built."""
+        _, value = self._read((key,), default)
+        if value not in supported:
+            self.refuse(f"{key!r} is {value!r}, which is not supported; supported: {', '.join(supported)}.")
+        return str(value)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Read a list of names; empty where the key is absent."""
+        value = self.raw.get(key) or ()
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            self.refuse(f"{key!r} must be a list of names, but it is {value!r}.")
+        return tuple(value)
+
+    def token_id(self, key: str, *, default: int | None) -> int | None:
+        """Read one token id, or None where the file says null (absent takes the default)."""
+        if key in self.raw and self.raw[key] is None:
+            return None
+        value: int | None = self.integer(key, default=default, minimum=0)
+        return value
+
+    def token_ids(self, key: str, *, default: int) -> tuple[int, ...]:
+        """Read one token id or a list of them, as a tuple without repeats."""
+        value = self.raw.get(key, default)
+        listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        for token in listed:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                self.refuse(f"{key!r} must be a token id or a list of them, but it is {value!r}.")
+        return tuple(dict.fromkeys(listed))
+
+    def heads(self, hidden_size: int, heads: int, kv_heads: int) -> int:
+        """Check that query heads share key heads evenly, and return the width of one head."""
+        if heads % kv_heads:
+            self.refuse(
+                f"'num_attention_heads' {heads} is not a multiple of the {kv_heads} key-value heads "
+                "('num_key_value_heads'), so they cannot be shared out."
+            )
+        if self.has("head_dim"):
+            return int(self.integer("head_dim"))
+        if hidden_size % heads:
+            self.refuse(
+                f"the hidden size {hidden_size} is not a multiple of the {heads} attention heads, "
+                "and there is no 'head_dim' to say how wide a head is."
+            )
+        return hidden_size // heads
+
+    def rope(self, max_position_embeddings: int, default_theta: float = 10000.0) -> RopeParameters:
+        """Read RoPE in either dialect: `rope_theta` and `rope_scaling`, or both in `rope_parameters`."""
+        key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
+        values = self.raw.get(key) or {}
+        if not isinstance(values, Mapping) or any(isinstance(value, Mapping) for value in values.values()):
+            self.refuse(f"{key!r} must be one flat object for all layers, but it is {values!r}.")
+        scaling = Fields(values, f"{self.source}: in {key!r}")
+        theta = scaling.number("rope_theta", default=self.number("rope_theta", default=default_theta))
+        for owner in (self, scaling):
+            if owner.number("partial_rotary_factor", default=1.0) != 1.0:
+                owner.refuse(
+                    "'partial_rotary_factor' is not 1, but only the rotation of whole heads is supported."
+                )
+        kind = "rope_type" if scaling.has("rope_type") else "type"
+        rope_type = scaling.choice(kind, ("default", "linear", "llama3"), default="default")
+        if rope_type == "default":
+            return RopeParameters(rope_theta=theta)
+        factor = scaling.number("factor")
+        if rope_type == "linear":
+            return RopeParameters(rope_theta=theta, rope_type=rope_type, factor=factor)
+        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+        if low >= high:
+            scaling.refuse(f"'low_freq_factor' {low} must be less than 'high_freq_factor' {high}.")
+        original = scaling.integer("original_max_position_embeddings", default=max_position_embeddings)
+        return RopeParameters(theta, rope_type, factor, low, high, original)
+
+
+def as_float(value: Any) -> float | None:
+    """Turn a JSON number, or infinity in any of its JSON spellings, into a float; None if it is neither."""
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        value = value["__float__"]
+    if isinstance(value, str) and value.lower().lstrip("+-") in ("inf", "infinity"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

@@ -1,0 +1,388 @@
+"""The user's API: text in, text out. The only floor that knows text and ids both.
+
+Builds the runner and the engine and hands them down; knows nothing of kernels, files or the network beyond whom to ask.
+"""
+
+import difflib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from tinyserve.blocks import BlockAllocator
+from tinyserve.engine import Engine
+from tinyserve.errors import RequestError, UserError
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.sequence import Metrics, Sequence
+from tinyserve.tokenizer.stops import StopFilter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinyserve.tokenizer import Detokenizer
+
+Prompt = str | SequenceOf[int]
+Message = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+
+_OPTIONS = (
+    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "block_size",
+    "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
+)  # fmt: skip
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `finish_reason` is "stop" (an end token or a stop string), "length" or "abort"."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, float]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its answers and its times."""
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: Metrics
+
+
+@dataclass
+class StreamChunk:
+    """What came since the last chunk: printing the chunks one after the other prints the answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[Mapping[int, float]] | None
+    finish_reason: str | None
+    metrics: Metrics
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Request:
+    """A sequence in the engine, and its text as far as it is certain."""
+
+    def __init__(self, sequence: Sequence, prompt: str | None, detokenizer: "Detokenizer | None"):
+        self.sequence, self.prompt = sequence, prompt
+        self._detokenizer = detokenizer
+        self._stops = StopFilter(sequence.params.stop_strings)
+        self.text = ""
+        self.sent_text, self.sent_tokens = 0, 0  # what a stream has handed out
+        self.stop_reason: str | int | None = None
+
+    def advance(self, token: int, is_end: bool) -> bool:
+        """Take in a new token; True when a stop string was completed by it."""
+        if self._detokenizer is not None and not is_end:
+            self.text += self._stops.push(self._detokenizer.push(token))
+        self.stop_reason = self._stops.matched if self._stops.matched is not None else (token if is_end else None)
+        return self._stops.matched is not None
+
+    def close(self) -> None:
+        """The sequence is finished: what was held back is certain now."""
+        if self._detokenizer is not None:
+            self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+    def output(self) -> RequestOutput:
+        sequence = self.sequence
+        logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
+        answer = CompletionOutput(
+            0, self.text, sequence.output_token_ids, logprobs, sequence.finish_reason, self.stop_reason
+        )
+        finished = sequence.finish_reason is not None
+        return RequestOutput(
+            sequence.request_id, self.prompt, sequence.prompt_token_ids, [answer], finished, sequence.metrics
+        )
+
+    def has_news(self) -> bool:
+        return self.sequence.finish_reason is not None or self.sequence.num_output > self.sent_tokens
+
+    def chunk(self) -> StreamChunk:
+        sequence, tokens = self.sequence, self.sequence.output_token_ids
+        logprobs = sequence.logprobs[self.sent_tokens :] if sequence.params.logprobs is not None else None
+        chunk = StreamChunk(
+            self.text[self.sent_text :], tokens[self.sent_tokens :], logprobs, sequence.finish_reason, sequence.metrics
+        )
+        self.sent_text, self.sent_tokens = len(self.text), len(tokens)
+        return chunk
+
+
+class LLM:
+    """A model that is ready to answer.
+
+    `model` is a preset, a Hugging Face repo id, a folder of safetensors or a .gguf file. Raises UserError for an
+    option or a file that is wrong, HubError when a download fails; every message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str],
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        kv_cache_memory: int | None = None,
+        block_size: int = 16,
+        enable_prefix_caching: bool = False,
+        num_threads: int | None = None,
+        seed: int | None = None,
+        load_format: str = "auto",
+        progress: Progress | None = None,
+        **unknown: Any,
+    ):
+        """Load `model`.
+
+        dtype: "float32", "bfloat16", or "w8a16" (also "int8" and "auto"): 8-bit weights, 16-bit activations.
+        max_model_len: tokens of prompt and answer together; by default the model's own limit, or what memory holds.
+        max_num_seqs, max_num_batched_tokens: how many requests run at once, and how many tokens one step computes.
+        kv_cache_memory: bytes for keys and values; by default at most half of what is free.
+        block_size: tokens in a block of the cache, a multiple of 16.
+        num_threads: by default the cores this process may use.
+        seed: makes requests that have no seed of their own repeatable.
+        load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
+        progress: called with (stage, done, total); stages are "load" (numbers packed) and "compile" (kernels).
+        """
+        _check_options(unknown, max_num_seqs, max_num_batched_tokens, block_size, num_threads, kv_cache_memory)
+        if enable_prefix_caching:
+            raise UserError("enable_prefix_caching is not built yet; leave it out.")
+        from tinyserve.model_files import open_model
+        from tinyserve.model_runner import ModelRunner, cache_blocks
+        from tinyserve.models import build_model
+        from tinyserve.models.cache import KVCache
+        from tinyserve.quantize import resolve_dtype
+        from tinyserve.tensor import _jit
+
+        self.dtype = resolve_dtype(dtype)
+        files = open_model(str(model), load_format, progress=True)
+        self.name, self.path, self.config = files.name, files.path, files.config
+        self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
+        self.num_threads = _jit.set_threads(num_threads)
+        limit = files.config.max_position_embeddings
+        if max_model_len is not None and not 1 <= max_model_len <= limit:
+            raise UserError(f"max_model_len is {max_model_len}; {self.name} has positions for 1 to {limit} tokens.")
+        num_blocks = cache_blocks(files.config, block_size, max_model_len or limit, max_num_seqs, kv_cache_memory)
+        self.max_model_len = min(max_model_len or limit, num_blocks * block_size)
+        if self.max_model_len < (max_model_len or 2):
+            need = KVCache.block_nbytes(files.config, block_size) * -(-(max_model_len or 2) // block_size)
+            raise UserError(
+                f"The cache has memory for {num_blocks * block_size} tokens, but max_model_len {max_model_len or limit} "
+                f"needs {need / 1e6:.0f} MB: lower max_model_len, or raise kv_cache_memory."
+            )
+        with _jit.on_compile(_compile_reporter(progress)):
+            load = None if progress is None else (lambda done, total: progress("load", done, total))
+            self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
+            self._runner = ModelRunner(self.model, num_blocks, block_size)
+            self._compile_kernels(_jit)
+        self._engine = Engine(
+            self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,
+            max_num_seqs, max_num_batched_tokens,
+        )  # fmt: skip
+        self._chunk = max_num_batched_tokens
+        self._seed = seed
+        self._requests: dict[int, _Request] = {}
+        self._lock = threading.RLock()  # one thread at a time owns the kernels
+
+    def _compile_kernels(self, jit: Any) -> None:
+        """The first time on a machine, run two tokens under a lock: of two processes one compiles, one waits."""
+        from filelock import FileLock
+
+        ready = jit.cache_folder() / f"{self.config.model_type}-{self.dtype}.ready"
+        if ready.exists():
+            return
+        with FileLock(jit.cache_folder() / "compiling.lock"):
+            self._runner.logits([0, 0], chunk=2)
+            ready.touch()
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
+
+        One SamplingParams serves all prompts, a list has one for each. Raises RequestError for a prompt that cannot
+        be served.
+        """
+        batch = _as_prompts(prompts)
+        params = _as_params(sampling_params, len(batch))
+        requests: list[_Request] = []
+        try:
+            for prompt, one in zip(batch, params, strict=True):
+                requests.append(self._submit(prompt, one))
+            while any(request.sequence.finish_reason is None for request in requests):
+                self._step()
+        finally:
+            self._abort(requests)
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """Complete one prompt, yielding each piece of the answer as soon as it is certain.
+
+        A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
+        cancels the request.
+        """
+        return self._stream(self._submit(prompt, sampling_params or SamplingParams()))
+
+    def chat(
+        self,
+        messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, by the model's own chat template.
+
+        Raises RequestError for a malformed message, UserError for a model that has no chat template.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        return self.generate([self.chat_prompt(c, **template_variables) for c in conversations], sampling_params)
+
+    def stream_chat(
+        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template_variables: Any
+    ) -> Iterator[StreamChunk]:
+        """The same for one conversation, as a stream."""
+        return self.stream(self.chat_prompt(messages, **template_variables), sampling_params)
+
+    def chat_prompt(self, messages: SequenceOf[Message], **template_variables: Any) -> list[int]:
+        """The token ids that a conversation becomes: the template's text, with no second BOS."""
+        if self.tokenizer is None or self.chat_template is None:
+            raise UserError(
+                f"{self.name} has no chat template: it continues text and does not chat. Use generate, or --raw."
+            )
+        return self.tokenizer.encode_chat(self.chat_template.render(messages, **template_variables))
+
+    def logits(self, token_ids: Prompt) -> "np.ndarray":
+        """The logits (tokens, vocab) float32 of every position of one prefill, for tests and evaluation."""
+        ids = self._encode(token_ids)
+        if not ids or len(ids) > self.max_model_len:
+            raise RequestError(f"logits takes 1 to {self.max_model_len} tokens, not {len(ids)}.")
+        with self._lock:
+            if self._engine.has_work():
+                raise RequestError("logits needs the cache to itself: wait until no request is running.")
+            return self._runner.logits(ids, self._chunk)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
+            return self.tokenizer.encode(prompt)
+        ids = [int(token) for token in prompt]
+        if bad := [token for token in ids if not 0 <= token < self.config.vocab_size]:
+            raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
+        return ids
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> _Request:
+        ids = self._encode(prompt)
+        with self._lock:
+            if params.seed is None and self._seed is not None:
+                params = replace(params, seed=self._seed + len(ids))
+            sequence = self._engine.add(ids, params)
+            detokenizer = None
+            if self.tokenizer is not None:
+                # An answer to a template begins a text; a completion goes on with the prompt's.
+                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=isinstance(prompt, str))
+            request = _Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
+            self._requests[sequence.request_id] = request
+            return request
+
+    def _step(self) -> None:
+        """One step of the engine, and its text; does nothing when another thread has just done the work."""
+        with self._lock:
+            if not self._engine.has_work():
+                return
+            for sequence in self._engine.step():
+                request = self._requests[sequence.request_id]
+                if request.advance(sequence.token_ids[-1], is_end=sequence.finish_reason == "stop"):
+                    self._engine.finish(sequence, "stop")
+                    sequence.finish_reason = "stop"
+                if sequence.finish_reason is not None:
+                    self._close(request)
+
+    def _close(self, request: _Request) -> None:
+        if self._requests.pop(request.sequence.request_id, None) is not None:
+            request.close()
+            self._runner.forget(request.sequence)
+
+    def _abort(self, requests: SequenceOf[_Request]) -> None:
+        """End what has not ended: the caller went away, or something failed."""
+        with self._lock:
+            for request in requests:
+                self._engine.finish(request.sequence, "abort")
+                self._close(request)
+
+    def _stream(self, request: _Request) -> Iterator[StreamChunk]:
+        try:
+            finished = False
+            while not finished:
+                while not request.has_news():
+                    self._step()
+                finished = request.sequence.finish_reason is not None
+                yield request.chunk()
+        finally:
+            self._abort([request])
+
+
+def _check_options(
+    unknown: Mapping[str, Any],
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    block_size: int,
+    num_threads: int | None,
+    kv_cache_memory: int | None,
+) -> None:
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"LLM has no option {name!r}.{hint} The options are {', '.join(_OPTIONS)}.")
+    for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    if block_size < 16 or block_size % 16:
+        raise UserError(f"block_size is {block_size}; it must be a multiple of 16.")
+    if num_threads is not None and num_threads < 1:
+        raise UserError(f"num_threads is {num_threads}; it must be at least 1.")
+    if kv_cache_memory is not None and kv_cache_memory < 1:
+        raise UserError(f"kv_cache_memory is {kv_cache_memory} bytes; it must be more than 0.")
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or many, of text or of token ids, as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    return [items] if items and all(not isinstance(item, str) and not hasattr(item, "__len__") for item in items) else items
+
+
+def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"There are {count} prompts and {len(params)} sampling_params: give one for all, or one each.")
+    return list(params)
+
+
+def _compile_reporter(progress: Progress | None) -> Callable[[str], None]:
+    """What hears of each kernel being compiled; by default one line on stderr, since the first time takes a while."""
+    compiled: list[str] = []
+
+    def report(kernel: str) -> None:
+        compiled.append(kernel)
+        if progress is not None:
+            progress(f"compile {kernel}", len(compiled), 0)
+        elif len(compiled) == 1:
+            print("tinyserve: compiling kernels for this processor, once (about half a minute)", file=sys.stderr)  # noqa: T201
+
+    return report

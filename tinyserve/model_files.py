@@ -1,0 +1,105 @@
+"""A model's files, opened: config, tokenizer, chat template, end tokens, and weights not read yet.
+
+Knows what lies in a folder or a GGUF file and what only looks like it; computes nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyserve import hub, presets
+from tinyserve.chat import ChatTemplate
+from tinyserve.config import ModelConfig, parse_config
+from tinyserve.errors import CheckpointError, ConfigError, UserError
+from tinyserve.models import check_supported
+from tinyserve.tokenizer import Tokenizer
+from tinyserve.weights.checkpoint import Checkpoint
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What was found under a model's name. No tokenizer: the weights are synthetic, and speak token ids only."""
+
+    name: str
+    path: Path | None
+    config: ModelConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    eos_token_ids: frozenset[int]
+
+
+def open_model(model: str | Path, load_format: str = "auto", progress: bool = True) -> ModelFiles:
+    """Find a model, downloading it if need be, and open its files; raises the errors of hub, config and checkpoint.
+
+    `load_format="dummy"` makes synthetic weights from the config alone: no download.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise UserError(f"load_format {load_format!r} does not exist; there are {' and '.join(LOAD_FORMATS)}.")
+    preset = presets.find(str(model))
+    if preset is not None:
+        check_supported(preset.config)  # before gigabytes are downloaded for nothing
+    if load_format == "dummy":
+        return _synthetic(str(model), preset.raw_config if preset else None)
+    path = hub.resolve(model, progress=progress)
+    return _from_gguf(str(model), path) if path.is_file() else _from_folder(str(model), path)
+
+
+def _synthetic(name: str, raw: dict[str, Any] | None) -> ModelFiles:
+    from tinyserve.weights.synthetic import synthetic_checkpoint
+
+    if raw is None:
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise presets.unknown_model(name)
+        raw = read_json(folder / "config.json")
+    config = parse_config(raw, name)
+    check_supported(config)
+    return ModelFiles(name, None, config, synthetic_checkpoint(config), None, None, frozenset(config.eos_token_ids))
+
+
+def _from_folder(name: str, folder: Path) -> ModelFiles:
+    from tinyserve.weights.safetensors import open_safetensors
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not the folder of a Hugging Face checkpoint.")
+    config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    check_supported(config)
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    eos = generation.get("eos_token_id")
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    tokenizer = Tokenizer.from_folder(folder)
+    return _assemble(name, folder, config, open_safetensors(folder), tokenizer, ends)
+
+
+def _from_gguf(name: str, path: Path) -> ModelFiles:
+    from tinyserve.weights.gguf import hf_config, open_gguf
+
+    file = open_gguf(path)
+    config = parse_config(hf_config(file), str(path))
+    check_supported(config)
+    tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
+    return _assemble(name, path, config, file.tensors, tokenizer, set())
+
+
+def _assemble(
+    name: str, path: Path, config: ModelConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, ends: set[int]
+) -> ModelFiles:
+    source = tokenizer.chat_template
+    template = ChatTemplate(source, tokenizer.special_tokens, name) if source else None
+    eos = frozenset(config.eos_token_ids) | ends | tokenizer.eos_token_ids | tokenizer.end_tokens()
+    return ModelFiles(name, path, config, checkpoint, tokenizer, template, eos)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ConfigError naming the file and the place."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not readable JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value

@@ -1,0 +1,123 @@
+"""From scheduled sequences to sampled tokens: builds the batch, runs the model, samples. Owns the cache.
+
+The highest floor that knows arrays. It does not choose what runs, and has never heard of text.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tinyserve.config import ModelConfig
+from tinyserve.errors import TinyserveError
+from tinyserve.models.base import Model
+from tinyserve.models.batch import Batch
+from tinyserve.models.cache import KVCache
+from tinyserve.sequence import Sequence
+from tinyserve.tensor.sampling import log_probabilities, sample
+
+Array = np.ndarray
+
+
+class ModelRunner:
+    """Runs one model over one cache. Not safe for two threads at once: one thread owns the kernels."""
+
+    def __init__(self, model: Model, num_blocks: int, block_size: int):
+        self.model = model
+        self.cache = KVCache(model.config, num_blocks, block_size)
+        self._generators: dict[int, np.random.Generator] = {}
+
+    def execute(self, scheduled: "Iterable[tuple[Sequence, int]]") -> list[tuple[int, dict[int, float] | None] | None]:
+        """Compute each sequence's next `num_tokens` tokens; a (token, log-probabilities) where its newest is reached."""
+        work = list(scheduled)
+        hidden = self.model(self._batch(work), self.cache)  # (tokens, hidden)
+        last_rows = np.cumsum([num_tokens for _, num_tokens in work]) - 1
+        complete = [i for i, (seq, num) in enumerate(work) if seq.num_computed + num == len(seq.token_ids)]
+        results: list[tuple[int, dict[int, float] | None] | None] = [None] * len(work)
+        if complete:
+            logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
+            for row, i in enumerate(complete):
+                results[i] = self._sample(work[i][0], logits[row])
+        return results
+
+    def logits(self, token_ids: list[int], chunk: int) -> Array:
+        """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
+        sequence = _Scratch(token_ids, list(range(-(-len(token_ids) // self.cache.block_size))))
+        rows = []
+        while sequence.num_computed < len(token_ids):
+            num_tokens = min(chunk, len(token_ids) - sequence.num_computed)
+            hidden = self.model(self._batch([(sequence, num_tokens)]), self.cache)
+            rows.append(self.model.logits(hidden))
+            sequence.num_computed += num_tokens
+        return np.concatenate(rows)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a finished sequence."""
+        self._generators.pop(sequence.request_id, None)
+
+    def _batch(self, work: "list[tuple[_Tokens, int]] | list[tuple[Sequence, int]]") -> Batch:
+        block_size = self.cache.block_size
+        counts = [num_tokens for _, num_tokens in work]
+        starts = [sequence.num_computed for sequence, _ in work]
+        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+        token_ids = np.concatenate([s.token_ids[s.num_computed : s.num_computed + n] for s, n in work]).astype(np.int64)
+        tables = np.zeros((len(work), max(len(s.block_table) for s, _ in work)), np.int32)
+        for row, (sequence, _) in enumerate(work):
+            tables[row, : len(sequence.block_table)] = sequence.block_table
+        sequence_of = np.repeat(np.arange(len(work)), counts)
+        slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        return Batch(token_ids, positions, slots, sequence_of, tables)
+
+    def _sample(self, sequence: Sequence, logits: Array) -> tuple[int, dict[int, float] | None]:
+        params = sequence.params
+        if not np.isfinite(logits.max()):
+            raise TinyserveError("The model computed logits that are not numbers: its weights are damaged.")
+        generator = self._generators.get(sequence.request_id)
+        if generator is None and params.temperature > 0:
+            generator = self._generators[sequence.request_id] = np.random.default_rng(params.seed)
+        token = sample(logits, params.temperature, params.top_k, params.top_p, params.min_p, generator)
+        if params.logprobs is None:
+            return token, None
+        return token, log_probabilities(logits, token, params.logprobs)
+
+
+class _Tokens(Protocol):
+    token_ids: list[int]
+    num_computed: int
+    block_table: list[int]
+
+
+class _Scratch:
+    """The part of a sequence that a batch is made from."""
+
+    def __init__(self, token_ids: list[int], block_table: list[int]):
+        self.token_ids, self.block_table, self.num_computed = token_ids, block_table, 0
+
+
+def cache_blocks(
+    config: ModelConfig, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_memory: int | None
+) -> int:
+    """How many blocks to have: for `max_num_seqs` full sequences, or what the memory given or half of that free holds."""
+    budget = kv_cache_memory if kv_cache_memory is not None else available_memory() // 2
+    wanted = max_num_seqs * -(-max_model_len // block_size)
+    return min(wanted, budget // KVCache.block_nbytes(config, block_size))
+
+
+def available_memory() -> int:
+    """Bytes that can still be used: what the system has free, or the container's limit leaves."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free)

@@ -1,0 +1,83 @@
+"""One request on its way through the engine: its tokens, its blocks, its clock. Ints and plain data only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from tinyserve.sampling_params import SamplingParams
+
+
+@dataclass
+class Metrics:
+    """When things happened to a request, in seconds of one clock, and what they amount to."""
+
+    arrival: float = field(default_factory=perf_counter)
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Prompt tokens by the time from being scheduled to the first token."""
+        if self.first_token is None or self.first_scheduled is None:
+            return None
+        return self.prompt_tokens / max(1e-9, self.first_token - self.first_scheduled)
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first by the time they took; None for answers of one token."""
+        if self.first_token is None or self.last_token is None or self.output_tokens < 2:
+            return None
+        return (self.output_tokens - 1) / max(1e-9, self.last_token - self.first_token)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and the tokens that have followed it; the engine moves it from waiting to running to finished."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    block_table: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.metrics.prompt_tokens = len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens there are after the prompt."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens it can come to, prompt and answer."""
+        return len(self.prompt_token_ids) + self.params.max_tokens
+
+    def append(self, token: int, logprobs: Mapping[int, float] | None) -> None:
+        """Take in the next token, and note the time."""
+        self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        now = perf_counter()
+        if self.metrics.first_token is None:
+            self.metrics.first_token = now
+        self.metrics.last_token = now
+        self.metrics.output_tokens += 1
