@@ -3,7 +3,7 @@
     python scripts/make_tokenizer_golden.py --vocab gpt-2=FILE.gguf --vocab falcon=FILE.gguf ...
 
 A vocabulary is cut down to the tokens that are substrings of the texts: no other token or merge could take
-part in encoding them, so the excerpt must give the ids of the whole. Needs llama-cpp-python and sentencepiece.
+part in encoding them, so the excerpt must give the ids of the whole. Needs llama-cpp-python, sentencepiece.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TEXTS = [
     "...!!!???---___===",
     "https://example.com/a_b?c=d&e=f#g",
     "CamelCaseWord snake_case_word SHOUTING",
-    "<|endoftext|>after<|im_end|>\nend",
+    "<|endoftext|>after<|im_start|>user\nHi<|im_end|>\n",
 ]
 
 

@@ -72,9 +72,7 @@ class ChatTemplate:
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages as plain data with text content; RequestError says which one is malformed, and how."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(
-            f"Messages must be a list of objects with role and content, not a {_kind(messages)}."
-        )
+        raise RequestError(f"Messages must be a list of objects with role and content, not a {_kind(messages)}.")
     if not messages:
         raise RequestError("There are no messages; give at least one, with role and content.")
     return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -163,9 +161,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as models read it: Jinja's own filter would escape <, > and & for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _line(traceback: TracebackType | None) -> int | None:

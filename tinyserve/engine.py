@@ -4,28 +4,14 @@ Knows neither text nor arrays; a runner is handed in, and a fake one of a dozen 
 """
 
 from collections import deque
-from collections.abc import Mapping
 from itertools import count
-from typing import NamedTuple, Protocol
+from time import perf_counter
+from typing import Protocol
 
 from tinyserve.blocks import BlockAllocator
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Sequence
-
-
-class Sampled(NamedTuple):
-    """What a runner returns for a sequence whose newest token it computed."""
-
-    token_id: int
-    logprobs: Mapping[int, float] | None = None
-
-
-class Scheduled(NamedTuple):
-    """A sequence, and how many of its tokens the next step computes."""
-
-    sequence: Sequence
-    num_tokens: int
+from tinyserve.sequence import Sampled, Scheduled, Sequence
 
 
 class Runner(Protocol):
@@ -70,7 +56,7 @@ class Engine:
         if self.blocks.blocks_for(needed) > self.blocks.num_blocks:
             raise RequestError(
                 f"The request can come to {needed} tokens and the cache holds "
-                f"{self.blocks.num_blocks * self.blocks.block_size}: ask for fewer max_tokens, or give kv_cache_memory more."
+                f"{self.blocks.num_blocks * self.blocks.block_size}: lower max_tokens, or raise kv_cache_memory."
             )
         self.waiting.append(sequence)
         return sequence
@@ -113,6 +99,7 @@ class Engine:
             if not self.blocks.can_allocate(self._most_tokens(sequence)):
                 break
             sequence.block_table = self.blocks.allocate(self._most_tokens(sequence))
+            sequence.metrics.first_scheduled = perf_counter()
             self.running.append(self.waiting.popleft())
         budget = self.max_num_batched_tokens
         scheduled = []
@@ -132,5 +119,3 @@ class Engine:
         if sequence.num_output >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
             return "length"
         return None
-
-

@@ -113,7 +113,11 @@ class _Request:
         sequence, tokens = self.sequence, self.sequence.output_token_ids
         logprobs = sequence.logprobs[self.sent_tokens :] if sequence.params.logprobs is not None else None
         chunk = StreamChunk(
-            self.text[self.sent_text :], tokens[self.sent_tokens :], logprobs, sequence.finish_reason, sequence.metrics
+            self.text[self.sent_text :],
+            tokens[self.sent_tokens :],
+            logprobs,
+            sequence.finish_reason,
+            sequence.metrics,
         )
         self.sent_text, self.sent_tokens = len(self.text), len(tokens)
         return chunk
@@ -178,8 +182,8 @@ class LLM:
         if self.max_model_len < (max_model_len or 2):
             need = KVCache.block_nbytes(files.config, block_size) * -(-(max_model_len or 2) // block_size)
             raise UserError(
-                f"The cache has memory for {num_blocks * block_size} tokens, but max_model_len {max_model_len or limit} "
-                f"needs {need / 1e6:.0f} MB: lower max_model_len, or raise kv_cache_memory."
+                f"The cache has memory for {num_blocks * block_size} tokens, but max_model_len "
+                f"{max_model_len or limit} needs {need / 1e6:.0f} MB: lower max_model_len, or raise kv_cache_memory."
             )
         with _jit.on_compile(_compile_reporter(progress)):
             load = None if progress is None else (lambda done, total: progress("load", done, total))
@@ -251,7 +255,10 @@ class LLM:
         return self.generate([self.chat_prompt(c, **template_variables) for c in conversations], sampling_params)
 
     def stream_chat(
-        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template_variables: Any
+        self,
+        messages: SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        **template_variables: Any,
     ) -> Iterator[StreamChunk]:
         """The same for one conversation, as a stream."""
         return self.stream(self.chat_prompt(messages, **template_variables), sampling_params)
@@ -293,7 +300,9 @@ class LLM:
             detokenizer = None
             if self.tokenizer is not None:
                 # An answer to a template begins a text; a completion goes on with the prompt's.
-                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=isinstance(prompt, str))
+                detokenizer = self.tokenizer.detokenizer(
+                    params.skip_special_tokens, continuation=isinstance(prompt, str)
+                )
             request = _Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
             self._requests[sequence.request_id] = request
             return request
@@ -363,14 +372,20 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     items = list(prompts)
-    return [items] if items and all(not isinstance(item, str) and not hasattr(item, "__len__") for item in items) else items
+    return (
+        [items]
+        if items and all(not isinstance(item, str) and not hasattr(item, "__len__") for item in items)
+        else items
+    )
 
 
 def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise RequestError(f"There are {count} prompts and {len(params)} sampling_params: give one for all, or one each.")
+        raise RequestError(
+            f"There are {count} prompts and {len(params)} sampling_params: give one for all, or one each."
+        )
     return list(params)
 
 

@@ -15,7 +15,7 @@ from tinyserve.errors import TinyserveError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
-from tinyserve.sequence import Sequence
+from tinyserve.sequence import Sampled, Scheduled, Sequence
 from tinyserve.tensor.sampling import log_probabilities, sample
 
 Array = np.ndarray
@@ -29,17 +29,16 @@ class ModelRunner:
         self.cache = KVCache(model.config, num_blocks, block_size)
         self._generators: dict[int, np.random.Generator] = {}
 
-    def execute(self, scheduled: "Iterable[tuple[Sequence, int]]") -> list[tuple[int, dict[int, float] | None] | None]:
-        """Compute each sequence's next `num_tokens` tokens; a (token, log-probabilities) where its newest is reached."""
-        work = list(scheduled)
-        hidden = self.model(self._batch(work), self.cache)  # (tokens, hidden)
-        last_rows = np.cumsum([num_tokens for _, num_tokens in work]) - 1
-        complete = [i for i, (seq, num) in enumerate(work) if seq.num_computed + num == len(seq.token_ids)]
-        results: list[tuple[int, dict[int, float] | None] | None] = [None] * len(work)
+    def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
+        """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
+        hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
+        last_rows = np.cumsum([num_tokens for _, num_tokens in scheduled]) - 1
+        complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
+        results: list[Sampled | None] = [None] * len(scheduled)
         if complete:
             logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
             for row, i in enumerate(complete):
-                results[i] = self._sample(work[i][0], logits[row])
+                results[i] = self._sample(scheduled[i].sequence, logits[row])
         return results
 
     def logits(self, token_ids: list[int], chunk: int) -> Array:
@@ -57,8 +56,8 @@ class ModelRunner:
         """Drop what is kept for a finished sequence."""
         self._generators.pop(sequence.request_id, None)
 
-    def _batch(self, work: "list[tuple[_Tokens, int]] | list[tuple[Sequence, int]]") -> Batch:
-        block_size = self.cache.block_size
+    def _batch(self, work: "Iterable[tuple[_Tokens, int]]") -> Batch:
+        work, block_size = list(work), self.cache.block_size
         counts = [num_tokens for _, num_tokens in work]
         starts = [sequence.num_computed for sequence, _ in work]
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
@@ -70,17 +69,17 @@ class ModelRunner:
         slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
         return Batch(token_ids, positions, slots, sequence_of, tables)
 
-    def _sample(self, sequence: Sequence, logits: Array) -> tuple[int, dict[int, float] | None]:
+    def _sample(self, sequence: Sequence, logits: Array) -> Sampled:
         params = sequence.params
         if not np.isfinite(logits.max()):
             raise TinyserveError("The model computed logits that are not numbers: its weights are damaged.")
         generator = self._generators.get(sequence.request_id)
-        if generator is None and params.temperature > 0:
+        if generator is None:
             generator = self._generators[sequence.request_id] = np.random.default_rng(params.seed)
         token = sample(logits, params.temperature, params.top_k, params.top_p, params.min_p, generator)
         if params.logprobs is None:
-            return token, None
-        return token, log_probabilities(logits, token, params.logprobs)
+            return Sampled(token)
+        return Sampled(token, log_probabilities(logits, token, params.logprobs))
 
 
 class _Tokens(Protocol):
@@ -99,7 +98,7 @@ class _Scratch:
 def cache_blocks(
     config: ModelConfig, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_memory: int | None
 ) -> int:
-    """How many blocks to have: for `max_num_seqs` full sequences, or what the memory given or half of that free holds."""
+    """How many blocks: enough for `max_num_seqs` full sequences, or what the memory (by default half of it) holds."""
     budget = kv_cache_memory if kv_cache_memory is not None else available_memory() // 2
     wanted = max_num_seqs * -(-max_model_len // block_size)
     return min(wanted, budget // KVCache.block_nbytes(config, block_size))

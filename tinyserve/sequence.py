@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 from tinyserve.sampling_params import SamplingParams
 
@@ -81,3 +82,17 @@ class Sequence:
             self.metrics.first_token = now
         self.metrics.last_token = now
         self.metrics.output_tokens += 1
+
+
+class Sampled(NamedTuple):
+    """What a runner returns for a sequence whose newest token it computed."""
+
+    token_id: int
+    logprobs: Mapping[int, float] | None = None
+
+
+class Scheduled(NamedTuple):
+    """A sequence, and how many of its tokens the next step computes."""
+
+    sequence: Sequence
+    num_tokens: int

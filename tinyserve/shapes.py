@@ -49,9 +49,7 @@ class TensorShape:
     @property
     def is_matrix(self) -> bool:
         """Whether it is kept in the model's dtype; norms, biases, positions and convolutions are float32."""
-        return (
-            len(self.shape) >= 2 and self.component != "position" and not self.name.endswith("conv1d.weight")
-        )
+        return len(self.shape) >= 2 and self.component != "position" and not self.name.endswith("conv1d.weight")
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[TensorShape]:
@@ -258,9 +256,7 @@ def weight_bytes_per_token(config: ModelConfig, dtype: str) -> int:
     total = 0.0
     for tensor in _tensors(config):
         size: float = tensor_bytes(tensor, dtype)
-        if tensor.component == "position" or (
-            tensor.component == "embedding" and not config.tie_word_embeddings
-        ):
+        if tensor.component == "position" or (tensor.component == "embedding" and not config.tie_word_embeddings):
             size /= tensor.shape[0]
         elif tensor.component == "experts":
             size *= _active_experts(config)

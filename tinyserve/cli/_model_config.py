@@ -21,9 +21,7 @@ def load_raw_config(model: str) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
-            raise ConfigError(
-                f"{path} does not exist; name a folder that holds a checkpoint with its config.json."
-            )
+            raise ConfigError(f"{path} does not exist; name a folder that holds a checkpoint with its config.json.")
     if not path.is_file():
         raise presets.unknown_model(model)
     if path.suffix == ".gguf":
@@ -40,9 +38,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ConfigError(
-            f"{path} is not JSON ({error}); name a config.json, its folder, or a .gguf file."
-        ) from error
+        raise ConfigError(f"{path} is not JSON ({error}); name a config.json, its folder, or a .gguf file.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, but a config is one JSON object.")
     return raw
@@ -86,9 +82,7 @@ def _attention(config: ModelConfig) -> str:
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     words = f"{attention_kind(config)} {heads}"
     if config.num_mamba_layers:
-        words += (
-            f" in {config.num_attention_layers} of {config.num_hidden_layers} layers, Mamba2 in the others"
-        )
+        words += f" in {config.num_attention_layers} of {config.num_hidden_layers} layers, Mamba2 in the others"
     if isinstance(config, LlamaConfig) and config.sliding_window:
         words += f", window {config.sliding_window}"
     return words

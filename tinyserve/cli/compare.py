@@ -22,9 +22,7 @@ def compare(
         typer.Argument(help="Presets, folders, config.json or .gguf files.", metavar="MODEL..."),
     ],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print a Markdown table, as in the docs.")
-    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the docs.")] = False,
 ) -> None:
     """Compare architectures: attention, position, norm, block, parameters, cache and work. Offline.
 

@@ -18,14 +18,10 @@ LAYERS_PER_ROW = 40
 
 
 def inspect_config(
-    model: Annotated[
-        str, typer.Argument(help="A preset, a folder with a config.json, a config.json or a .gguf file.")
-    ],
+    model: Annotated[str, typer.Argument(help="A preset, a folder with a config.json, a config.json or a .gguf file.")],
     bandwidth: Annotated[
         float,
-        typer.Option(
-            min=0.001, help="Memory bandwidth of the roofline, in GB/s. The default is an assumption."
-        ),
+        typer.Option(min=0.001, help="Memory bandwidth of the roofline, in GB/s. The default is an assumption."),
     ] = DEFAULT_BANDWIDTH,
     context: Annotated[
         int, typer.Option(min=0, help="Tokens already in the cache when the roofline's token is decoded.")
@@ -153,9 +149,7 @@ def _table(*columns: str, title: str) -> Any:
     """Make a plain table: names to the left, numbers to the right."""
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", header_style="dim")
     return table
@@ -183,9 +177,7 @@ def _show_layers(console: Any, report: dict[str, Any]) -> None:
 
     layers = report["layer_types"]
     mamba = layers.count(MAMBA)
-    kinds = [f"A attention ×{len(layers) - mamba}"] * (mamba < len(layers)) + [f"M Mamba2 ×{mamba}"] * (
-        mamba > 0
-    )
+    kinds = [f"A attention ×{len(layers) - mamba}"] * (mamba < len(layers)) + [f"M Mamba2 ×{mamba}"] * (mamba > 0)
     console.print(Text("Layers", style="bold").append(f"  {', '.join(kinds)}", style="not bold dim"))
     for row in layer_map(layers):
         text = Text(row)

@@ -6,9 +6,7 @@ import typer
 
 
 def pull(
-    model: Annotated[
-        str, typer.Argument(help="A preset, owner/name, or owner/name/file.gguf.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help="A preset, owner/name, or owner/name/file.gguf.", show_default=False)],
     revision: Annotated[
         str | None,
         typer.Option(help="A branch, tag or commit instead of the preset's own.", show_default=False),

@@ -62,6 +62,5 @@ def _refuse_unsupported(fields: Fields) -> None:
     for architecture in fields.names("architectures"):
         if "Classification" in architecture or "QuestionAnswering" in architecture:
             fields.refuse(
-                f"'architectures' has {architecture!r}, "
-                "which is not a language model (supported: ...ForCausalLM)."
+                f"'architectures' has {architecture!r}, which is not a language model (supported: ...ForCausalLM)."
             )

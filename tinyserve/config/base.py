@@ -172,9 +172,7 @@ class Fields:
         theta = scaling.number("rope_theta", default=self.number("rope_theta", default=default_theta))
         for owner in (self, scaling):
             if owner.number("partial_rotary_factor", default=1.0) != 1.0:
-                owner.refuse(
-                    "'partial_rotary_factor' is not 1, but only the rotation of whole heads is supported."
-                )
+                owner.refuse("'partial_rotary_factor' is not 1, but only the rotation of whole heads is supported.")
         kind = "rope_type" if scaling.has("rope_type") else "type"
         rope_type = scaling.choice(kind, ("default", "linear", "llama3"), default="default")
         if rope_type == "default":

@@ -41,13 +41,9 @@ class FalconConfig(ModelConfig):
         parallel_attn = fields.boolean("parallel_attn", default=True)
         norms = fields.integer("num_ln_in_parallel_attn", default=2 if new_decoder else 1)
         if new_decoder and not parallel_attn:
-            fields.refuse(
-                "'parallel_attn' is false, but a block of 'new_decoder_architecture' is always parallel."
-            )
+            fields.refuse("'parallel_attn' is false, but a block of 'new_decoder_architecture' is always parallel.")
         if norms > 2 or (norms == 2 and not new_decoder):
-            fields.refuse(
-                f"'num_ln_in_parallel_attn' is {norms}; supported: 1, or 2 with 'new_decoder_architecture'."
-            )
+            fields.refuse(f"'num_ln_in_parallel_attn' is {norms}; supported: 1, or 2 with 'new_decoder_architecture'.")
         if new_decoder:
             kv_heads = fields.integer("num_kv_heads", "n_head_kv", default=heads)
         else:

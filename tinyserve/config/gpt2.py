@@ -22,9 +22,7 @@ class GPT2Config(ModelConfig):
     def parse(cls, fields: Fields, model_type: str) -> Self:
         """Read a GPT-2 config.json; defaults are those of transformers' GPT2Config."""
         if fields.boolean("add_cross_attention", default=False):
-            fields.refuse(
-                "'add_cross_attention' is true, but only decoders without an encoder are supported."
-            )
+            fields.refuse("'add_cross_attention' is true, but only decoders without an encoder are supported.")
         hidden_size = fields.integer("n_embd", "hidden_size")
         heads = fields.integer("n_head", "num_attention_heads")
         layers = fields.integer("n_layer", "num_hidden_layers")

@@ -111,14 +111,10 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
     key = "layer_types" if fields.has("layer_types") else "layers_block_type"
     written = fields.names(key) or (MAMBA,) * layers
     if len(written) != layers:
-        fields.refuse(
-            f"{key!r} must list one type for each of the {layers} layers, but it lists {len(written)}."
-        )
+        fields.refuse(f"{key!r} must list one type for each of the {layers} layers, but it lists {len(written)}.")
     for name in written:
         if name not in LAYER_TYPES:
-            fields.refuse(
-                f"{key!r} has {name!r}, which is not supported; supported: {', '.join(LAYER_TYPES)}."
-            )
+            fields.refuse(f"{key!r} has {name!r}, which is not supported; supported: {', '.join(LAYER_TYPES)}.")
     return tuple(LAYER_TYPES[name] for name in written)
 
 

@@ -34,8 +34,7 @@ class LlamaConfig(ModelConfig):
         other_layers = set(fields.names("layer_types")) - {ATTENTION, "full_attention"}
         if other_layers:
             fields.refuse(
-                f"'layer_types' has {', '.join(sorted(other_layers))}; "
-                f"supported for {model_type}: full_attention."
+                f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
             )
         return cls(
             model_type=model_type,

@@ -133,16 +133,12 @@ def _local(model: str | os.PathLike[str]) -> Path | None:
             return None
         if ggufs:
             names = ", ".join(file.name for file in ggufs[:6])
-            raise CheckpointError(
-                f"{path} holds {len(ggufs)} GGUF files ({names}): give the path of one of them."
-            )
+            raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files ({names}): give the path of one of them.")
         raise CheckpointError(
             f"The folder {path} has no config.json: give a folder with config.json, the tokenizer's files "
             "and *.safetensors, or a .gguf file."
         )
-    looks_like_a_path = (
-        text.startswith((".", "~", "/", "\\")) or not isinstance(model, str) or Path(text).is_absolute()
-    )
+    looks_like_a_path = text.startswith((".", "~", "/", "\\")) or not isinstance(model, str) or Path(text).is_absolute()
     if looks_like_a_path or (text.endswith(".gguf") and (text.count("/") < 2 or path.parent.is_dir())):
         raise CheckpointError(f"There is no file or folder {path}: check the path.")
     return None
@@ -154,9 +150,7 @@ def _local_file(path: Path) -> Path:
             return path
     if path.suffix in {".safetensors", ".json"}:
         raise CheckpointError(f"{path} is one file of a model: give its folder, {path.parent}, instead.")
-    raise CheckpointError(
-        f"{path} is no GGUF file: give a .gguf file, or a folder with config.json and *.safetensors."
-    )
+    raise CheckpointError(f"{path} is no GGUF file: give a .gguf file, or a folder with config.json and *.safetensors.")
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -141,9 +141,7 @@ def remove_repo(repo: str) -> int:
     folder = repo_folder(repo)
     if not folder.is_dir():
         return 0
-    freed = sum(
-        path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
-    )
+    freed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     shutil.rmtree(folder)
     shutil.rmtree(hub_cache() / ".locks" / folder.name, ignore_errors=True)
     return freed

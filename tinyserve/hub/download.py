@@ -55,9 +55,7 @@ class Listing:
     files: dict[str, RemoteFile]
 
 
-def fetch(
-    repo: str, revision: str, file: str | None = None, *, show: bool = True, patience: float = TIMEOUT
-) -> Path:
+def fetch(repo: str, revision: str, file: str | None = None, *, show: bool = True, patience: float = TIMEOUT) -> Path:
     """Download what `repo` needs to be loaded, or one file of it; the snapshot folder, or the file in it.
 
     `patience` is how long, in seconds, the Hub may take to answer at all. Raises HubError.
@@ -126,9 +124,7 @@ def choose_weights(listing: Listing, index: Path | None) -> list[str]:
         try:
             shards = cache.shards_of(index)
         except ValueError as error:
-            raise HubError(
-                f"{error}: tell the authors of {listing.repo}, or try another revision."
-            ) from error
+            raise HubError(f"{error}: tell the authors of {listing.repo}, or try another revision.") from error
         if missing := [shard for shard in shards if shard not in listing.files]:
             raise HubError(
                 f"{listing.repo} has no {missing[0]}, which its {cache.INDEX} names: tell its authors, or "
@@ -161,16 +157,12 @@ def _fetch_files(listing: Listing, file: str | None, show: bool) -> Path:
         ggufs = [name for name in listing.files if name.endswith(".gguf")]
         if len(ggufs) != 1:
             if not ggufs and any(name.endswith(".safetensors") for name in listing.files):
-                raise HubError(
-                    f"{listing.repo} has no config.json: choose a repository with a complete model."
-                )
+                raise HubError(f"{listing.repo} has no config.json: choose a repository with a complete model.")
             raise HubError(_nothing_to_load(listing))
         file = ggufs[0]
     if file is not None:
         if file not in listing.files:
-            names = (
-                ", ".join(name for name in listing.files if name.endswith(".gguf")) or "no GGUF file at all"
-            )
+            names = ", ".join(name for name in listing.files if name.endswith(".gguf")) or "no GGUF file at all"
             raise HubError(f"{listing.repo} has no {file}: it has {names}.")
         _download(listing, [file], show)
         return folder / file
@@ -178,9 +170,7 @@ def _fetch_files(listing: Listing, file: str | None, show: bool) -> Path:
     if cache.INDEX in listing.files and cache.WEIGHTS not in listing.files:
         _download(listing, [cache.INDEX], show=False)
         index = folder / cache.INDEX
-    _download(
-        listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), show
-    )
+    _download(listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), show)
     return folder
 
 
@@ -256,9 +246,7 @@ def _get(url: str, partial: Path, file: RemoteFile, bar: Bar) -> None:
         try:
             _stream(url, partial, have, lambda done: bar.at(file.name, done))
             if _size_of(partial) == have:
-                raise HubUnreachable(
-                    f"{endpoint()} sends nothing of {file.name} after byte {have}: try again later."
-                )
+                raise HubUnreachable(f"{endpoint()} sends nothing of {file.name} after byte {have}: try again later.")
         except errors.HfHubHTTPError as error:
             if error.response.status_code != 416:  # 416: the file ends where this partial one does
                 raise
@@ -305,9 +293,7 @@ def _check(path: Path, file: RemoteFile, *, whole: bool) -> None:
             try:
                 length = int.from_bytes(header, "little")
                 tensors = json.loads(stream.read(min(length, file.size or 0)))
-                ends = (
-                    tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"
-                )
+                ends = (tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
                 expected = 8 + length + max(ends, default=0)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise HubError(f"{file.name} has no safetensors header: {again}") from error

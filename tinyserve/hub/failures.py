@@ -45,9 +45,7 @@ def _explain(error: Exception, repo: str, revision: str, file: str | None) -> Hu
     page = f"{endpoint()}/{repo}"
     if isinstance(error, errors.GatedRepoError):
         if get_token() is None:
-            return HubError(
-                f"{repo} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`."
-            )
+            return HubError(f"{repo} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`.")
         return HubError(
             f"{repo} is gated and your token has no access: accept its licence at {page} with the account of "
             "that token, or set HF_TOKEN to another."
@@ -55,9 +53,7 @@ def _explain(error: Exception, repo: str, revision: str, file: str | None) -> Hu
     if isinstance(error, errors.LocalEntryNotFoundError):  # huggingface_hub's word for every failed request
         return HubUnreachable(unreachable(reason_of(error)))
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(
-            f"{repo} has no revision {revision!r}: its branches and commits are listed at {page}."
-        )
+        return HubError(f"{repo} has no revision {revision!r}: its branches and commits are listed at {page}.")
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{repo} has no {file or 'such file'} at revision {revision!r}: see {page}.")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -75,15 +71,11 @@ def _explain(error: Exception, repo: str, revision: str, file: str | None) -> Hu
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HubError(no_room(repo, "more than is free"))
     if isinstance(error, errors.HFValidationError):
-        return HubError(
-            f"{repo!r} is no repository id: it is owner/name, as in HuggingFaceTB/SmolLM2-135M-Instruct."
-        )
+        return HubError(f"{repo!r} is no repository id: it is owner/name, as in HuggingFaceTB/SmolLM2-135M-Instruct.")
     if isinstance(error, TimeoutError | ConnectionError | transport_error()):
         return HubUnreachable(unreachable(reason_of(error)))
     if isinstance(error, OSError):
-        return HubError(
-            f"{cache.hub_cache()} cannot be written ({reason_of(error)}): set HF_HOME to another folder."
-        )
+        return HubError(f"{cache.hub_cache()} cannot be written ({reason_of(error)}): set HF_HOME to another folder.")
     if isinstance(error, ValueError):  # no JSON where the Hub answers JSON: a portal, a filter
         return HubUnreachable(unreachable("the answer is not the Hub's"))
     return None

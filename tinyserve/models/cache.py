@@ -1,6 +1,6 @@
 """The key and value cache: pages of memory, one array of each kind a layer.
 
-Knows how much it holds and what a block costs; which block belongs to whom is told by block tables, made of ints, above.
+Knows what a block costs; which block belongs to whom is told by block tables, made of ints, above.
 """
 
 import numpy as np

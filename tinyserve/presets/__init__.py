@@ -40,9 +40,7 @@ class Preset:
 
 def names() -> list[str]:
     """Every preset's name, in alphabetical order; reads the folder and none of its files."""
-    return sorted(
-        file.name[: -len(".json")] for file in files(__name__).iterdir() if file.name.endswith(".json")
-    )
+    return sorted(file.name[: -len(".json")] for file in files(__name__).iterdir() if file.name.endswith(".json"))
 
 
 @cache

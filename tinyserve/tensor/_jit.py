@@ -39,7 +39,12 @@ def _compile(function: Callable[..., Any], parallel: bool) -> Any:
     numba_config.CACHE_DIR = str(cache_folder())
     try:
         return numba.njit(
-            cache=True, nogil=True, parallel=parallel, fastmath=FAST_MATH, error_model="numpy", boundscheck=False
+            cache=True,
+            nogil=True,
+            parallel=parallel,
+            fastmath=FAST_MATH,
+            error_model="numpy",
+            boundscheck=False,
         )(function)
     finally:
         numba_config.CACHE_DIR = before
@@ -59,7 +64,10 @@ def cache_folder() -> Path:
     processor = f"{cpu_name()} {cpu_features()}"
     key.update(f"{numba.__version__} {platform.python_version()} {processor}".encode())
     name = f"kernels-{key.hexdigest()[:16]}"
-    for root in (_user_cache(), Path(tempfile.gettempdir()) / f"tinyserve-{os.getuid() if hasattr(os, 'getuid') else 0}"):
+    for root in (
+        _user_cache(),
+        Path(tempfile.gettempdir()) / f"tinyserve-{os.getuid() if hasattr(os, 'getuid') else 0}",
+    ):
         try:
             (root / name).mkdir(parents=True, exist_ok=True)
         except OSError:

@@ -12,7 +12,17 @@ from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.simd import (
-    LANES, exp, first_lanes, fma, load, max_lane, maximum, splat, store, store_first, sum_lanes,
+    LANES,
+    exp,
+    first_lanes,
+    fma,
+    load,
+    max_lane,
+    maximum,
+    splat,
+    store,
+    store_first,
+    sum_lanes,
 )  # fmt: skip
 
 CHUNK = 4 * LANES  # keys that one step of the running softmax takes in

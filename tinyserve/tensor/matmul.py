@@ -11,7 +11,15 @@ from numba import prange
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.quant import BLOCK, PANEL, quantize_row
 from tinyserve.tensor.simd import (
-    dot_rows, fma_rows, load, load_first, load_tile, scaled_rows, start_rows, store_first, store_rows, zeros,
+    dot_rows,
+    fma_rows,
+    load_first,
+    load_tile,
+    scaled_rows,
+    start_rows,
+    store_first,
+    store_rows,
+    zeros,
 )  # fmt: skip
 
 PANELS = BLOCK // PANEL  # panels in a register tile

@@ -55,7 +55,7 @@ def _layer_row(x, weight, bias, eps, y, m):
 
 @parallel_kernel
 def layer_norm(x, weight, bias, eps):
-    """x (tokens, hidden), weight and bias (hidden,) -> weight · (x - mean) / sqrt(variance + eps) + bias, row by row."""
+    """x (tokens, hidden), weight and bias (hidden,) -> weight · (x - mean) / sqrt(variance + eps) + bias."""
     y = np.empty_like(x)
     if x.shape[0] == 1:
         _layer_row(x, weight, bias, eps, y, 0)

@@ -11,7 +11,17 @@ from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.simd import (
-    LANES, absolute, as_float, load, load_first, max_lane, maximum, round_to_int, splat, store_int8, sum_lanes_int,
+    LANES,
+    absolute,
+    as_float,
+    load,
+    load_first,
+    max_lane,
+    maximum,
+    round_to_int,
+    splat,
+    store_int8,
+    sum_lanes_int,
 )  # fmt: skip
 
 PANEL = 16  # outputs in a panel: one vector of sums

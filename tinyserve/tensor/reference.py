@@ -46,7 +46,11 @@ def pack_int8(w: Array, group: int) -> tuple[Array, Array]:
     with np.errstate(divide="ignore"):
         inverse = np.where(scales > 0, np.float32(1.0) / scales, np.float32(0.0)).astype(np.float32)
     bytes_ = (np.rint(groups * inverse[:, :, None]) + 128).astype(np.uint8).reshape(full.shape)
-    packed = bytes_.reshape(-1, PANEL, full.shape[1] // 4, 4).transpose(0, 2, 1, 3).reshape(-1, full.shape[1] // 4, 4 * PANEL)
+    packed = (
+        bytes_.reshape(-1, PANEL, full.shape[1] // 4, 4)
+        .transpose(0, 2, 1, 3)
+        .reshape(-1, full.shape[1] // 4, 4 * PANEL)
+    )
     return (
         np.ascontiguousarray(packed).view(np.int8),
         np.ascontiguousarray(scales.reshape(-1, PANEL, scales.shape[1]).transpose(0, 2, 1)),
@@ -66,9 +70,9 @@ def unpack_int8(packed: Array, scales: Array, N: int, K: int) -> Array:
 def quantize_16(x: Array, group: int) -> Array:
     """x (M, K) as 16-bit integers times a scale a group: what the activations of "w8a16" really are."""
     M, K = x.shape
-    groups = np.zeros((M, padded(K, group)), np.float32)
-    groups[:, :K] = x
-    groups = groups.reshape(M, -1, group)
+    full = np.zeros((M, padded(K, group)), np.float32)
+    full[:, :K] = x
+    groups = full.reshape(M, -1, group)
     scales = np.abs(groups).max(2, keepdims=True) / np.float32(LARGEST_16)
     integers = np.rint(groups / np.where(scales > 0, scales, 1))
     return (integers * scales).reshape(M, -1)[:, :K]
@@ -121,9 +125,7 @@ def apply_rope(x: Array, cosines: Array, sines: Array, positions: Array, heads: 
     ).reshape(len(x), -1)
 
 
-def store_kv(
-    qkv: Array, heads: int, kv_heads: int, head_dim: int, slots: Array, keys: Array, values: Array
-) -> None:
+def store_kv(qkv: Array, heads: int, kv_heads: int, head_dim: int, slots: Array, keys: Array, values: Array) -> None:
     parts = qkv.reshape(len(qkv), heads + 2 * kv_heads, head_dim)
     block, offset = np.divmod(slots, keys.shape[3])
     keys[block, :, :, offset] = parts[:, heads : heads + kv_heads]

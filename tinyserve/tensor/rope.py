@@ -12,7 +12,7 @@ from tinyserve.tensor.simd import LANES, fma, load_first, splat, store_first
 
 
 def rope_table(frequencies: np.ndarray, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """frequencies (head_dim/2,) -> cosines and sines (positions, head_dim/2), float32 throughout as the oracle's are."""
+    """frequencies (head_dim/2,) -> cosines and sines (positions, head_dim/2), all float32."""
     angles = np.outer(np.arange(positions, dtype=np.float32), frequencies.astype(np.float32))
     return np.cos(angles), np.sin(angles)
 

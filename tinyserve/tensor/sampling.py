@@ -40,5 +40,5 @@ def log_probabilities(logits: Array, chosen: int, count: int) -> dict[int, float
     wide = logits.astype(np.float64)
     shifted = wide - wide.max()
     normalised = shifted - np.log(np.exp(shifted).sum())
-    best = np.argsort(-normalised, kind="stable")[:count] if count else []
+    best: Array | list[int] = np.argsort(-normalised, kind="stable")[:count] if count else []
     return {int(token): float(normalised[token]) for token in dict.fromkeys([*best, chosen])}

@@ -48,7 +48,7 @@ f32x16, i32x16, i8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i8", 64)
 # --- operators: + - * on two vectors of one type; & << >> on integers ---------------------------------------------
 
 
-def _operator(symbol: Callable, on_floats: str | None, on_integers: str) -> None:
+def _operator(symbol: Callable, on_floats: str, on_integers: str) -> None:
     @infer_global(symbol)
     class Typing(AbstractTemplate):
         def generic(self, args, keywords):
@@ -66,9 +66,9 @@ _operator(operator.add, "fadd", "add")
 _operator(operator.sub, "fsub", "sub")
 _operator(operator.mul, "fmul", "mul")
 _operator(operator.truediv, "fdiv", "sdiv")
-_operator(operator.and_, None, "and_")
-_operator(operator.lshift, None, "shl")
-_operator(operator.rshift, None, "ashr")
+_operator(operator.and_, "", "and_")
+_operator(operator.lshift, "", "shl")
+_operator(operator.rshift, "", "ashr")
 
 
 # --- emitting IR --------------------------------------------------------------------------------------------------
@@ -185,7 +185,15 @@ def store_first(typing_context, array, index, vector, count):
     def codegen(context, builder, sig, args):
         pointer = _address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
         mask = _lanes_below(builder, args[3])
-        _call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), args[2], pointer, ir.Constant(_I32, 1), mask)
+        _call(
+            builder,
+            "llvm.masked.store.v16f32.p0",
+            ir.VoidType(),
+            args[2],
+            pointer,
+            ir.Constant(_I32, 1),
+            mask,
+        )
         return context.get_dummy_value()
 
     return types.void(array, types.intp, f32x16, types.intp), codegen
@@ -259,12 +267,12 @@ absolute = _function((_F,), _F, lambda b, x: _call(b, "llvm.fabs.v16f32", _F.llv
 round_to_int = _function((_F,), _I, lambda b, x: b.fptosi(_call(b, "llvm.rint.v16f32", _F.llvm, x), _I.llvm))
 to_float = _function((_I,), _F, lambda b, x: b.sitofp(x, _F.llvm))
 # The order of a sum is part of the result: pairwise over the lanes, by shuffles, the same on every processor.
-max_lane = _function((_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: _call(b, "llvm.maxnum.v16f32", _F.llvm, p, q)))
+max_lane = _function(
+    (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: _call(b, "llvm.maxnum.v16f32", _F.llvm, p, q))
+)
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
 sum_lanes_int = _function((_I,), types.int32, lambda b, x: _fold(b, x, b.add))
-first_lanes = _function(
-    (_F, _F, types.intp), _F, lambda b, x, other, count: b.select(_lanes_below(b, count), x, other)
-)
+first_lanes = _function((_F, _F, types.intp), _F, lambda b, x, other, count: b.select(_lanes_below(b, count), x, other))
 
 
 def _fold(builder, vector, combine):
@@ -277,7 +285,14 @@ def _fold(builder, vector, combine):
 
 
 # e^x = 2^n · e^r with |r| <= ln(2)/2; the polynomial is Cephes' expf, within 2 units in the last place.
-_EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 
 def _emit_exp(builder, x):
@@ -418,7 +433,13 @@ def store_rows(typing_context, y, index, stride, tile, panels, count):
                 mask = _lanes_below(builder, builder.sub(args[5], offset))
                 value = vectors[r * per_row + p]
                 _call(
-                    builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, ir.Constant(_I32, 1), mask
+                    builder,
+                    "llvm.masked.store.v16f32.p0",
+                    ir.VoidType(),
+                    value,
+                    pointer,
+                    ir.Constant(_I32, 1),
+                    mask,
                 )
             at = builder.add(at, args[2])
         return context.get_dummy_value()
@@ -469,7 +490,12 @@ def scaled_rows(typing_context, tile, sums, panels, x_scale, index, stride):
                 both = builder.fmul(w_scales[p], scale)
                 i = r * count + p
                 totals[i] = _call(
-                    builder, "llvm.fma.v16f32", f32x16.llvm, builder.sitofp(value, f32x16.llvm), both, totals[i]
+                    builder,
+                    "llvm.fma.v16f32",
+                    f32x16.llvm,
+                    builder.sitofp(value, f32x16.llvm),
+                    both,
+                    totals[i],
                 )
             at = builder.add(at, args[5])
         return context.make_tuple(builder, sig.return_type, totals)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import CheckpointError
+from tinyserve.tokenizer.processors import add_bos_and_eos
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,9 +22,7 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 def load_folder(folder: Path) -> dict[str, Any]:
     """Build the arguments of `Tokenizer` from a folder; CheckpointError names the file at fault."""
     config = _read_json(folder / "tokenizer_config.json")
-    named = _read_json(folder / "special_tokens_map.json") | {
-        k: v for k, v in config.items() if v is not None
-    }
+    named = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
     if (folder / "tokenizer.json").is_file():
         backend = _from_tokenizer_json(folder / "tokenizer.json")
@@ -36,14 +35,18 @@ def load_folder(folder: Path) -> dict[str, Any]:
     _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
     _mark_special(backend, special.values())
-    _add_bos_and_eos(backend, config, special)
-    bos, eos = (_ids_of(name, folder, backend, special) for name in ("bos_token", "eos_token"))
+    if not (folder / "tokenizer.json").is_file():  # which has its own way to add them, and wins
+        bos, eos = (
+            special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+        )
+        add_bos_and_eos(backend, bos, eos)
+    bos_ids, eos_ids = (_ids_of(name, folder, backend, special) for name in ("bos_token", "eos_token"))
     return {
         "backend": backend,
         "source": str(folder),
         "special_tokens": special,
-        "bos_token_id": bos[0] if bos else None,
-        "eos_token_ids": frozenset(eos),
+        "bos_token_id": bos_ids[0] if bos_ids else None,
+        "eos_token_ids": frozenset(eos_ids),
         "chat_templates": _chat_templates(folder, config),
     }
 
@@ -100,9 +103,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, decoder: Mapping[str, Mapping[str, Any]], folder: Path
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, decoder: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """Add what tokenizer_config.json knows and tokenizer.json does not, under the same ids."""
     from tokenizers import AddedToken
 
@@ -110,9 +111,7 @@ def _add_tokens(
     for token_id, token in sorted((int(i), token) for i, token in decoder.items()):
         if token_id in known:
             continue
-        flags = {
-            k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in token
-        }
+        flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in token}
         backend.add_tokens([AddedToken(token["content"], **flags)])
         if (actual := backend.token_to_id(token["content"])) != token_id:
             raise CheckpointError(
@@ -127,21 +126,6 @@ def _mark_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> Non
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     missing = sorted(set(contents) - special)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in missing])
-
-
-def _add_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """As transformers does: explicit flags win over tokenizer.json's post-processor."""
-    from tokenizers import processors
-
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    around = [(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
-    single = [token for token in (bos, "$A", eos) if token is not None]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
 
 
 def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import CheckpointError
 from tinyserve.tokenizer.pretokenizers import PRE_TOKENIZERS
+from tinyserve.tokenizer.processors import add_bos_and_eos
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,9 +44,7 @@ def load_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     if len(vocab) != len(pieces):
         raise CheckpointError(f"{source}: {_KEY}tokens has {len(pieces) - len(vocab)} tokens more than once.")
     if len(types) != len(pieces):
-        raise CheckpointError(
-            f"{source}: {_KEY}token_type has {len(types)} entries for {len(pieces)} {_KEY}tokens."
-        )
+        raise CheckpointError(f"{source}: {_KEY}token_type has {len(types)} entries for {len(pieces)} {_KEY}tokens.")
     # SentencePiece vocabularies have ids that files may leave unsaid; byte-level ones have none.
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
     ids = {name: _token_id(metadata, name, len(pieces), source, defaults.get(name)) for name in _NAMED}
@@ -57,7 +56,7 @@ def load_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
         # The library raises bare exceptions, for example for a merge whose parts are not tokens.
         raise CheckpointError(f"{source}: the tokenizer in {_KEY}* cannot be built: {error}.") from None
     _add_tokens(backend, pieces, types)
-    _add_bos_and_eos(
+    add_bos_and_eos(
         backend,
         pieces[ids["bos"]] if _flag(metadata, "add_bos_token", add_bos) and ids["bos"] is not None else None,
         pieces[ids["eos"]] if _flag(metadata, "add_eos_token") and ids["eos"] is not None else None,
@@ -65,9 +64,7 @@ def load_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {
         "backend": backend,
         "source": source,
-        "special_tokens": {
-            _NAMED[name]: pieces[i] for name, i in ids.items() if i is not None and _NAMED[name]
-        },
+        "special_tokens": {_NAMED[name]: pieces[i] for name, i in ids.items() if i is not None and _NAMED[name]},
         "bos_token_id": ids["bos"],
         "eos_token_ids": frozenset(i for name in ("eos", "eot", "eom") if (i := ids[name]) is not None),
         "chat_templates": _chat_templates(metadata),
@@ -99,9 +96,7 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool = False) -> bool
     return bool(metadata.get(_KEY + name, default))
 
 
-def _token_id(
-    metadata: Mapping[str, Any], name: str, vocab_size: int, source: str, default: int | None
-) -> int | None:
+def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int, source: str, default: int | None) -> int | None:
     key = f"{_KEY}{name}_token_id"
     token_id = metadata.get(key, default)
     if token_id is not None and not 0 <= token_id < vocab_size:
@@ -122,8 +117,7 @@ def _byte_level_bpe(
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         raise CheckpointError(
-            f"{source}: {_KEY}pre is {name!r}, which is not supported; "
-            f"supported: {', '.join(PRE_TOKENIZERS)}."
+            f"{source}: {_KEY}pre is {name!r}, which is not supported; supported: {', '.join(PRE_TOKENIZERS)}."
         )
     merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", source)]
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
@@ -134,9 +128,7 @@ def _byte_level_bpe(
         for patterns in (pre.patterns, pre.spelled_patterns)
     )
     # ByteLevel would put a space before every piece, so it is put before the text is cut.
-    prefix = (
-        [pre_tokenizers.Metaspace(" ", "first", split=False)] if _flag(metadata, "add_space_prefix") else []
-    )
+    prefix = [pre_tokenizers.Metaspace(" ", "first", split=False)] if _flag(metadata, "add_space_prefix") else []
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*prefix, *cut, spell, *cut_spelled])
     backend.decoder = decoders.ByteLevel()
@@ -155,11 +147,7 @@ def _sentencepiece_bpe(
     scores = _required(metadata, "scores", source)
     pieces = list(vocab)
     merges = _merges_from_scores(
-        {
-            piece: score
-            for piece, score, kind in zip(pieces, scores, types, strict=True)
-            if kind == TokenType.NORMAL
-        }
+        {piece: score for piece, score, kind in zip(pieces, scores, types, strict=True) if kind == TokenType.NORMAL}
     )
     unk = pieces[ids["unknown"]] if ids["unknown"] is not None else None
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
@@ -197,15 +185,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Ite
         if kind in special or kind == TokenType.USER_DEFINED
     ]
     backend.add_tokens(added)
-
-
-def _add_bos_and_eos(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-    from tokenizers import processors
-
-    around = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
-    if around:
-        single = [token for token in (bos, "$A", eos) if token is not None]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -79,21 +79,20 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode text; special tokens in it are recognised, BOS and EOS added as the checkpoint says."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            text.encode()
         except UnicodeEncodeError as error:
             code = f"U+{ord(text[error.start]):04X}"
             raise RequestError(
                 f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}."
             ) from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Encode a rendered chat template: it writes its own BOS, none is added, so there are never two."""
         return self.encode(rendered, add_special_tokens=False)
 
-    def decode(
-        self, ids: Sequence[int], skip_special_tokens: bool = True, *, continuation: bool = False
-    ) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, continuation: bool = False) -> str:
         """Decode ids; a `continuation` of other text keeps the space an SPM decoder drops at the start."""
         alphabet = self._alphabet
         if alphabet is None:
@@ -139,9 +138,7 @@ class Tokenizer:
         """
         template = self.chat_template or ""
         return self.eos_token_ids | {
-            i
-            for i, content in self._added.items()
-            if content in template and _bare_name(content) in END_OF_TURN_NAMES
+            i for i, content in self._added.items() if content in template and _bare_name(content) in END_OF_TURN_NAMES
         }
 
 

@@ -22,7 +22,22 @@ MAGIC = b"GGUF"
 # Element types of GGUF's metadata: 0..7 and 10..12 are numbers, 8 a string, 9 an array (gguf.GGUFValueType).
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-SUPPORTED = ("F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+SUPPORTED = (
+    "F32",
+    "F16",
+    "BF16",
+    "F64",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class _Cursor:
     """A position in the header. Reading past the end of the file raises CheckpointError."""
 
     def __init__(self, path: Path, data: Array):
-        self.path, self.data, self.at = path, memoryview(data), 0
+        self.path, self.data, self.at = path, data.data, 0
 
     def need(self, count: int) -> None:
         if count < 0 or self.at + count > len(self.data):
@@ -67,7 +82,9 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise CheckpointError(f"{self.path}: metadata of type {kind} at byte {self.at} is not GGUF; the file is corrupt.")
+            raise CheckpointError(
+                f"{self.path}: metadata of type {kind} at byte {self.at} is not GGUF; the file is corrupt."
+            )
         element, count = self.number("I"), self.number("Q")
         if element in _NUMBERS:
             form = f"<{count}{_NUMBERS[element]}"
@@ -102,7 +119,9 @@ def open_gguf(path: Path) -> GGUFFile:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
     if path.stat().st_size < 24:
-        raise CheckpointError(f"{path} is {path.stat().st_size} bytes long, too short for a GGUF file: download it again.")
+        raise CheckpointError(
+            f"{path} is {path.stat().st_size} bytes long, too short for a GGUF file: download it again."
+        )
     data = np.memmap(path, np.uint8, mode="r")
     cursor = _Cursor(path, data)
     if bytes(data[:4]) != MAGIC:
@@ -138,11 +157,14 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
     block, block_bytes = GGML_QUANT_SIZES[quantization]
     rows, columns = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1] if shape else 1
     if columns % block:
-        raise CheckpointError(f"{path}: tensor {name!r} has rows of {columns}, no multiple of {quantization.name}'s {block}.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has rows of {columns}, no multiple of {quantization.name}'s {block}."
+        )
     size = rows * columns // block * block_bytes
     if at + size > len(data):
         raise CheckpointError(
-            f"{path} is truncated: tensor {name!r} ends at byte {at + size}, the file at byte {len(data)}. Download it again."
+            f"{path} is truncated: tensor {name!r} ends at byte {at + size}, the file at byte {len(data)}; "
+            f"download it again."
         )
     raw = data[at : at + size].reshape(rows, -1)
     return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape))
@@ -150,7 +172,9 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
 
 def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
     if quantization.name in gguf_blocks.FAST:
-        return gguf_blocks.dequantize(raw.reshape(-1, raw.size * 32 // int(np.prod(shape))), quantization.name).reshape(shape)
+        return gguf_blocks.dequantize(raw.reshape(-1, raw.size * 32 // int(np.prod(shape))), quantization.name).reshape(
+            shape
+        )
     match quantization.name:
         case "F32":
             return np.asarray(raw).view(np.float32).reshape(shape)
@@ -191,7 +215,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
 
     raw = build(key, file)
     vocabulary = metadata.get("tokenizer.ggml.tokens")
-    raw["vocab_size"] = key("vocab_size", len(vocabulary) if vocabulary else file.tensors.tensors["token_embd.weight"].shape[0])
+    raw["vocab_size"] = key(
+        "vocab_size", len(vocabulary) if vocabulary else file.tensors.tensors["token_embd.weight"].shape[0]
+    )
     raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     raw["eos_token_id"] = sorted({end for end in ends if end is not None})
@@ -251,4 +277,7 @@ def _llama3_scaling(divisors: Array, key: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-_CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {"gpt2": _gpt2, "llama": _llama}
+_CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+}

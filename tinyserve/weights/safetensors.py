@@ -23,9 +23,9 @@ def open_safetensors(folder: Path) -> Checkpoint:
     tensors: dict[str, LazyTensor] = {}
     if (folder / INDEX).is_file():
         wanted = _read_index(folder / INDEX)
-        for file in sorted(set(wanted.values())):
-            shard = _open_file(folder / file)
-            tensors |= {name: tensor for name, tensor in shard.items() if wanted.get(name) == file}
+        for shard in sorted(set(wanted.values())):
+            found = _open_file(folder / shard)
+            tensors |= {name: tensor for name, tensor in found.items() if wanted.get(name) == shard}
         if missing := sorted(wanted.keys() - tensors.keys()):
             raise CheckpointError(
                 f"{folder / wanted[missing[0]]} lacks tensor {missing[0]!r}, which {INDEX} promises there: "
@@ -71,13 +71,26 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         convert = _CONVERT.get(entry["dtype"])
-        read = partial(_read, data[start + first : start + last], tuple(entry["shape"]), convert, entry["dtype"], name, path)
+        read = partial(
+            _read,
+            data[start + first : start + last],
+            tuple(entry["shape"]),
+            convert,
+            entry["dtype"],
+            name,
+            path,
+        )
         tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read)
     return tensors
 
 
 def _read(
-    data: Array, shape: tuple[int, ...], convert: Callable[[Array], Array] | None, dtype: str, name: str, path: Path
+    data: Array,
+    shape: tuple[int, ...],
+    convert: Callable[[Array], Array] | None,
+    dtype: str,
+    name: str,
+    path: Path,
 ) -> Array:
     if convert is None:
         raise CheckpointError(

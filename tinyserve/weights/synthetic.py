@@ -1,6 +1,6 @@
 """Random weights of the right names and shapes: a model's speed and memory without its download.
 
-Knows what a config implies and nothing of what a trained model looks like, beyond norms near one and matrices near zero.
+Knows what a config implies, and of trained models only that norms are near one and matrices near zero.
 """
 
 import math

@@ -1,0 +1,107 @@
+"""What `ask` and its subcommands share: a model and a prompt in, a streamed answer and its statistics out.
+
+Knows the Python API and the terminal; which words on the command line are the model is told by ask.py.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinyserve.errors import UserError
+
+if TYPE_CHECKING:
+    from tinyserve.llm import LLM
+    from tinyserve.sampling_params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything the command line said."""
+
+    model: str
+    prompt: str
+    params: "SamplingParams"
+    system: str | None = None
+    raw: bool = False
+    dtype: str = "auto"
+    threads: int | None = None
+    json: bool = False
+    quiet: bool = False
+
+
+def read_prompt(prompt: str | None, model: str) -> str:
+    """The prompt given, or standard input; raises UserError on a terminal, where waiting would look like hanging."""
+    if prompt is not None and prompt != "-":
+        return prompt
+    if sys.stdin is None or (sys.stdin.isatty() and prompt is None):
+        raise UserError(
+            f'There is no prompt for {model}: give one after it (tinyserve ask {model} "..."), or pipe it in.'
+        )
+    return sys.stdin.read()
+
+
+def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, float]":
+    """An LLM with a progress line, and the seconds it took from here."""
+    from tinyserve.cli._progress import StartLine
+
+    with StartLine(model) as line:
+        from tinyserve.llm import LLM
+
+        llm = LLM(model, dtype=dtype, num_threads=threads, progress=line, **options)
+    return llm, line.seconds
+
+
+def answer(question: Question) -> None:
+    """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
+    if not question.prompt.strip():
+        raise UserError("The prompt is empty: give some text to answer or to continue.")
+    llm, load_seconds = load(question.model, question.dtype, question.threads)
+    uses_template = llm.chat_template is not None and not question.raw
+    if question.system and not uses_template:
+        raise UserError(f"--system needs a chat template, which {llm.name} does not have (or --raw turns off).")
+    prompt: Any = question.prompt
+    if uses_template:
+        messages = [{"role": "system", "content": question.system}] if question.system else []
+        prompt = llm.chat_prompt([*messages, {"role": "user", "content": question.prompt}])
+    text, tokens, chunk = "", [], None
+    for chunk in llm.stream(prompt, question.params):
+        text += chunk.text
+        tokens += chunk.token_ids
+        if not question.json:
+            print(chunk.text, end="", flush=True)
+    assert chunk is not None  # a stream ends with a chunk that says why
+    statistics = {
+        "load_seconds": load_seconds,
+        "prompt_tokens": chunk.metrics.prompt_tokens,
+        "prefill_tokens_per_second": chunk.metrics.prefill_tokens_per_second,
+        "time_to_first_token_seconds": chunk.metrics.time_to_first_token,
+        "output_tokens": chunk.metrics.output_tokens,
+        "decode_tokens_per_second": chunk.metrics.decode_tokens_per_second,
+        "finish_reason": chunk.finish_reason,
+        "dtype": llm.dtype,
+        "threads": llm.num_threads,
+    }
+    if question.json:
+        print(json.dumps({"model": llm.name, "text": text, "token_ids": tokens, **statistics}, ensure_ascii=False))
+        return
+    print(flush=True)
+    if not question.quiet:
+        print(describe(statistics), file=sys.stderr)
+
+
+def describe(statistics: dict[str, Any]) -> str:
+    """The statistics as a line for people."""
+    decode = statistics["decode_tokens_per_second"]
+    parts = [
+        f"load {statistics['load_seconds']:.2f} s",
+        f"prefill {statistics['prompt_tokens']} tokens at {statistics['prefill_tokens_per_second']:.0f}/s",
+        f"first token after {statistics['time_to_first_token_seconds']:.2f} s",
+        f"{statistics['output_tokens']} tokens" + (f" at {decode:.0f}/s" if decode else ""),
+        f"{statistics['dtype']}, {statistics['threads']} threads",
+    ]
+    if statistics["finish_reason"] == "length":
+        parts.append("cut off at the token limit (--max-tokens)")
+    return "[" + " · ".join(parts) + "]"

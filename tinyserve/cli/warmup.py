@@ -1,0 +1,32 @@
+"""`tinyserve warmup`: everything a first answer would wait for, done ahead.
+
+Knows the Python API; what is compiled and where it is kept is in tensor/_jit.py.
+"""
+
+from typing import Annotated
+
+import typer
+
+from tinyserve import presets
+
+
+def warmup(
+    model: Annotated[str, typer.Argument(help="A preset, a repo id, a folder or a .gguf file.")] = presets.DEFAULT,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or int8 (the default).")] = "auto",
+) -> None:
+    """Download a model and compile its kernels, so that the next answer starts at once.
+
+    Kernels are compiled once a machine and dtype, and serve every model of the architecture.
+
+    Examples:
+
+      tinyserve warmup
+
+      tinyserve warmup gpt2 --dtype float32
+    """
+    from tinyserve.cli._answer import load
+    from tinyserve.sampling_params import SamplingParams
+
+    llm, seconds = load(model, dtype, None)
+    llm.generate([[0, 0, 0]], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({seconds:.1f} s).")
