@@ -125,14 +125,16 @@ def transformers_model(raw: Mapping[str, Any]) -> Any:
 def save_with_transformers(folder: Path, raw: Mapping[str, Any], dtype: str = "float32", **options: Any) -> Path:
     """A checkpoint's folder, saved by transformers in `dtype`; options go to save_pretrained."""
     import torch
+    import transformers
 
+    transformers.logging.disable_progress_bar()
     transformers_model(raw).to(getattr(torch, dtype)).save_pretrained(folder, **options)
     write_tokenizer(folder)
     return folder
 
 
 def transformers_logits(folder: Path, ids: list[int], **options: Any) -> Array:
-    """What transformers computes in float32 from a folder: (tokens, vocab)."""
+    """What transformers computes in float32 from a folder: (tokens, vocab); options go to from_pretrained."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """Templates render as transformers renders them, in a sandbox, and fail in one sentence."""
 
 from datetime import datetime
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import pytest
@@ -208,7 +208,7 @@ def test_a_tool_call_needs_no_content() -> None:
     assert render("{{ messages[0].content is none }}", [call]) == "True"
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     USER = "user"
 
 
@@ -235,7 +235,7 @@ def test_data_is_copied_as_json_and_left_alone() -> None:
         ),
         ("{{ 1 + 'a' }}", "The chat template of org/model fails at line 1: unsupported operand"),
         ("{{ ''.__class__.__mro__ }}", "at line 1: access to attribute '__class__' of 'str' object is unsafe."),
-        ("{{ raise_exception.__globals__ }}", "is unsafe"),
+        ("{{ raise_exception.__globals__.items() }}", "is unsafe"),
         ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe."),
         ("{{ range(10000000) | list }}", "Range too big"),
         ("{% include 'x' %}", "no loader for this environment"),
@@ -263,20 +263,26 @@ def test_roles_that_do_not_alternate_are_the_users_mistake() -> None:
     ("messages", "sentence"),
     [
         ([], "There are no messages"),
-        ("Hi", "Messages must be a list of objects with role and content, not a str."),
-        ({"role": "user", "content": "Hi"}, "Messages must be a list of objects with role and content, not a dict."),
-        (["Hi"], "messages[0] must be an object with role and content, not a str."),
+        ("Hi", "Messages must be a list of objects with role and content, but this is str."),
+        (
+            {"role": "user", "content": "Hi"},
+            "Messages must be a list of objects with role and content, but this is dict.",
+        ),
+        (["Hi"], "messages[0] must be an object with role and content, but this is str."),
         ([{"content": "Hi"}], "messages[0] must have a role"),
         ([{"role": "", "content": "Hi"}], "messages[0] must have a role"),
-        ([{"role": "user"}], "messages[0].content must be text or a list of text parts, not a null."),
-        ([{"role": "user", "content": 3}], "messages[0].content must be text or a list of text parts, not a int."),
+        ([{"role": "user"}], "messages[0].content must be text or a list of text parts, but this is null."),
+        (
+            [{"role": "user", "content": 3}],
+            "messages[0].content must be text or a list of text parts, but this is int.",
+        ),
         (
             [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "image_url"}]}],
             "messages[1].content[0] is of type 'image_url'",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text must be text"),
         ([{"role": "user", "content": [7]}], "messages[0].content[0] is of type 'int'"),
-        ([{"role": "user", "content": "a", "x": {1, 2}}], "messages[0].x must be JSON data, not a set."),
+        ([{"role": "user", "content": "a", "x": {1, 2}}], "messages[0].x must be JSON data, but this is set."),
     ],
 )
 def test_a_malformed_message_says_which_and_how(messages: Any, sentence: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ def stream(tokenizer: Tokenizer, ids: Sequence[int], **options: bool) -> list[st
 
 
 @either
+@settings(deadline=None)
 @given(text=texts)
 def test_text_survives_the_round_trip_and_the_stream(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -61,6 +62,7 @@ def test_text_survives_the_round_trip_and_the_stream(name: str, text: str) -> No
 
 
 @either
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -> None:
     """Ids that no text encodes to, unknown ids and lone bytes included."""
@@ -73,10 +75,9 @@ def test_any_ids_stream_to_what_they_decode_to(name: str, data: st.DataObject) -
     whole.encode()  # a lone surrogate would raise
 
 
+@settings(deadline=None)
 @given(text=texts, cut=st.data())
-def test_bytes_cut_anywhere_give_replacement_characters_only_where_decoding_does(
-    text: str, cut: st.DataObject
-) -> None:
+def test_bytes_cut_anywhere_give_replacement_characters_only_where_decoding_does(text: str, cut: st.DataObject) -> None:
     """Every byte is a token of its own; some are lost, as a model may lose them."""
     tokenizer = TOKENIZERS["sentencepiece"]
     first = tokenizer.encode("\x00", add_special_tokens=False)[-1]
@@ -181,6 +182,7 @@ def test_other_decoders_have_no_alphabet(decoder: dict[str, Any] | None) -> None
     assert alphabet_of(decoder) is None
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 4)))
 def test_another_decoder_streams_through_the_tokenizers_library(ids: list[int]) -> None:
     from tokenizers import AddedToken, decoders, models

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
@@ -113,6 +113,7 @@ FRAGMENTS = [
 
 
 @pytest.mark.parametrize("name", REFERENCES)
+@settings(deadline=None)
 @given(text=st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS)).map("".join)))
 def test_pre_tokenizers_cut_where_those_of_tokenizer_json_cut(name: str, text: str) -> None:
     text = text.encode("utf-8", "ignore").decode()
@@ -238,9 +239,7 @@ def test_a_folder_reads_tokenizer_json(tmp_path: Path, case: str) -> None:
     for text, ids in zip(CASES[case]["texts"], CASES[case]["ids"], strict=True):
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert tokenizer.chat_template is None and tokenizer.vocab_size == len(
-        CASES[case]["metadata"][KEY + "tokens"]
-    )
+    assert tokenizer.chat_template is None and tokenizer.vocab_size == len(CASES[case]["metadata"][KEY + "tokens"])
 
 
 def test_a_folder_reads_vocab_and_merges(tmp_path: Path) -> None:
@@ -314,19 +313,14 @@ def test_tokens_that_only_tokenizer_config_knows_are_added(tmp_path: Path) -> No
         Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}]
-)
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
 @pytest.mark.parametrize("saved_with_bos", [False, True])
-def test_a_folder_encodes_as_transformers_does(
-    tmp_path: Path, flags: dict[str, bool], saved_with_bos: bool
-) -> None:
+def test_a_folder_encodes_as_transformers_does(tmp_path: Path, flags: dict[str, bool], saved_with_bos: bool) -> None:
     transformers = pytest.importorskip("transformers")
     folder = write(
         tmp_path,
         tokenizer__json=tokenizer_json(add_bos_token=saved_with_bos),
-        tokenizer_config__json={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": None}
-        | flags,
+        tokenizer_config__json={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": None} | flags,
     )
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     ours = Tokenizer.from_folder(folder)
@@ -350,9 +344,7 @@ def test_a_folder_encodes_as_transformers_does(
         ({"vocab__json": {"a": 0}, "merges__txt": "x y"}, ["merges.txt"]),
     ],
 )
-def test_a_folder_without_a_tokenizer_names_the_file(
-    tmp_path: Path, files: dict[str, Any], words: list[str]
-) -> None:
+def test_a_folder_without_a_tokenizer_names_the_file(tmp_path: Path, files: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(CheckpointError) as error:
         Tokenizer.from_folder(write(tmp_path, **files))
     assert all(word in str(error.value) for word in [str(tmp_path), *words]), error.value
@@ -395,9 +387,7 @@ def test_chat_templates_of_a_gguf() -> None:
         (None, set()),
     ],
 )
-def test_end_tokens_are_eos_and_what_the_template_ends_turns_with(
-    template: str | None, ends: set[str]
-) -> None:
+def test_end_tokens_are_eos_and_what_the_template_ends_turns_with(template: str | None, ends: set[str]) -> None:
     added = [
         "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
         "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<start_of_turn>", "<end_of_turn>",
@@ -412,9 +402,7 @@ def test_end_tokens_are_eos_and_what_the_template_ends_turns_with(
         token_type=base[KEY + "token_type"] + [TokenType.CONTROL] * len(added),
         eos_token_id=eos,
     )
-    tokenizer = Tokenizer.from_gguf(
-        metadata | ({"tokenizer.chat_template": template} if template else {}), "f"
-    )
+    tokenizer = Tokenizer.from_gguf(metadata | ({"tokenizer.chat_template": template} if template else {}), "f")
     expected = {eos, *(len(base[KEY + "tokens"]) + added.index(end) for end in ends)}
     assert tokenizer.end_tokens() == expected
     assert tokenizer.eos_token_ids == {eos}
@@ -433,9 +421,7 @@ def test_importing_the_tokenizer_imports_no_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.skipif(
-    "TINYSERVE_TEST_GGUF" not in os.environ, reason="needs a GGUF file in TINYSERVE_TEST_GGUF"
-)
+@pytest.mark.skipif("TINYSERVE_TEST_GGUF" not in os.environ, reason="needs a GGUF file in TINYSERVE_TEST_GGUF")
 def test_a_real_file_encodes_as_llama_cpp_does() -> None:
     """Whole vocabularies, random text; assigned characters only, since Unicode versions differ."""
     gguf, llama_cpp = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")

@@ -72,7 +72,7 @@ class ChatTemplate:
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages as plain data with text content; RequestError says which one is malformed, and how."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"Messages must be a list of objects with role and content, not a {_kind(messages)}.")
+        raise RequestError(f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.")
     if not messages:
         raise RequestError("There are no messages; give at least one, with role and content.")
     return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -80,7 +80,7 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object with role and content, not a {_kind(message)}.")
+        raise RequestError(f"{where} must be an object with role and content, but this is {_kind(message)}.")
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise RequestError(f"{where} must have a role, such as system, user or assistant.")
     plain: dict[str, Any] = _plain(message, where)
@@ -90,7 +90,7 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     elif content is None and message.get("tool_calls"):
         plain["content"] = None
     elif not isinstance(content, str):
-        raise RequestError(f"{where}.content must be text or a list of text parts, not a {_kind(content)}.")
+        raise RequestError(f"{where}.content must be text or a list of text parts, but this is {_kind(content)}.")
     return plain
 
 
@@ -101,7 +101,7 @@ def _text(part: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
         raise RequestError(f"{where} is of type {kind!r}, but these models read only parts of type 'text'.")
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.text must be text, not a {_kind(part.get('text'))}.")
+        raise RequestError(f"{where}.text must be text, but this is {_kind(part.get('text'))}.")
     return str(part["text"])
 
 
@@ -120,7 +120,7 @@ def _plain(value: Any, where: str) -> Any:
     for base in (str, int, float):  # an enum, say: only what it is as JSON
         if isinstance(value, base):
             return json.loads(json.dumps(value))
-    raise RequestError(f"{where} must be JSON data, not a {_kind(value)}.")
+    raise RequestError(f"{where} must be JSON data, but this is {_kind(value)}.")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

