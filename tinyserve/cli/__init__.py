@@ -3,13 +3,15 @@
 Every error becomes one sentence on stderr and an exit code; TINYSERVE_DEBUG=1 lets unforeseen ones through.
 """
 
+import io
 import os
 import sys
+from typing import Any
 
 import typer
 
 from tinyserve import __version__
-from tinyserve.cli.ask import ask_app
+from tinyserve.cli.ask import ANY, ask_app
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
 from tinyserve.cli.compare import compare
@@ -18,17 +20,37 @@ from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
 from tinyserve.cli.rm import rm
 from tinyserve.cli.warmup import warmup
-from tinyserve.errors import TinyserveError
+from tinyserve.errors import TinyserveError, UserError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
+_UsageError = typer.BadParameter.__mro__[1]  # from click, which newer versions of Typer bring along
+
+
+class Commands(typer.core.TyperGroup):
+    """Lists the commands in the order in which a new user needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in _ORDER if name in self.commands]
+
+
+_ORDER = ("ask", "chat", "bench", "inspect-config", "compare", "pull", "list", "rm", "warmup")
 
 app = typer.Typer(
     name="tinyserve",
-    help="Run GPT-2, Llama, Mistral and SmolLM2 on a CPU, from Hugging Face checkpoints and GGUF files.",
-    epilog="Start with:  tinyserve ask 'What is the capital of France?'",
-    no_args_is_help=True,
+    cls=Commands,
+    help="""Run GPT-2, Llama, Mistral and SmolLM2 on a CPU, from Hugging Face checkpoints and GGUF files.
+
+\b
+Start with:
+  tinyserve ask "What is the capital of France?"
+  tinyserve chat
+  tinyserve list --presets
+""",
+    epilog="tinyserve COMMAND --help explains a command. Errors end with code 2 where the command line, a file or a "
+    "prompt is wrong, and with 1 otherwise.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help keeps examples in their lines, and starts sooner
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -58,8 +80,11 @@ app.command("warmup")(warmup)
 
 def main() -> None:
     """Run a command line; the process ends here, with 0, 1 (our fault), 2 (the user's), 130 or 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
-        app(standalone_mode=True)
+        _end("", run(sys.argv[1:]))
     except TinyserveError as error:
         _end(f"tinyserve: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -76,6 +101,27 @@ def main() -> None:
         )
 
 
+def run(arguments: list[str]) -> int:
+    """Parse and call; returns the exit code. Raises UserError for a command line that cannot be parsed.
+
+    Typer's own entry would turn a closed pipe into exit code 1 and a usage error into four lines.
+    """
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("tinyserve", list(arguments or ["--help"])) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:  # a question answered by Ctrl-C or Ctrl-D
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except _UsageError as error:
+        words = " ".join(error.format_message().split()).rstrip(".")
+        path = error.ctx.command_path if error.ctx else "tinyserve"
+        raise UserError(f"{words}; see {path.removesuffix(' ' + ANY)} --help.") from None
+    return 0
+
+
 def _end(message: str, code: int) -> None:
     if message:
         print(message, file=sys.stderr)
@@ -84,4 +130,5 @@ def _end(message: str, code: int) -> None:
     except BrokenPipeError:
         # The interpreter flushes once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or PIPE_CLOSED
     raise SystemExit(code)

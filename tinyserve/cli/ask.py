@@ -20,34 +20,53 @@ class AskGroup(typer.core.TyperGroup):
     """Sends a first word that is no subcommand, and options before it, to the hidden one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+        if not args and sys.stdin is not None and sys.stdin.isatty():
+            args = ["--help"]
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
             args = [ANY, *args]
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Show the options that every subcommand has, then the subcommands."""
+        self.commands[ANY].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+class AnyModel(typer.core.TyperCommand):
+    """The hidden subcommand: its name is not in its usage line either."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        formatter.write_usage(ctx.parent.command_path, "[OPTIONS] [MODEL] [PROMPT]")
 
 
 ask_app = typer.Typer(
     cls=AskGroup,
-    no_args_is_help=True,
-    help="""Ask a model one question; the answer is streamed to stdout, statistics go to stderr.
+    rich_markup_mode=None,
+    subcommand_metavar="[MODEL] [PROMPT]",
+    help="""Ask a model one question.
 
-MODEL is a subcommand below, any preset (tinyserve list --presets), a Hugging Face repo id, a folder of safetensors
-or a .gguf file. Without a model the default one answers, smollm2-135m. A model without a prompt reads it from stdin.
+The answer is streamed to stdout, statistics go to stderr. MODEL is a family below, any preset
+(tinyserve list --presets), a Hugging Face repo id, a folder of safetensors or a .gguf file; without one,
+smollm2-135m answers. Without a prompt, or with "-", the prompt is read from standard input.
 
+\b
 Examples:
-
   tinyserve ask "What is the capital of France?"
-
   tinyserve ask gpt2 "The capital of France is" --max-tokens 20
-
   tinyserve ask ./my-model.gguf "Hello" --temp 0.7 --seed 1
-
   cat letter.txt | tinyserve ask smollm2-135m --system "Summarise in one sentence."
 """,
-    epilog="Options of every subcommand: tinyserve ask gpt2 --help",
+    epilog="The families come in sizes: tinyserve ask llama --help.",
 )
 
-Prompt = Annotated[str | None, typer.Argument(help="The text to answer or continue; stdin when left out or '-'.")]
-Temperature = Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy; higher is more random.")]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", help="The text to answer or continue; standard input when left out, or '-'."),
+]
+Temperature = Annotated[float, typer.Option("--temperature", "--temp", "-t", help="0 is greedy; higher is more random.")]
 MaxTokens = Annotated[int, typer.Option(help="At most this many new tokens.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", help="Draw from this many most likely tokens; 0 from all.")]
 TopP = Annotated[
@@ -55,11 +74,12 @@ TopP = Annotated[
 ]
 MinP = Annotated[float, typer.Option(help="Draw from tokens at least this probable relative to the best.")]
 Seed = Annotated[int | None, typer.Option(help="Makes a random answer repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; can be given several times.")]
-System = Annotated[str | None, typer.Option(help="A system message, for models that chat.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End the answer before this text; can be given several times."),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or int8 (the default, also called w8a16).")]
-Threads = Annotated[int | None, typer.Option(help="Threads; by default the cores this process may use.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and statistics.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 

@@ -30,10 +30,9 @@ def bench(
 
     Nothing is downloaded: a preset that is not on this disk gets synthetic weights, which are as fast.
 
+    \b
     Examples:
-
       tinyserve bench smollm2-135m
-
       tinyserve bench gpt2 --prefill 512 --dtype float32 --json
     """
     from tinyserve import bench as measure

@@ -31,10 +31,9 @@ def chat(
 
     Inside: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
+    \b
     Examples:
-
       tinyserve chat
-
       tinyserve chat smollm2-360m --system "You are a pirate." --temp 0.7
     """
     from tinyserve.cli._answer import load

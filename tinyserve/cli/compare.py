@@ -26,10 +26,9 @@ def compare(
 ) -> None:
     """Compare architectures: attention, position, norm, block, parameters, cache and work. Offline.
 
+    \b
     Examples:
-
       tinyserve compare gpt2 falcon-7b llama-3.2-1b granite-350m
-
       tinyserve compare mistral-7b llama-7b --markdown
     """
     if json_ and markdown:

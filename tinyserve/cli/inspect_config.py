@@ -30,12 +30,10 @@ def inspect_config(
 ) -> None:
     """Show a model's layer map, parameters, memory by dtype, cache and roofline. Offline, no weights.
 
+    \b
     Examples:
-
       tinyserve inspect-config granite-350m
-
       tinyserve inspect-config ./my-model --bandwidth 80
-
       tinyserve inspect-config falcon-7b --json
     """
     raw, source = load_raw_config(model)

@@ -11,13 +11,11 @@ def list_models(
 ) -> None:
     """List the downloaded models: name, size and path.
 
+    \b
     Examples:
-
-        tinyserve list
-
-        tinyserve list --presets
-
-        tinyserve list --json
+      tinyserve list
+      tinyserve list --presets
+      tinyserve list --json
     """
     rows = _preset_rows() if presets else _cached_rows()
     if as_json:

@@ -17,13 +17,11 @@ def pull(
     Only what is needed is downloaded: config, tokenizer, chat template and safetensors; never pickles.
     HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 
+    \b
     Examples:
-
-        tinyserve pull smollm2-135m
-
-        tinyserve pull Qwen/Qwen2-0.5B --revision main
-
-        tinyserve pull bartowski/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct-Q8_0.gguf
+      tinyserve pull smollm2-135m
+      tinyserve pull Qwen/Qwen2-0.5B --revision main
+      tinyserve pull bartowski/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct-Q8_0.gguf
     """
     from tinyserve.hub import resolve
 

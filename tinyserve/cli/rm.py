@@ -12,11 +12,10 @@ def rm(
 ) -> None:
     """Delete a downloaded model, with all its revisions and unfinished downloads.
 
+    \b
     Examples:
-
-        tinyserve rm gpt2
-
-        tinyserve rm owner/name --yes
+      tinyserve rm gpt2
+      tinyserve rm owner/name --yes
     """
     from tinyserve.errors import UserError
     from tinyserve.hub import remove

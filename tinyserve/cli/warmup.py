@@ -18,10 +18,9 @@ def warmup(
 
     Kernels are compiled once a machine and dtype, and serve every model of the architecture.
 
+    \b
     Examples:
-
       tinyserve warmup
-
       tinyserve warmup gpt2 --dtype float32
     """
     from tinyserve.cli._answer import load

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from tinyserve.config import LlamaConfig, RopeParameters
+from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerCache
@@ -124,11 +125,24 @@ def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
                 tensors[f"model.norm.{kind}"] = tensor
             case ["output", kind]:
                 tensors[f"lm_head.{kind}"] = tensor
+            case ["rope_freqs", "weight"]:
+                _check_divisors(tensor, config)
             case ["blk", layer, part, kind] if part in _GGUF_NAMES:
                 if part in heads:
                     tensor = tensor.map(partial(_rotate_halves, heads=heads[part]), tensor.shape)
                 tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
     return Checkpoint(tensors, checkpoint.source)
+
+
+def _check_divisors(tensor: LazyTensor, config: LlamaConfig) -> None:
+    """GGUF's rope_freqs divide the frequencies: what the config's rule makes of them must come to the same."""
+    plain = rope_frequencies(RopeParameters(config.rope.rope_theta), config.head_dim)
+    expected = plain / rope_frequencies(config.rope, config.head_dim)
+    if tensor.shape != expected.shape or not np.allclose(tensor.read(), expected, rtol=1e-4):
+        raise CheckpointError(
+            f"{tensor.file}: tensor 'rope_freqs.weight' is not Llama 3's scaling of {config.rope.factor:g} from "
+            f"{config.rope.original_max_position_embeddings} positions, and no other is supported."
+        )
 
 
 def _rotate_halves(weight: Array, heads: int) -> Array:

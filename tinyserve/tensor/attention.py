@@ -4,7 +4,9 @@ FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; pages: Kwon et a
 keys transposed, (kv_heads, head_dim, block_size), so that one vector is 16 keys and a score needs no sum over lanes,
 and values as (kv_heads, block_size, head_dim padded to 16), so that one vector is 16 numbers of the output.
 
-Every query walks its keys in chunks of 64 that start at multiples of 64, whoever else is in the batch.
+Every query walks its keys in chunks of 64 that start at multiples of 64, whoever else is in the batch. Queries that see
+the same keys go together in a register tile, to load each key once: neighbouring tokens of a prompt, or, when decoding,
+the query heads that share a key head. A query for which a chunk is wholly masked is left as it was, to the bit.
 """
 
 import numpy as np
@@ -15,17 +17,25 @@ from tinyserve.tensor.simd import (
     LANES,
     exp,
     first_lanes,
-    fma,
+    fma_rows,
     load,
+    load_panels,
+    load_rows,
+    load_tile,
     max_lane,
     maximum,
     splat,
     store,
     store_first,
+    store_rows,
     sum_lanes,
-)  # fmt: skip
+    zeros,
+)
 
-CHUNK = 4 * LANES  # keys that one step of the running softmax takes in
+PANELS = 4
+CHUNK = PANELS * LANES  # keys that one step of the running softmax takes in
+MOST_ROWS = 6  # queries that share the keys they load
+WINDOW = 4 * MOST_ROWS  # tokens of a work item
 
 
 @kernel
@@ -53,88 +63,118 @@ def store_kv(qkv, heads, kv_heads, head_dim, slots, keys, values):
             _store_token(qkv, heads, kv_heads, head_dim, slots[m], keys, values, m)
 
 
-@kernel
-def _attend(qkv, q_at, head_dim, kv_head, keys, values, blocks, position, first, scale, weights, total, out, out_at):
-    """One query head of one token: keys first..position of the sequence whose pages are `blocks`."""
-    kv_heads, block_size, width = values.shape[1], values.shape[2], values.shape[3]
-    minus_infinity, scales = splat(np.float32(-np.inf)), splat(scale)
-    largest, denominator = np.float32(-np.inf), np.float32(0.0)
-    total[:] = np.float32(0.0)
-    for start in range(first // CHUNK * CHUNK, position + 1, CHUNK):
-        count = min(CHUNK, position + 1 - start)
-        # Vectors past the last key read the chunk's first page again, and are masked.
-        k0 = _key_address(blocks, start, start, position, kv_heads, kv_head, head_dim, block_size)
-        k1 = _key_address(blocks, start + LANES, start, position, kv_heads, kv_head, head_dim, block_size)
-        k2 = _key_address(blocks, start + 2 * LANES, start, position, kv_heads, kv_head, head_dim, block_size)
-        k3 = _key_address(blocks, start + 3 * LANES, start, position, kv_heads, kv_head, head_dim, block_size)
-        s0 = s1 = s2 = s3 = splat(np.float32(0.0))
-        for d in range(head_dim):
-            q = splat(qkv[q_at + d])
-            s0 = fma(load(keys, k0 + d * block_size), q, s0)
-            s1 = fma(load(keys, k1 + d * block_size), q, s1)
-            s2 = fma(load(keys, k2 + d * block_size), q, s2)
-            s3 = fma(load(keys, k3 + d * block_size), q, s3)
-        s0 = first_lanes(s0 * scales, minus_infinity, count)
-        s1 = first_lanes(s1 * scales, minus_infinity, count - LANES)
-        s2 = first_lanes(s2 * scales, minus_infinity, count - 2 * LANES)
-        s3 = first_lanes(s3 * scales, minus_infinity, count - 3 * LANES)
-        if start < first:
-            s0 = first_lanes(minus_infinity, s0, first - start)
-            s1 = first_lanes(minus_infinity, s1, first - start - LANES)
-            s2 = first_lanes(minus_infinity, s2, first - start - 2 * LANES)
-            s3 = first_lanes(minus_infinity, s3, first - start - 3 * LANES)
-        before = largest
-        largest = max(largest, max_lane(maximum(maximum(s0, s1), maximum(s2, s3))))
-        shift = splat(largest)
-        p0, p1, p2, p3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
-        shrink = np.exp(before - largest)
-        denominator = denominator * shrink + sum_lanes((p0 + p1) + (p2 + p3))
-        store(weights, 0, p0)
-        store(weights, LANES, p1)
-        store(weights, 2 * LANES, p2)
-        store(weights, 3 * LANES, p3)
-        _add_values(values, weights, total, blocks, start, max(first, start), start + count, kv_head, shrink)
-    inverse = splat(np.float32(1.0) / denominator)
-    for d in range(0, width, LANES):
-        store_first(out, out_at + d, load(total, d) * inverse, head_dim - d)
+def _query_tile(ROWS):
+    """A kernel for ROWS queries: row r stands `step` positions after the row before, and `q_stride` numbers further on."""
+    SIZE = ROWS * PANELS
+
+    @kernel
+    def tile(
+        q, q_at, q_stride, out, out_at, out_stride, keys, values, blocks, kv_head, position, step, window, scale, scratch
+    ):  # fmt: skip
+        kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
+        # In the scratch: each row's weights of a chunk, then its output so far, then its largest score and its sum.
+        total_at = MOST_ROWS * CHUNK
+        largest_at = total_at + MOST_ROWS * width
+        for r in range(ROWS):
+            scratch[largest_at + 2 * r] = -np.inf
+            scratch[largest_at + 2 * r + 1] = 0.0
+            for d in range(0, width, LANES):
+                store(scratch, total_at + r * width + d, splat(np.float32(0.0)))
+        last = position + (ROWS - 1) * step
+        for start in range(_first_key(position, window) // CHUNK * CHUNK, last + 1, CHUNK):
+            # Vectors past the last key read the chunk's first page again, and are masked.
+            k0 = _key_address(blocks, start, start, last, kv_heads, kv_head, head_dim, block_size)
+            k1 = _key_address(blocks, start + LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+            k2 = _key_address(blocks, start + 2 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+            k3 = _key_address(blocks, start + 3 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+            scores = zeros(SIZE)
+            for d in range(head_dim):
+                at = d * block_size
+                scores = fma_rows(scores, load_panels(keys, k0 + at, k1 + at, k2 + at, k3 + at), q, q_at + d, q_stride)
+            store_rows(scratch, 0, CHUNK, scores, PANELS, CHUNK)
+            for r in range(ROWS):
+                row_position = position + r * step
+                _softmax_step(
+                    scratch, r * CHUNK, total_at + r * width, width, largest_at + 2 * r, scale,
+                    _first_key(row_position, window) - start, row_position + 1 - start,
+                )  # fmt: skip
+            stop = min(start + CHUNK, last + 1)
+            for d in range(0, width // CHUNK * CHUNK, CHUNK):
+                total = load_rows(ROWS, PANELS, scratch, total_at + d, width)
+                for key in range(start, stop):
+                    at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
+                    total = fma_rows(total, load_tile(PANELS, values, at, LANES), scratch, key - start, CHUNK)
+                store_rows(scratch, total_at + d, width, total, PANELS, CHUNK)
+            for d in range(width // CHUNK * CHUNK, width, LANES):
+                narrow = load_rows(ROWS, 1, scratch, total_at + d, width)
+                for key in range(start, stop):
+                    at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
+                    narrow = fma_rows(narrow, load_tile(1, values, at, LANES), scratch, key - start, CHUNK)
+                store_rows(scratch, total_at + d, width, narrow, 1, LANES)
+        for r in range(ROWS):
+            inverse = splat(np.float32(1.0) / scratch[largest_at + 2 * r + 1])
+            for d in range(0, head_dim, LANES):
+                answer = load(scratch, total_at + r * width + d) * inverse
+                store_first(out, out_at + r * out_stride + d, answer, head_dim - d)
+
+    return tile
+
+
+_query_tile_1, _query_tile_3, _query_tile_6 = _query_tile(1), _query_tile(3), _query_tile(MOST_ROWS)
 
 
 @kernel
-def _key_address(blocks, key, start, position, kv_heads, kv_head, head_dim, block_size):
-    """The flat index of key `key`'s first number; of the chunk's first key where `key` is past the position."""
-    if key > position:
+def _first_key(position, window):
+    """The first position that a query at `position` sees."""
+    return max(0, position - window + 1) if window > 0 else 0
+
+
+@kernel
+def _key_address(blocks, key, start, last, kv_heads, kv_head, head_dim, block_size):
+    """The flat index of key `key`'s first number; of the chunk's first key where `key` is past the last."""
+    if key > last:
         key = start
     page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
     return page * head_dim * block_size + key % block_size
 
 
 @kernel
-def _add_values(values, weights, total, blocks, start, first, last, kv_head, shrink):
-    """total = total · shrink + sum over the chunk's keys first..last-1 of weight · value."""
-    kv_heads, block_size, width = values.shape[1], values.shape[2], values.shape[3]
-    shrinks = splat(shrink)
-    for d in range(0, width // CHUNK * CHUNK, CHUNK):
-        o0, o1 = load(total, d) * shrinks, load(total, d + LANES) * shrinks
-        o2, o3 = load(total, d + 2 * LANES) * shrinks, load(total, d + 3 * LANES) * shrinks
-        for key in range(first, last):
-            page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
-            at = (page * block_size + key % block_size) * width + d
-            p = splat(weights[key - start])
-            o0 = fma(load(values, at), p, o0)
-            o1 = fma(load(values, at + LANES), p, o1)
-            o2 = fma(load(values, at + 2 * LANES), p, o2)
-            o3 = fma(load(values, at + 3 * LANES), p, o3)
-        store(total, d, o0)
-        store(total, d + LANES, o1)
-        store(total, d + 2 * LANES, o2)
-        store(total, d + 3 * LANES, o3)
-    for d in range(width // CHUNK * CHUNK, width, LANES):
-        o = load(total, d) * shrinks
-        for key in range(first, last):
-            page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
-            at = (page * block_size + key % block_size) * width + d
-            o = fma(load(values, at), splat(weights[key - start]), o)
-        store(total, d, o)
+def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
+    """The flat index of the first number of key `key`'s value."""
+    page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
+    return (page * block_size + key % block_size) * width
+
+
+@kernel
+def _softmax_step(scratch, scores_at, total_at, width, largest_at, scale, first, count):
+    """Turn a row's scores of one chunk into weights, of which lanes first..count-1 count, and shrink its past to match."""
+    scales, minus_infinity = splat(scale), splat(np.float32(-np.inf))
+    s0 = first_lanes(load(scratch, scores_at) * scales, minus_infinity, count)
+    s1 = first_lanes(load(scratch, scores_at + LANES) * scales, minus_infinity, count - LANES)
+    s2 = first_lanes(load(scratch, scores_at + 2 * LANES) * scales, minus_infinity, count - 2 * LANES)
+    s3 = first_lanes(load(scratch, scores_at + 3 * LANES) * scales, minus_infinity, count - 3 * LANES)
+    if first > 0:
+        s0 = first_lanes(minus_infinity, s0, first)
+        s1 = first_lanes(minus_infinity, s1, first - LANES)
+        s2 = first_lanes(minus_infinity, s2, first - 2 * LANES)
+        s3 = first_lanes(minus_infinity, s3, first - 3 * LANES)
+    before = scratch[largest_at]
+    largest = max(before, max_lane(maximum(maximum(s0, s1), maximum(s2, s3))))
+    # Nothing seen yet and nothing here: any finite shift gives weights of zero, where -inf would give nan.
+    finite = largest if largest > -np.inf else np.float32(0.0)
+    shift = splat(finite)
+    p0, p1, p2, p3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
+    store(scratch, scores_at, p0)
+    store(scratch, scores_at + LANES, p1)
+    store(scratch, scores_at + 2 * LANES, p2)
+    store(scratch, scores_at + 3 * LANES, p3)
+    if largest > before:
+        shrink = np.exp(before - finite)
+        for d in range(0, width, LANES):
+            store(scratch, total_at + d, load(scratch, total_at + d) * splat(shrink))
+        scratch[largest_at] = largest
+        scratch[largest_at + 1] *= shrink
+    scratch[largest_at + 1] += sum_lanes((p0 + p1) + (p2 + p3))
 
 
 @parallel_kernel
@@ -142,21 +182,53 @@ def attention(qkv, heads, keys, values, block_tables, sequence_of, positions, sc
     """softmax(q · kᵀ · scale) · v of every token over its own sequence, up to and including itself.
 
     qkv (tokens, (heads + 2·kv_heads)·head_dim), keys and values as `store_kv` wrote them, block_tables (sequences,
-    most blocks) int32, sequence_of and positions (tokens,) int64; window: how many keys back a query sees, 0 for all.
-    Query head h reads kv head h · kv_heads // heads, which makes MHA, GQA and MQA one rule. -> (tokens, heads·head_dim)
+    most blocks) int32, sequence_of and positions (tokens,) int64, tokens of a sequence side by side and in order;
+    window: how many keys back a query sees, 0 for all. Query head h reads key head h · kv_heads // heads, which makes
+    MHA, GQA and MQA one rule. -> (tokens, heads·head_dim)
     """
     tokens, head_dim, kv_heads = qkv.shape[0], keys.shape[2], keys.shape[1]
-    out = np.empty((tokens, heads * head_dim), np.float32)
-    flat = qkv.ravel()
-    for item in prange(tokens * heads):
-        head, m = item // tokens, item % tokens
-        weights = np.empty(CHUNK, np.float32)
-        total = np.empty(values.shape[3], np.float32)
-        position = positions[m]
-        first = max(0, position - window + 1) if window > 0 else 0
-        _attend(
-            flat, m * qkv.shape[1] + head * head_dim, head_dim, head * kv_heads // heads, keys, values,
-            block_tables[sequence_of[m]], position, first, scale, weights, total,
-            out, (m * heads + head) * head_dim,
-        )  # fmt: skip
+    group, q_width, out_width = heads // kv_heads, qkv.shape[1], heads * head_dim
+    out, q = np.empty((tokens, out_width), np.float32), qkv.ravel()
+    windows = (tokens + WINDOW - 1) // WINDOW
+    for item in prange(kv_heads * windows):
+        scratch = np.empty(MOST_ROWS * (CHUNK + values.shape[3] + 2), np.float32)
+        kv_head, i = item // windows, item % windows
+        # Later windows see more keys: early and late ones alternate, so that every thread's share is fair.
+        m = (i // 2 if i % 2 == 0 else windows - 1 - i // 2) * WINDOW
+        end = min(tokens, m + WINDOW)
+        while m < end:
+            blocks, position = block_tables[sequence_of[m]], positions[m]
+            run = 1
+            while m + run < end and sequence_of[m + run] == sequence_of[m]:
+                run += 1
+            if run == 1:  # one token: its heads are the rows
+                rows, others, step, row_width, other_width = group, 1, 0, head_dim, 0
+            else:  # several tokens of a prompt: they are the rows, head by head
+                rows, others, step, row_width, other_width = run, group, 1, 0, head_dim
+            q_stride = row_width if row_width else q_width
+            out_stride = row_width if row_width else out_width
+            for other in range(others):
+                column = kv_head * group * head_dim + other * other_width
+                q_at, out_at, r = m * q_width + column, m * out_width + column, 0
+                while r < rows:
+                    q_row, out_row, row_position = q_at + r * q_stride, out_at + r * out_stride, position + r * step
+                    if r + MOST_ROWS <= rows:
+                        _query_tile_6(
+                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
+                            step, window, scale, scratch,
+                        )  # fmt: skip
+                        r += MOST_ROWS
+                    elif r + 3 <= rows:
+                        _query_tile_3(
+                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
+                            step, window, scale, scratch,
+                        )  # fmt: skip
+                        r += 3
+                    else:
+                        _query_tile_1(
+                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
+                            step, window, scale, scratch,
+                        )  # fmt: skip
+                        r += 1
+            m += run
     return out

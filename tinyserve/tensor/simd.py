@@ -358,19 +358,6 @@ def load_tile(typing_context, count, array, index, stride):
 
 
 @intrinsic
-def fma_scalar(typing_context, tile, vectors, scalar):
-    """tile[p] + vectors[p] · scalar, for a tile of one row."""
-
-    def codegen(context, builder, sig, args):
-        factor = _splat(builder, args[2])
-        pairs = zip(cgutils.unpack_tuple(builder, args[0]), cgutils.unpack_tuple(builder, args[1]), strict=True)
-        sums = [_call(builder, "llvm.fma.v16f32", f32x16.llvm, v, factor, t) for t, v in pairs]
-        return context.make_tuple(builder, sig.return_type, sums)
-
-    return tile(tile, vectors, types.float32), codegen
-
-
-@intrinsic
 def fma_rows(typing_context, tile, panels, x, index, stride):
     """tile[r, p] + panels[p] · x[index + r·stride]: one step of a matrix product, for every row r and panel p."""
 
@@ -416,6 +403,37 @@ def dot_rows(typing_context, tile, panels, w, w_index, w_stride, x, index, strid
         return context.make_tuple(builder, sig.return_type, sums)
 
     return tile(tile, panels, w, types.intp, types.intp, x, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_panels(typing_context, array, first, second, third, fourth):
+    """A tile of four f32x16 from four flat indices: neighbours that live in different pages."""
+    tile = _tile(f32x16, 4)
+
+    def codegen(context, builder, sig, args):
+        vectors = [_load_f32(context, builder, sig.args[0], args[0], at) for at in args[1:]]
+        return context.make_tuple(builder, tile, vectors)
+
+    return tile(array, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_rows(typing_context, rows, panels, array, index, stride):
+    """A tile whose row r is the `panels` f32x16 from index + r·stride on."""
+    row_count, per_row = _length(rows), _length(panels)
+    tile = _tile(f32x16, row_count * per_row)
+
+    def codegen(context, builder, sig, args):
+        _, _, array_value, at, stride_value = args
+        vectors = []
+        for _ in range(row_count):
+            for p in range(per_row):
+                place = builder.add(at, ir.Constant(at.type, p * LANES))
+                vectors.append(_load_f32(context, builder, sig.args[2], array_value, place))
+            at = builder.add(at, stride_value)
+        return context.make_tuple(builder, tile, vectors)
+
+    return tile(rows, panels, array, types.intp, types.intp), codegen
 
 
 @intrinsic

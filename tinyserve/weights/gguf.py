@@ -5,6 +5,7 @@ ones. The header is read here because that package spends seconds on a vocabular
 the rest of loading a small model takes.
 """
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,10 +94,12 @@ class _Cursor:
             values = list(struct.unpack_from(form, self.data, self.at))
             self.at += struct.calcsize(form)
             return values
+        if element != _STRING:  # of arrays, neither ggml has any
+            raise CheckpointError(
+                f"{self.path}: an array of type {element} at byte {self.at} is not GGUF; the file is corrupt."
+            )
         self.need(count)
-        if element == _STRING:
-            return self._strings(count)
-        return [self.value(element) for _ in range(count)]
+        return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:
         """The hot loop of opening a file: a vocabulary and its merges."""
@@ -140,7 +143,9 @@ def open_gguf(path: Path) -> GGUFFile:
         name = cursor.string()
         dimensions = [cursor.number("Q") for _ in range(cursor.number("I"))]
         entries.append((name, tuple(reversed(dimensions)), cursor.number("I"), cursor.number("Q")))
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise CheckpointError(f"{path}: general.alignment is {alignment!r}, which aligns nothing; the file is corrupt.")
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _tensor(path, data, start + offset, name, shape, kind) for name, shape, kind, offset in entries}
     return GGUFFile(path, metadata, Checkpoint(tensors, str(path)))
@@ -155,7 +160,7 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
         found = quantization.name if quantization else f"type {kind}"
         raise CheckpointError(f"{path}: tensor {name!r} is stored as {found}; tinyserve reads {', '.join(SUPPORTED)}.")
     block, block_bytes = GGML_QUANT_SIZES[quantization]
-    rows, columns = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1] if shape else 1
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     if columns % block:
         raise CheckpointError(
             f"{path}: tensor {name!r} has rows of {columns}, no multiple of {quantization.name}'s {block}."
@@ -166,7 +171,7 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
             f"{path} is truncated: tensor {name!r} ends at byte {at + size}, the file at byte {len(data)}; "
             f"download it again."
         )
-    raw = data[at : at + size].reshape(rows, -1)
+    raw = data[at : at + size].reshape(rows, columns // block * block_bytes)
     return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape))
 
 
@@ -214,15 +219,21 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         return metadata.get(full, *default)
 
     raw = build(key, file)
-    vocabulary = metadata.get("tokenizer.ggml.tokens")
-    raw["vocab_size"] = key(
-        "vocab_size", len(vocabulary) if vocabulary else file.tensors.tensors["token_embd.weight"].shape[0]
-    )
+    raw["vocab_size"] = key("vocab_size", None) or _vocab_size(file)
     raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     raw["eos_token_id"] = sorted({end for end in ends if end is not None})
     raw["tie_word_embeddings"] = "output.weight" not in file.tensors
     return raw
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    vocabulary, embedding = file.metadata.get("tokenizer.ggml.tokens"), file.tensors.tensors.get("token_embd.weight")
+    if isinstance(vocabulary, list):
+        return len(vocabulary)
+    if vocabulary is not None or embedding is None:
+        raise ConfigError(f"{file.path}: tokenizer.ggml.tokens is {vocabulary!r}, not a vocabulary; convert the model again.")
+    return embedding.shape[0]
 
 
 def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
@@ -239,7 +250,6 @@ def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
 
 
 def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    heads = key("attention.head_count")
     scaling = key("rope.scaling.type", "none")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
     if scaling == "linear":
@@ -254,9 +264,9 @@ def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
         "num_hidden_layers": key("block_count"),
         "hidden_size": key("embedding_length"),
         "intermediate_size": key("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": key("attention.head_count_kv", heads),
-        "head_dim": key("attention.key_length", key("embedding_length") // heads),
+        "num_attention_heads": key("attention.head_count"),
+        "num_key_value_heads": key("attention.head_count_kv", None),
+        "head_dim": key("attention.key_length", None),
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",

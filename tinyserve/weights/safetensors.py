@@ -101,7 +101,14 @@ def _read(
 
 
 def _widen_bfloat16(data: Array) -> Array:
-    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    wide = data.view("<u2").astype(np.uint32)
+    wide <<= 16  # in place: one tensor in memory, not two
+    return wide.view(np.float32)
+
+
+@np.errstate(over="ignore")  # what float32 cannot hold is an infinity in it
+def _narrow_float64(data: Array) -> Array:
+    return data.view("<f8").astype(np.float32)
 
 
 @cache
@@ -124,7 +131,7 @@ _CONVERT: dict[str, Callable[[Array], Array]] = {
     "F32": lambda data: data.view("<f4"),
     "F16": lambda data: data.view("<f2").astype(np.float32),
     "BF16": _widen_bfloat16,
-    "F64": lambda data: data.view("<f8").astype(np.float32),
+    "F64": _narrow_float64,
     "F8_E4M3": lambda data: _float8_values(4)[data],
     "F8_E5M2": lambda data: _float8_values(5)[data],
 }
