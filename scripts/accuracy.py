@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tinyserve import LLM, TinyserveError, __version__  # noqa: E402
+from tinyserve.errors import UserError  # noqa: E402
 from tinyserve.evaluate import compare  # noqa: E402
 
 TEXT = ROOT / "tests" / "data" / "english.txt"
@@ -50,7 +51,9 @@ def measure(model: str, text: Path, dtypes: list[str], window: int, threads: int
     """The recipe, and one result for each dtype; two models are in memory at a time."""
     reference = load(model, "float32", threads)
     content = text.read_text(encoding="utf-8")
-    token_ids = reference._encode(content)
+    if reference.tokenizer is None:
+        raise UserError(f"{reference.name} has no tokenizer to read a text with.")
+    token_ids = reference.tokenizer.encode(content)
     results = []
     for dtype in dtypes:
         comparison = compare(reference, load(model, dtype, threads), token_ids, window)

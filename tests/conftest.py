@@ -27,12 +27,12 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def llm_of(folder_of: Callable[[str], Path]) -> Callable[[str, str], LLM]:
-    """A model of such a folder in a dtype, with a cache of 48 blocks, loaded once."""
+    """A model of such a folder in a dtype, with one thread and a cache of 48 blocks, loaded once."""
     loaded: dict[tuple[str, str], LLM] = {}
 
     def load(name: str, dtype: str = "float32") -> LLM:
         if (name, dtype) not in loaded:
-            loaded[name, dtype] = LLM(folder_of(name), dtype=dtype, max_num_seqs=6, seed=7)
+            loaded[name, dtype] = LLM(folder_of(name), dtype=dtype, max_num_seqs=6, num_threads=1)
         return loaded[name, dtype]
 
     return load

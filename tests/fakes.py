@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from tinyserve.engine import Sampled, Scheduled
-from tinyserve.sequence import Sequence
+from tinyserve.sequence import Sampled, Scheduled, Sequence
 
 
 class FakeRunner:

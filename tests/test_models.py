@@ -27,7 +27,9 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def golden_folder(folder: Path, golden: Any, config: dict[str, Any] | None = None) -> Path:
-    tensors = {name: checkpoints.tensor(name, tuple(shape)) for name, shape in json.loads(str(golden["tensors"])).items()}
+    tensors = {
+        name: checkpoints.tensor(name, tuple(shape)) for name, shape in json.loads(str(golden["tensors"])).items()
+    }
     return checkpoints.write_folder(folder, config or json.loads(str(golden["config"])), tensors)
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ class LLM:
         with _jit.on_compile(_compile_reporter(progress)):
             load = None if progress is None else (lambda done, total: progress("load", done, total))
             self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
-            self._runner = ModelRunner(self.model, num_blocks, block_size)
+            self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads)
             self._compile_kernels(_jit)
         self._engine = Engine(
             self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,
@@ -238,7 +239,9 @@ class LLM:
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
         """
-        return self._stream(self._submit(prompt, sampling_params or SamplingParams()))
+        stream = self._stream(self._submit(prompt, sampling_params or SamplingParams()))
+        next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
+        return stream
 
     def chat(
         self,
@@ -286,7 +289,10 @@ class LLM:
             if self.tokenizer is None:
                 raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
             return self.tokenizer.encode(prompt)
-        ids = [int(token) for token in prompt]
+        try:
+            ids = [index(token) for token in prompt]
+        except TypeError:
+            raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
         if bad := [token for token in ids if not 0 <= token < self.config.vocab_size]:
             raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
         return ids
@@ -335,6 +341,7 @@ class LLM:
     def _stream(self, request: _Request) -> Iterator[StreamChunk]:
         try:
             finished = False
+            yield request.chunk()  # empty
             while not finished:
                 while not request.has_news():
                     self._step()
@@ -369,7 +376,7 @@ def _check_options(
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or many, of text or of token ids, as a list of prompts."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or not hasattr(prompts, "__iter__"):
         return [prompts]
     items = list(prompts)
     return (

@@ -16,6 +16,7 @@ from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.sequence import Sampled, Scheduled, Sequence
+from tinyserve.tensor._jit import set_threads
 from tinyserve.tensor.sampling import log_probabilities, sample
 
 Array = np.ndarray
@@ -24,13 +25,15 @@ Array = np.ndarray
 class ModelRunner:
     """Runs one model over one cache. Not safe for two threads at once: one thread owns the kernels."""
 
-    def __init__(self, model: Model, num_blocks: int, block_size: int):
+    def __init__(self, model: Model, num_blocks: int, block_size: int, num_threads: int | None = None):
         self.model = model
+        self.num_threads = set_threads(num_threads)
         self.cache = KVCache(model.config, num_blocks, block_size)
         self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
+        set_threads(self.num_threads)  # Numba keeps the number for each calling thread, not for each model
         hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
         last_rows = np.cumsum([num_tokens for _, num_tokens in scheduled]) - 1
         complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
@@ -43,6 +46,7 @@ class ModelRunner:
 
     def logits(self, token_ids: list[int], chunk: int) -> Array:
         """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
+        set_threads(self.num_threads)
         sequence = _Scratch(token_ids, list(range(-(-len(token_ids) // self.cache.block_size))))
         rows = []
         while sequence.num_computed < len(token_ids):

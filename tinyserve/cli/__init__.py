@@ -23,7 +23,7 @@ from tinyserve.cli.warmup import warmup
 from tinyserve.errors import TinyserveError, UserError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
-_UsageError = typer.BadParameter.__mro__[1]  # from click, which newer versions of Typer bring along
+_UsageError: Any = typer.BadParameter.__mro__[1]  # from click, which newer versions of Typer bring along
 
 
 class Commands(typer.core.TyperGroup):

@@ -33,14 +33,31 @@ class Question:
 
 
 def read_prompt(prompt: str | None, model: str) -> str:
-    """The prompt given, or standard input; raises UserError on a terminal, where waiting would look like hanging."""
-    if prompt is not None and prompt != "-":
-        return prompt
-    if sys.stdin is None or (sys.stdin.isatty() and prompt is None):
+    """The prompt given, or standard input; raises UserError on a terminal, where waiting would look like hanging.
+
+    Raises UserError, too, for a prompt that is empty or no text.
+    """
+    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError(
             f'There is no prompt for {model}: give one after it (tinyserve ask {model} "..."), or pipe it in.'
         )
-    return sys.stdin.read()
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"Standard input is not UTF-8 text (at byte {error.start}): convert it first.") from None
+    check_text(prompt)
+    if not prompt.strip():
+        raise UserError("The prompt is empty: give some text to answer or to continue.")
+    return prompt
+
+
+def check_text(text: str) -> None:
+    """Raise UserError for bytes that are no UTF-8, which Python smuggles in from a command line as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The text is not UTF-8 (at character {error.start}): convert it first.") from None
 
 
 def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, float]":
@@ -56,8 +73,6 @@ def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[
 
 def answer(question: Question) -> None:
     """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
-    if not question.prompt.strip():
-        raise UserError("The prompt is empty: give some text to answer or to continue.")
     llm, load_seconds = load(question.model, question.dtype, question.threads)
     uses_template = llm.chat_template is not None and not question.raw
     if question.system and not uses_template:
@@ -67,13 +82,19 @@ def answer(question: Question) -> None:
         messages = [{"role": "system", "content": question.system}] if question.system else []
         prompt = llm.chat_prompt([*messages, {"role": "user", "content": question.prompt}])
     text, tokens, chunk = "", [], None
-    for chunk in llm.stream(prompt, question.params):
-        text += chunk.text
-        tokens += chunk.token_ids
-        if not question.json:
-            print(chunk.text, end="", flush=True)
+    try:
+        for chunk in llm.stream(prompt, question.params):
+            text += chunk.text
+            tokens += chunk.token_ids
+            if not question.json:
+                print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if text and not question.json:
+            print(flush=True)  # what follows in the terminal begins on a line of its own
+        raise
     assert chunk is not None  # a stream ends with a chunk that says why
     statistics = {
+        "model": llm.name,
         "load_seconds": load_seconds,
         "prompt_tokens": chunk.metrics.prompt_tokens,
         "prefill_tokens_per_second": chunk.metrics.prefill_tokens_per_second,
@@ -85,17 +106,18 @@ def answer(question: Question) -> None:
         "threads": llm.num_threads,
     }
     if question.json:
-        print(json.dumps({"model": llm.name, "text": text, "token_ids": tokens, **statistics}, ensure_ascii=False))
+        print(json.dumps({"text": text, "token_ids": tokens, **statistics}, ensure_ascii=False))
         return
     print(flush=True)
     if not question.quiet:
-        print(describe(statistics), file=sys.stderr)
+        print(describe(statistics, question.params.max_tokens), file=sys.stderr)
 
 
-def describe(statistics: dict[str, Any]) -> str:
+def describe(statistics: dict[str, Any], max_tokens: int) -> str:
     """The statistics as a line for people."""
     decode = statistics["decode_tokens_per_second"]
     parts = [
+        statistics["model"],
         f"load {statistics['load_seconds']:.2f} s",
         f"prefill {statistics['prompt_tokens']} tokens at {statistics['prefill_tokens_per_second']:.0f}/s",
         f"first token after {statistics['time_to_first_token_seconds']:.2f} s",
@@ -103,5 +125,6 @@ def describe(statistics: dict[str, Any]) -> str:
         f"{statistics['dtype']}, {statistics['threads']} threads",
     ]
     if statistics["finish_reason"] == "length":
-        parts.append("cut off at the token limit (--max-tokens)")
+        full = statistics["output_tokens"] < max_tokens
+        parts.append("cut off where the context is full" if full else f"cut off at --max-tokens {max_tokens}")
     return "[" + " · ".join(parts) + "]"

@@ -3,6 +3,7 @@
 Knows how a command line names a model; answering is in _answer.py.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from tinyserve import presets
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
+from tinyserve.cli._options import Dtype, MinP, Seed, System, Temperature, Threads, TopK, TopP
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -26,13 +28,12 @@ class AskGroup(typer.core.TyperGroup):
             args = [ANY, *args]
         return super().parse_args(ctx, args)
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Show the options that every subcommand has, then the subcommands."""
+        """Show the options that every family has, then the families."""
         self.commands[ANY].format_options(ctx, formatter)
-        self.format_commands(ctx, formatter)
+        families = [command for command in self.commands.values() if not command.hidden]
+        with formatter.section("Families"):
+            formatter.write_dl([(command.name, command.get_short_help_str(60)) for command in families])
 
 
 class AnyModel(typer.core.TyperCommand):
@@ -66,19 +67,11 @@ Prompt = Annotated[
     str | None,
     typer.Argument(metavar="PROMPT", help="The text to answer or continue; standard input when left out, or '-'."),
 ]
-Temperature = Annotated[float, typer.Option("--temperature", "--temp", "-t", help="0 is greedy; higher is more random.")]
-MaxTokens = Annotated[int, typer.Option(help="At most this many new tokens.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", help="Draw from this many most likely tokens; 0 from all.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", "-p", help="Draw from the most likely tokens of this total probability.")
-]
-MinP = Annotated[float, typer.Option(help="Draw from tokens at least this probable relative to the best.")]
-Seed = Annotated[int | None, typer.Option(help="Makes a random answer repeatable.")]
+MaxTokens = Annotated[int, typer.Option(metavar="NUMBER", help="At most this many new tokens.")]
 Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="End the answer before this text; can be given several times."),
 ]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and statistics.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
@@ -97,7 +90,9 @@ def _ask(model: str, prompt: str | None, options: dict[str, Any]) -> None:
 def _family_command(family: str, default: str) -> Callable[..., None]:
     def command(
         prompt: Prompt = None,
-        model: Annotated[str, typer.Option("--model", "-m", help="The variant, or a preset's name.")] = default,
+        variant: Annotated[
+            str, typer.Option("--model", "-m", metavar="VARIANT", help="The variant, or a preset's name.")
+        ] = default,
         temperature: Temperature = 0.0,
         max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
         top_k: TopK = 0,
@@ -113,7 +108,7 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         quiet: Quiet = False,
     ) -> None:
         options = locals().copy()
-        _ask(_variant(family, model), prompt, options)
+        _ask(_variant(family, variant), prompt, options)
 
     return command
 
@@ -128,10 +123,17 @@ def _variant(family: str, name: str) -> str:
     raise UserError(f"{family} has no variant {name!r}; there are {', '.join(variants)}.")
 
 
-@ask_app.command(ANY, hidden=True)
+@ask_app.command(ANY, hidden=True, cls=AnyModel)
 def any_model(
-    model: Annotated[str, typer.Argument(help="A preset, a repo id, a folder or a .gguf file; or the prompt itself.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file; or the prompt itself."),
+    ] = None,
     prompt: Prompt = None,
+    variant: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="The model, or a family's variant, as an option."),
+    ] = None,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     top_k: TopK = 0,
@@ -148,11 +150,23 @@ def any_model(
 ) -> None:
     """Ask any model: a preset, a Hugging Face repo id, a folder of safetensors, a .gguf file."""
     options = locals().copy()
-    if prompt is None and not names_a_model(model):
-        model, prompt = presets.DEFAULT, model
-    if model in FAMILIES:
-        model = _variant(model, FAMILIES[model][0])
-    _ask(model, prompt, options)
+    words = [word for word in (model, prompt) if word is not None]
+    _ask(*_model_and_prompt(words, variant), options)
+
+
+def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str, str | None]:
+    """Tell the model from the prompt among up to two words and a --model; raises UserError for one too many."""
+    named = len(words) == 2 or (len(words) == 1 and names_a_model(words[0]))
+    if variant is None:
+        name = words.pop(0) if named else presets.DEFAULT
+        model = _variant(name, FAMILIES[name][0]) if name in FAMILIES else name
+    elif words and words[0] in FAMILIES:
+        model = _variant(words.pop(0), variant)
+    elif len(words) == 2:
+        raise UserError(f"The model is given twice, as {words[0]!r} and as --model {variant}: leave one out.")
+    else:
+        model = variant
+    return model, words[0] if words else None
 
 
 def names_a_model(word: str) -> bool:
@@ -164,15 +178,30 @@ def names_a_model(word: str) -> bool:
     return word.count("/") >= 1 or Path(word).expanduser().exists()
 
 
-# The default variant of each family, and what its help says.
+# The default variant of each family, what its help says, and its variants, which would take too long to read here.
 FAMILIES = {
-    "gpt2": ("small", "GPT-2 (OpenAI, 2019): continues text. Variants small, medium, large, xl."),
-    "llama": ("3.2-1b", "Llama (Meta): variants 7b and 13b (Llama 2), 3.1-8b, 3.2-1b, 3.2-3b, tinyllama."),
-    "mistral": ("7b", "Mistral 7B Instruct."),
-    "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face): small and open. Variants 135m, 360m, 1.7b."),
-    "falcon": ("7b", "Falcon (TII): variants 7b, 7b-instruct, 40b, rw-1b. Not built yet."),
-    "granite": ("350m", "Granite (IBM): variants 350m and 1b (hybrids) and more. Not built yet."),
+    "gpt2": ("small", "GPT-2 (OpenAI, 2019) continues text.", "small, medium, large, xl"),
+    "llama": ("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama.", "tinyllama, 3.2-1b, 3.2-3b, 7b, 3.1-8b, 13b"),
+    "mistral": ("7b", "Mistral 7B Instruct.", "7b"),
+    "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face), small and open.", "135m, 360m, 1.7b"),
+    "falcon": ("7b", "Falcon (TII); not built yet.", "rw-1b, 7b, 7b-instruct, 40b"),
+    "granite": ("350m", "Granite 4.0 (IBM), hybrids too; not built yet.", "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny"),
 }
 
-for _family, (_default, _help) in FAMILIES.items():
-    ask_app.command(_family, help=_help)(_family_command(_family, _default))
+
+def _family_help(family: str, words: str, variants: str) -> str:
+    prompt = "The capital of France is" if family == "gpt2" else "What is the capital of France?"
+    return f"""{words}
+
+Variants for --model: {variants}.
+
+\b
+Examples:
+  tinyserve ask {family} "{prompt}"
+  tinyserve ask {family} --model {variants.split(", ")[-1]} "{prompt}" --max-tokens 20
+"""
+
+
+for _family, (_default, _words, _variants) in FAMILIES.items():
+    _command = _family_command(_family, _default)
+    ask_app.command(_family, help=_family_help(_family, _words, _variants), short_help=_words)(_command)

@@ -4,31 +4,41 @@ Knows how to print; the measuring is in tinyserve/bench.py.
 """
 
 import json
-import platform
 import sys
 from typing import Annotated
 
 import typer
 
 from tinyserve import presets
+from tinyserve.cli._options import Dtype, Model, Threads
+from tinyserve.errors import UserError
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A preset, a repo id, a folder or a .gguf file.")] = presets.DEFAULT,
-    prefill: Annotated[list[int] | None, typer.Option(help="Prompt length; can be given several times.")] = None,
-    decode: Annotated[int, typer.Option(min=2, help="Tokens to decode, one sequence.")] = 128,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs of each.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or int8 (the default).")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads; by default the cores this process may use.")] = None,
+    model: Model = presets.DEFAULT,
+    prefill: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", help="Prompt length; can be given several times.  [default: 128 and 512]"),
+    ] = None,
+    decode: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Tokens to decode, one sequence.")] = 128,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, metavar="NUMBER", help="Counted runs of each.")
+    ] = 5,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     load_format: Annotated[
         str | None,
-        typer.Option(help="auto, or dummy for synthetic weights; default: dummy for presets not downloaded."),
+        typer.Option(
+            metavar="FORMAT",
+            help="auto reads the weights, dummy makes synthetic ones.  [default: dummy for presets not downloaded]",
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Measure prefill and decode speed, mean ± standard deviation.
+    """Measure prefill and decode speed on this machine.
 
-    Nothing is downloaded: a preset that is not on this disk gets synthetic weights, which are as fast.
+    Prints the mean ± standard deviation of the counted runs. Presets are not downloaded: one that is not on this
+    disk gets synthetic weights, which are as fast.
 
     \b
     Examples:
@@ -38,10 +48,16 @@ def bench(
     from tinyserve import bench as measure
     from tinyserve import hub
     from tinyserve.cli._answer import load
+    from tinyserve.tensor._jit import cpu_name
 
     if load_format is None:
         load_format = "dummy" if presets.find(model) and not hub.is_cached(model) else "auto"
     llm, seconds = load(model, dtype, threads, load_format=load_format)
+    if wrong := [length for length in prefill or () if not 1 <= length < llm.max_model_len]:
+        raise UserError(
+            f"--prefill is {wrong[0]}; it must be 1 to {llm.max_model_len - 1}, since the context of {llm.name} holds "
+            f"{llm.max_model_len} tokens and one is for the answer."
+        )
 
     def show(work: str) -> None:
         if sys.stderr.isatty():
@@ -52,7 +68,7 @@ def bench(
         print("\r\x1b[2K", end="", file=sys.stderr)
     if json_:
         rows = [{**vars(r), "mean": r.mean, "median": r.median, "deviation": r.deviation} for r in results]
-        machine = {"processor": platform.processor() or platform.machine(), "threads": llm.num_threads}
+        machine = {"processor": cpu_name(), "threads": llm.num_threads}
         report = {
             "model": llm.name,
             "dtype": llm.dtype,
@@ -61,13 +77,8 @@ def bench(
         }
         print(json.dumps({**report, **machine, "load_seconds": seconds, "results": rows}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     weights = "synthetic weights" if load_format == "dummy" else f"{llm.model.nbytes / 1e6:.0f} MB of weights"
-    table = Table(title=f"{llm.name}, {llm.dtype}, {llm.num_threads} threads, {weights}")
-    for heading in ("work", "tokens", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "work" else "right")
+    print(f"{llm.name} in {llm.dtype}, {weights}; {llm.num_threads} threads of {cpu_name()}")
+    print(f"{'work':<8}{'tokens':>8}{'tokens/s':>18}")
     for r in results:
-        table.add_row(r.work, str(r.tokens), f"{r.mean:.1f} ± {r.deviation:.1f}")
-    Console().print(table)
+        print(f"{r.work:<8}{r.tokens:>8}{f'{r.mean:.1f} ± {r.deviation:.1f}':>18}")

@@ -4,54 +4,64 @@ Knows the loop of asking and answering; the messages become text by the model's 
 """
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from tinyserve import presets
+from tinyserve.cli._options import Dtype, MinP, Model, Seed, System, Temperature, Threads, TopK, TopP
 from tinyserve.errors import TinyserveError, UserError
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A preset, a repo id, a folder or a .gguf file.")] = presets.DEFAULT,
-    system: Annotated[str | None, typer.Option(help="A system message at the beginning.")] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "--temp", help="0 is greedy; higher is more random.")
-    ] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.")] = 512,
-    top_p: Annotated[float, typer.Option("--top-p", "-p", help="Draw from tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Draw from this many most likely tokens.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes random answers repeatable.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or int8 (the default).")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads; by default the cores this process may use.")] = None,
+    model: Model = presets.DEFAULT,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    max_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="At most this many tokens an answer.")] = 512,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
 ) -> None:
-    """Talk to a model in the terminal. It remembers the conversation until its context is full.
+    """Talk to a model in the terminal.
 
-    Inside: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+    It remembers the conversation until its context is full. Inside, /reset forgets the conversation, /exit or
+    Ctrl-D leaves, Ctrl-C stops an answer.
 
     \b
     Examples:
       tinyserve chat
       tinyserve chat smollm2-360m --system "You are a pirate." --temp 0.7
     """
-    from tinyserve.cli._answer import load
+    from tinyserve.cli._answer import check_text, load
     from tinyserve.sampling_params import SamplingParams
 
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, top_p=top_p, top_k=top_k, seed=seed)
+    params = SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
     llm, seconds = load(model, dtype, threads)
     if llm.chat_template is None:
         raise UserError(f'{llm.name} has no chat template; let it continue a text: tinyserve ask {model} "..."')
     print(f"{llm.name}, loaded in {seconds:.1f} s. {HELP}", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    if prompt:
+        with suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys and history for input()
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        except UnicodeDecodeError:
+            raise UserError("Standard input is not UTF-8 text: convert it first.") from None
         if line in ("/exit", "/quit"):
             return
         if line == "/reset":
@@ -63,6 +73,7 @@ def chat(
             question = {"role": "user", "content": line}
             text = ""
             try:
+                check_text(line)
                 for chunk in llm.stream_chat([*messages, question], params):
                     text += chunk.text
                     print(chunk.text, end="", flush=True)

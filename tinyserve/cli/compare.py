@@ -19,12 +19,14 @@ KV_TOKENS = 1000
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(help="Presets, folders, config.json or .gguf files.", metavar="MODEL..."),
+        typer.Argument(help="Presets, folders, config.json or .gguf files.", metavar="MODEL"),
     ],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the docs.")] = False,
 ) -> None:
-    """Compare architectures: attention, position, norm, block, parameters, cache and work. Offline.
+    """Compare architectures side by side, offline.
+
+    Attention, position, norm, block, parameters, cache and work, from the configs alone.
 
     \b
     Examples:

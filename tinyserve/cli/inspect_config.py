@@ -18,17 +18,25 @@ LAYERS_PER_ROW = 40
 
 
 def inspect_config(
-    model: Annotated[str, typer.Argument(help="A preset, a folder with a config.json, a config.json or a .gguf file.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A preset, a folder with a config.json, a config.json or a .gguf file."),
+    ],
     bandwidth: Annotated[
         float,
-        typer.Option(min=0.001, help="Memory bandwidth of the roofline, in GB/s. The default is an assumption."),
+        typer.Option(
+            min=0.001, metavar="NUMBER", help="Memory bandwidth of the roofline, in GB/s. The default is an assumption."
+        ),
     ] = DEFAULT_BANDWIDTH,
     context: Annotated[
-        int, typer.Option(min=0, help="Tokens already in the cache when the roofline's token is decoded.")
+        int,
+        typer.Option(min=0, metavar="NUMBER", help="Tokens already in the cache when the roofline's token is decoded."),
     ] = DEFAULT_CONTEXT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Show a model's layer map, parameters, memory by dtype, cache and roofline. Offline, no weights.
+    """Show what a config implies, offline.
+
+    Layer map, parameters by component, memory by dtype, cache, state and roofline; no weights are read.
 
     \b
     Examples:

@@ -7,10 +7,14 @@ import typer
 
 
 def rm(
-    model: Annotated[str, typer.Argument(help="A name, as `tinyserve list` shows it.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, as `tinyserve list` shows it.", show_default=False)
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a downloaded model, with all its revisions and unfinished downloads.
+    """Delete a downloaded model.
+
+    All its revisions and unfinished downloads go with it.
 
     \b
     Examples:
@@ -24,5 +28,7 @@ def rm(
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"Removing {model} needs a yes, and there is no terminal to ask: add --yes.")
-        typer.confirm(f"Delete {model} from this disk?", abort=True, err=True)
+        if not typer.confirm(f"Delete {model} from this disk?", err=True):
+            print("Nothing was deleted.", file=sys.stderr)
+            return
     print(f"Removed {model}: {human(remove(model))} freed.", file=sys.stderr)

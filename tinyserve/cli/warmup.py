@@ -3,20 +3,18 @@
 Knows the Python API; what is compiled and where it is kept is in tensor/_jit.py.
 """
 
-from typing import Annotated
-
-import typer
-
 from tinyserve import presets
+from tinyserve.cli._options import Dtype, Model
 
 
 def warmup(
-    model: Annotated[str, typer.Argument(help="A preset, a repo id, a folder or a .gguf file.")] = presets.DEFAULT,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or int8 (the default).")] = "auto",
+    model: Model = presets.DEFAULT,
+    dtype: Dtype = "auto",
 ) -> None:
-    """Download a model and compile its kernels, so that the next answer starts at once.
+    """Download a model and compile its kernels.
 
-    Kernels are compiled once a machine and dtype, and serve every model of the architecture.
+    The next answer then starts at once: kernels are compiled once a machine and dtype, and serve every model of
+    the architecture.
 
     \b
     Examples:

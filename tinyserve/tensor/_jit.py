@@ -128,11 +128,24 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         return float("inf")
 
 
+# How often an idle thread looks for work before it sleeps. OpenMP's own 300,000 is milliseconds, in which a thread that
+# waits keeps a busy processor from the thread it waits for; this is longer than the gaps between two kernels.
+SPINS = "2000"
+
+
 def set_threads(threads: int | None) -> int:
     """Use this many threads in every kernel from now on, by default the usable cores; returns the number in force."""
     wanted = threads if threads is not None else usable_cores()
     wanted = max(1, min(wanted, int(numba_config.NUMBA_NUM_THREADS)))
-    numba.set_num_threads(wanted)
+    # The thread pool reads its environment when it starts, which is now; the user's own setting stands.
+    ours = "GOMP_SPINCOUNT" not in os.environ
+    if ours:
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+    try:
+        numba.set_num_threads(wanted)
+    finally:
+        if ours:
+            del os.environ["GOMP_SPINCOUNT"]
     return wanted
 
 

@@ -34,7 +34,7 @@ from tinyserve.tensor.simd import (
 
 PANELS = 4
 CHUNK = PANELS * LANES  # keys that one step of the running softmax takes in
-MOST_ROWS = 6  # queries that share the keys they load
+MOST_ROWS = 4  # queries that share the keys they load: six spill registers
 WINDOW = 4 * MOST_ROWS  # tokens of a work item
 
 
@@ -120,7 +120,7 @@ def _query_tile(ROWS):
     return tile
 
 
-_query_tile_1, _query_tile_3, _query_tile_6 = _query_tile(1), _query_tile(3), _query_tile(MOST_ROWS)
+_query_tile_1, _query_tile_3, _query_tile_4 = _query_tile(1), _query_tile(3), _query_tile(MOST_ROWS)
 
 
 @kernel
@@ -213,7 +213,7 @@ def attention(qkv, heads, keys, values, block_tables, sequence_of, positions, sc
                 while r < rows:
                     q_row, out_row, row_position = q_at + r * q_stride, out_at + r * out_stride, position + r * step
                     if r + MOST_ROWS <= rows:
-                        _query_tile_6(
+                        _query_tile_4(
                             q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
                             step, window, scale, scratch,
                         )  # fmt: skip

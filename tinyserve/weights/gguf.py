@@ -110,7 +110,7 @@ class _Cursor:
                 end = at + 8 + length
                 values.append(str(data[at + 8 : end], "utf-8", "replace"))
                 at = end
-        except struct.error:
+        except (struct.error, OverflowError):  # past the end, or past any index
             at = len(data) + 1
         self.at = min(at, len(data))
         self.need(at - self.at)
@@ -177,9 +177,10 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
 
 def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
     if quantization.name in gguf_blocks.FAST:
-        return gguf_blocks.dequantize(raw.reshape(-1, raw.size * 32 // int(np.prod(shape))), quantization.name).reshape(
-            shape
-        )
+        from gguf.constants import GGML_QUANT_SIZES
+
+        blocks = raw.reshape(-1, GGML_QUANT_SIZES[quantization][1])
+        return gguf_blocks.dequantize(blocks, quantization.name).reshape(shape)
     match quantization.name:
         case "F32":
             return np.asarray(raw).view(np.float32).reshape(shape)
@@ -232,7 +233,9 @@ def _vocab_size(file: GGUFFile) -> int:
     if isinstance(vocabulary, list):
         return len(vocabulary)
     if vocabulary is not None or embedding is None:
-        raise ConfigError(f"{file.path}: tokenizer.ggml.tokens is {vocabulary!r}, not a vocabulary; convert the model again.")
+        raise ConfigError(
+            f"{file.path}: tokenizer.ggml.tokens is {vocabulary!r:.60}, not a vocabulary; convert the model again."
+        )
     return embedding.shape[0]
 
 

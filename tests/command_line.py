@@ -1,0 +1,141 @@
+"""The command line as a user has it: in this process, as a process of its own, or in a terminal of its own.
+
+Knows exit codes and streams; what the commands are for is in the tests.
+"""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyserve import cli
+
+PROGRAM = [sys.executable, "-c", "from tinyserve.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """What an error says: one line, after the program's name. Checks that there is nothing else."""
+        assert self.out == ""
+        assert self.code in (1, 2)
+        assert self.err.startswith("tinyserve: ") and self.err.endswith(".\n") and self.err.count("\n") == 1, self.err
+        assert "internal error" not in self.err
+        return self.err.removeprefix("tinyserve: ").rstrip("\n")
+
+
+class Shell:
+    """Runs commands in this process, with stdin from a string; no terminal, no network."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def __call__(self, *arguments: str | Path, stdin: str | bytes = "") -> Result:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        self._monkeypatch.setattr(sys, "argv", ["tinyserve", *map(str, arguments)])
+        self._capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as end:
+            return Result(int(end.code or 0), *self._capsys.readouterr())
+        raise AssertionError("main came back")
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without its Hub settings, plus `variables`."""
+    hidden = ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "COLUMNS")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"NO_PROXY": "127.0.0.1", "PYTHONUNBUFFERED": ""} | variables
+
+
+def run(*arguments: str | Path, stdin: str = "", **variables: str) -> Result:
+    """Run a command as a process of its own."""
+    done = subprocess.run(
+        [*PROGRAM, *map(str, arguments)],
+        input=stdin.encode(), capture_output=True, env=environment(**variables), timeout=300, check=False,
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+class Terminal:
+    """A command in a terminal: what is typed goes in, `shown` is all that a user has seen, without escape codes."""
+
+    def __init__(self, *arguments: str | Path, columns: int = 80, **variables: str):
+        self._master, slave = pty.openpty()
+        self.shown = ""
+        settings: dict[str, Any] = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self.process = subprocess.Popen(
+            [*PROGRAM, *map(str, arguments)],
+            env=environment(COLUMNS=str(columns), TERM="xterm", **variables),
+            start_new_session=True,
+            preexec_fn=_own_the_terminal,  # so that Ctrl-C reaches it
+            **settings,
+        )
+        os.close(slave)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def type(self, text: str) -> None:
+        """Type a text; "\\x03" is Ctrl-C, "\\x04" is Ctrl-D."""
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str, timeout: float = 120) -> str:
+        """Read until `text` was shown after what earlier calls have waited for; returns what came up to it."""
+        deadline = time.monotonic() + timeout
+        while text not in self.shown:
+            assert time.monotonic() < deadline, f"{text!r} never came after:\n{self.shown}"
+            assert self._read(), f"the program ended before {text!r}:\n{self.shown}"
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def end(self, timeout: float = 60) -> int:
+        """Read to the end; the exit code."""
+        while self._read():
+            pass
+        return self.process.wait(timeout)
+
+    def _read(self) -> bool:
+        if not select.select([self._master], [], [], 120)[0]:
+            return False
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # Linux's end of file in a terminal
+            return False
+        text = data.decode(errors="replace").replace("\r\n", "\n")
+        self.shown += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
+        return bool(data)
+
+
+def _own_the_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,71 @@
+"""What the documentation shows is run, and what it points at exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block_after(marker: str) -> str:
+    """The fenced block that follows an HTML comment."""
+    match = re.search(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
+def run(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_question_in_the_readme_is_answered(smollm2: Path) -> None:
+    """The last part of the first command, in this environment; .ci/run runs the second one whole."""
+    *_, ask = block_after("ask").split(" && ")
+    arguments = shlex.split(ask)
+    assert arguments[0] == ".venv/bin/tinyserve"
+    done = run([sys.executable, "-m", "tinyserve", *arguments[1:]])
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert re.search(r"prefill \d+ tokens at \d+/s", done.stderr)
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert block_after("test").endswith("&& .venv/bin/python -m pytest")
+    assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_example_runs(smollm2: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run([sys.executable, "-c", example + "\nprint(logits.shape, logits.dtype)"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is Paris.")
+    assert done.stdout.endswith("(4, 49152) float32\n")
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    import typer
+
+    from tinyserve.cli import app
+
+    commands = typer.main.get_command(app).commands
+    shown = re.findall(r"^tinyserve ([a-z-]+)", README, re.MULTILINE)
+    assert len(shown) >= 8
+    assert set(shown) <= set(commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target.replace("\\_", "_")).exists(), target
+
+
+def test_no_page_names_this_machine() -> None:
+    for page in PAGES:
+        assert not re.search(r"/work/|/root/|/tmp/", page.read_text(encoding="utf-8")), page

@@ -1,0 +1,480 @@
+"""The user's API on a tiny model of random weights: prompts, parameters, stops, streams, and what is refused."""
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numba
+import numpy as np
+import pytest
+from checkpoints import BOS, EOS, USER, VOCAB
+
+from tinyserve import LLM, RequestOutput, SamplingParams
+from tinyserve.errors import RequestError, UserError
+
+TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
+
+
+@pytest.fixture
+def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
+    """Every test leaves the engine empty, and its blocks free."""
+    model = llm_of("llama")
+    yield model
+    gc.collect()
+    assert not model._engine.has_work() and not model._requests
+    assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
+
+
+def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **{"ignore_eos": True} | options)
+
+
+def answers(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_prompt(llm: LLM) -> None:
+    """A text, texts, ids, lists of ids and a mixture of both: always a list of answers, in order."""
+    ids = [llm.tokenizer.encode(text) for text in TEXTS]
+    expected = answers([llm.generate(text, greedy())[0] for text in TEXTS])
+    assert len({tuple(answer) for answer in expected}) == len(TEXTS)
+    assert answers(llm.generate(TEXTS, greedy())) == expected
+    assert answers(llm.generate(tuple(TEXTS), greedy())) == expected
+    assert answers(llm.generate(ids, greedy())) == expected
+    assert answers(llm.generate(ids[0], greedy())) == expected[:1]
+    assert answers(llm.generate(np.array(ids[0]), greedy())) == expected[:1]
+    assert answers(llm.generate([TEXTS[0], ids[1], TEXTS[2]], greedy())) == expected[:3]
+    assert llm.generate([], greedy()) == []
+
+
+def test_what_an_output_says(llm: LLM) -> None:
+    [output] = llm.generate("The other", greedy(5))
+    assert output.prompt == "The other" and output.finished
+    assert output.prompt_token_ids == llm.tokenizer.encode("The other") == [ord("T"), ord("h"), 101, 32, 111, 257, 114]
+    [answer] = output.outputs
+    assert (answer.index, len(answer.token_ids), answer.finish_reason) == (0, 5, "length")
+    assert answer.text == llm.tokenizer.decode(answer.token_ids)
+    assert answer.logprobs is None and answer.stop_reason is None
+    metrics = output.metrics
+    assert (metrics.prompt_tokens, metrics.output_tokens) == (7, 5)
+    assert metrics.arrival <= metrics.first_scheduled <= metrics.first_token <= metrics.last_token
+    assert metrics.time_to_first_token > 0
+    assert metrics.prefill_tokens_per_second > 0 and metrics.decode_tokens_per_second > 0
+    [output] = llm.generate([1, 2, 3], greedy(1))
+    assert output.prompt is None and output.prompt_token_ids == [1, 2, 3]
+    assert output.metrics.decode_tokens_per_second is None
+
+
+def test_parameters_for_each_prompt(llm: LLM) -> None:
+    """More prompts than run at once, each with its own length; answers keep their order though they end out of it."""
+    lengths = [9, 1, 5, 2, 14, 3, 3, 11, 1]
+    prompts = [checkpoints.token_ids(3 + i, seed=i) for i in range(len(lengths))]
+    outputs = llm.generate(prompts, [greedy(length) for length in lengths])
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert [len(answer) for answer in answers(outputs)] == lengths
+    for prompt, length, output in zip(prompts, lengths, outputs, strict=True):
+        assert answers(llm.generate([prompt], greedy(length))) == answers([output])
+    with pytest.raises(RequestError, match=r"2 prompts and 1 sampling_params"):
+        llm.generate(["a", "b"], [greedy()])
+    assert len(answers(llm.generate("a"))[0]) <= 16  # SamplingParams() has a max_tokens
+
+
+def test_a_chat_is_its_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    ids = [BOS, USER, *b"hi\n"]
+    assert llm.chat_prompt(messages) == ids
+    [output] = llm.chat(messages, greedy())
+    assert output.prompt_token_ids == ids
+    assert answers([output]) == answers(llm.generate([ids], greedy()))
+    other = [{"role": "user", "content": "ho"}]
+    assert answers(llm.chat([messages, other], greedy())) == answers(
+        llm.chat(messages, greedy()) + llm.chat(other, greedy())
+    )
+    assert "".join(map(str, llm.stream_chat(messages, greedy()))) == output.outputs[0].text
+    for bad in ([], [{"role": "user"}], [{"content": "x"}], ["hi"]):
+        with pytest.raises(RequestError):
+            llm.chat(bad, greedy())
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    folder = checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"])
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
+    with pytest.raises(UserError, match="no chat template"):
+        LLM(folder, dtype="float32").chat([{"role": "user", "content": "hi"}])
+
+
+# --- where an answer ends -----------------------------------------------------------------------------------------
+
+
+def test_stop_strings_never_leak(llm: LLM) -> None:
+    """Every piece of the answer as a stop string, those that span tokens and those within one."""
+    full = llm.generate(TEXTS[0], greedy(40))[0].outputs[0]
+    assert len(full.text) > 20
+    for start in range(0, len(full.text) - 4, 3):
+        for length in (1, 2, 4):
+            stop = full.text[start : start + length]
+            [output] = llm.generate(TEXTS[0], greedy(40, stop=["never in it \x00", stop]))
+            answer = output.outputs[0]
+            assert answer.text == full.text[: full.text.index(stop)]
+            assert answer.finish_reason == "stop" and answer.stop_reason == stop
+            assert full.token_ids[: len(answer.token_ids)] == answer.token_ids
+            chunks = list(llm.stream(TEXTS[0], greedy(40, stop=stop)))
+            assert "".join(chunk.text for chunk in chunks) == answer.text
+            assert chunks[-1].finish_reason == "stop"
+
+
+def test_the_beginning_of_a_stop_string_is_not_lost(llm: LLM) -> None:
+    """What looked like the beginning of a stop string comes out at the end, when nothing came of it."""
+    full = llm.generate(TEXTS[0], greedy(10))[0].outputs[0].text
+    stop = full[-2:] + " and what does not come"
+    [output] = llm.generate(TEXTS[0], greedy(10, stop=stop))
+    assert output.outputs[0].text == full and output.outputs[0].finish_reason == "length"
+    assert "".join(map(str, llm.stream(TEXTS[0], greedy(10, stop=stop)))) == full
+
+
+def test_stop_token_ids(llm: LLM) -> None:
+    full = llm.generate(TEXTS[0], greedy(20))[0].outputs[0]
+    stop = full.token_ids[7]
+    cut = full.token_ids.index(stop) + 1
+    answer = llm.generate(TEXTS[0], greedy(20, stop_token_ids=[VOCAB - 2, stop]))[0].outputs[0]
+    assert answer.token_ids == full.token_ids[:cut] and answer.finish_reason == "stop" and answer.stop_reason == stop
+    assert answer.text == llm.tokenizer.decode(full.token_ids[: cut - 1]), "the stop token is no text"
+
+
+def test_the_end_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = llm.generate(TEXTS[0], greedy(20))[0].outputs[0]
+    end = full.token_ids[5]
+    monkeypatch.setattr(llm._engine, "eos_token_ids", frozenset({EOS, end}))
+    answer = llm.generate(TEXTS[0], greedy(20, ignore_eos=False))[0].outputs[0]
+    assert answer.token_ids == full.token_ids[: full.token_ids.index(end) + 1]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", end)
+    chunks = list(llm.stream(TEXTS[0], greedy(20, ignore_eos=False)))
+    assert "".join(map(str, chunks)) == answer.text == llm.tokenizer.decode(answer.token_ids[:-1])
+    assert llm.generate(TEXTS[0], greedy(20))[0].outputs[0] == full
+
+
+def test_the_context_ends_an_answer(llm: LLM) -> None:
+    """max_tokens may ask for more than the context holds."""
+    assert llm.max_model_len == 128
+    ids = checkpoints.token_ids(120)
+    [output] = llm.generate([ids], greedy(1000))
+    assert len(output.outputs[0].token_ids) == 8 and output.outputs[0].finish_reason == "length"
+    assert answers([output]) == answers(llm.generate([ids], greedy(8)))
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 100])
+def test_logprobs(llm: LLM, count: int) -> None:
+    """The most likely tokens and the chosen one, as log_softmax of what the model computes, whatever the temperature."""
+    params = SamplingParams(temperature=1.5, max_tokens=9, seed=3, logprobs=count, ignore_eos=True)
+    [output] = llm.generate(TEXTS[0], params)
+    answer = output.outputs[0]
+    logits = llm.logits(output.prompt_token_ids + answer.token_ids)[len(output.prompt_token_ids) - 1 : -1].astype(
+        np.float64
+    )
+    expected = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    assert len(answer.logprobs) == len(answer.token_ids) == 9
+    chosen_outside = 0
+    for token, row, logprobs in zip(answer.token_ids, expected, answer.logprobs, strict=True):
+        best = set(np.argsort(-row)[:count].tolist())
+        assert set(logprobs) == best | {token}
+        chosen_outside += token not in best
+        for other, value in logprobs.items():
+            assert type(other) is int and type(value) is float
+            assert value == pytest.approx(row[other], abs=1e-9)
+    assert chosen_outside or count == 100
+    chunks = list(llm.stream(TEXTS[0], params))
+    assert [entry for chunk in chunks for entry in chunk.logprobs] == answer.logprobs
+
+
+def test_seeds(llm: LLM) -> None:
+    """The same seed gives the same answer, alone or in company; another seed another one."""
+
+    def sample(seed: int | None) -> SamplingParams:
+        return SamplingParams(temperature=1.0, max_tokens=12, seed=seed, ignore_eos=True)
+
+    alone = answers(llm.generate(TEXTS[0], sample(1)))
+    assert answers(llm.generate(TEXTS[0], sample(1))) == alone
+    assert answers(llm.generate([TEXTS[1], TEXTS[0], TEXTS[0]], [sample(5), sample(1), sample(2)]))[1:2] == alone
+    others = answers(llm.generate([TEXTS[0]] * 3, [sample(1), sample(2), sample(3)]))
+    assert others[0] == alone[0] and others[1] != others[0] != others[2] != others[1]
+
+
+def test_the_seed_of_a_model(folder_of: Callable[[str], Path]) -> None:
+    """LLM(seed=...) makes requests without a seed repeatable; without any seed they differ."""
+    params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True)
+
+    def answer(seed: int | None) -> list[list[int]]:
+        return answers(LLM(folder_of("llama"), dtype="float32", seed=seed).generate(TEXTS[:2], params))
+
+    assert answer(3) == answer(3) != answer(4)
+    assert answer(None) != answer(None)
+
+
+def test_narrow_sampling_is_greedy(llm: LLM) -> None:
+    """top_k of 1, a tiny top_p and a min_p of 1 each leave the most likely token."""
+    expected = answers(llm.generate(TEXTS[0], greedy()))
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-4}):
+        params = SamplingParams(**{"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": 0} | narrow)
+        assert answers(llm.generate(TEXTS[0], params)) == expected, narrow
+
+
+def test_logits(llm: LLM) -> None:
+    ids = checkpoints.token_ids(30)
+    logits = llm.logits(ids)
+    assert logits.shape == (30, VOCAB) and logits.dtype == np.float32
+    np.testing.assert_array_equal(llm.logits(ids[:7]), logits[:7])
+    np.testing.assert_array_equal(llm.logits("the"), llm.logits(llm.tokenizer.encode("the")))
+    for count in (0, 129):
+        with pytest.raises(RequestError, match=rf"1 to 128 tokens, not {count}"):
+            llm.logits([1] * count)
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_chunks_join_to_the_answer(llm: LLM, text: str) -> None:
+    [output] = llm.generate(text, greedy(30))
+    chunks = list(llm.stream(text, greedy(30)))
+    assert "".join(chunk.text for chunk in chunks) == "".join(map(str, chunks)) == output.outputs[0].text
+    assert [token for chunk in chunks for token in chunk.token_ids] == output.outputs[0].token_ids
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len(chunks) == 30, "one chunk a token"
+    assert chunks[-1].metrics.output_tokens == 30 and chunks[0].logprobs is None
+
+
+def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
+    free = llm._engine.blocks.num_free
+    for chunk in llm.stream(TEXTS[0], greedy(50)):
+        assert llm._engine.blocks.num_free < free
+        if chunk.metrics.output_tokens == 3:
+            break
+    gc.collect()
+    assert llm._engine.blocks.num_free == free and not llm._engine.has_work()
+    stream = llm.stream(TEXTS[0], greedy(50))
+    next(stream)
+    stream.close()
+    assert llm._engine.blocks.num_free == free
+    assert llm.logits([1, 2]).shape == (2, VOCAB)
+
+
+def test_a_stream_that_nobody_reads(llm: LLM) -> None:
+    """Its request is cancelled with it, and does not wait in the engine for ever."""
+    stream = llm.stream(TEXTS[0], greedy(50))
+    del stream
+    gc.collect()
+    assert not llm._engine.has_work()
+
+
+def test_a_stream_refuses_at_once(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        llm.stream("")
+
+
+def test_interleaved_streams(llm: LLM) -> None:
+    """Two streams read by turns, a third begun meanwhile, and a generate in between: each as if it were alone."""
+    expected = [llm.generate(text, greedy(20))[0].outputs[0].text for text in TEXTS[:4]]
+    first, second = llm.stream(TEXTS[0], greedy(20)), llm.stream(TEXTS[1], greedy(20))
+    texts = ["", "", ""]
+    for _ in range(5):
+        texts[0] += next(first).text
+        texts[1] += next(second).text
+    with pytest.raises(RequestError, match="no request is running"):
+        llm.logits([1])
+    third = llm.stream(TEXTS[2], greedy(20))
+    texts[2] += next(third).text
+    assert llm.generate(TEXTS[3], greedy(20))[0].outputs[0].text == expected[3]
+    for i, stream in ((1, second), (2, third), (0, first)):
+        texts[i] += "".join(map(str, stream))
+    assert texts == expected[:3]
+
+
+def test_streams_of_several_threads(llm: LLM) -> None:
+    expected = [llm.generate(text, greedy(20))[0].outputs[0].text for text in TEXTS]
+    got: dict[int, str] = {}
+
+    def read(i: int) -> None:
+        got[i] = "".join(map(str, llm.stream(TEXTS[i], greedy(20))))
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(TEXTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [got.get(i) for i in range(len(TEXTS))] == expected
+
+
+def test_each_model_has_its_threads(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever was made last, and whichever thread asks: Numba itself keeps one number a thread."""
+    models = [LLM(folder_of("llama"), dtype="float32", num_threads=threads) for threads in (1, 2)]
+    for threads, llm in enumerate(models, start=1):
+        seen: list[int] = []
+        model = llm._runner.model
+
+        def spy(*args: Any, model: Any = model, seen: list[int] = seen) -> np.ndarray:
+            seen.append(numba.get_num_threads())
+            return model(*args)
+
+        spy.logits = model.logits  # type: ignore[attr-defined]
+        monkeypatch.setattr(llm._runner, "model", spy)
+        for call in (lambda llm=llm: llm.logits([1]), lambda llm=llm: llm.generate([[1]], greedy(1))):
+            call()
+            worker = threading.Thread(target=call)
+            worker.start()
+            worker.join()
+        assert llm.num_threads == min(threads, numba.config.NUMBA_NUM_THREADS)
+        assert seen == [llm.num_threads] * 4
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["fine", ""], [[1], []]])
+def test_an_empty_prompt(llm: LLM, prompt: Any) -> None:
+    """Refused, and the good prompts beside it leave nothing behind; no prompts at all is no error."""
+    if prompt == []:
+        assert llm.generate(prompt, greedy()) == []
+    else:
+        with pytest.raises(RequestError, match="empty"):
+            llm.generate(prompt, greedy())
+
+
+@pytest.mark.parametrize("length", [128, 129, 1000])
+def test_a_prompt_longer_than_the_context(llm: LLM, length: int) -> None:
+    for prompt in ([[5] * length], "x" * length, ["fine", "x" * length]):
+        with pytest.raises(RequestError, match=rf"{length} tokens.*128"):
+            llm.generate(prompt, greedy())
+    assert len(llm.generate("x" * 127, greedy())[0].outputs[0].token_ids) == 1
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**12])
+def test_a_token_outside_the_vocabulary(llm: LLM, token: int) -> None:
+    for call in (llm.generate, llm.stream, llm.logits):
+        with pytest.raises(RequestError, match=rf"{token}.*{VOCAB}"):
+            call([1, token])
+
+
+@pytest.mark.parametrize("prompt", [3, [1, "a"], [["a", "b"]], [1.5], [[1, None]], None, [None], [{"role": "user"}]])
+def test_a_prompt_of_another_kind(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="text or a list of token ids"):
+        llm.generate(prompt, greedy())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", -0.5),
+        ("top_k", -2),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("logprobs", -1),
+        ("logprobs", 101),
+        ("stop", [""]),
+        ("stop", ""),
+    ],
+)
+def test_a_parameter_outside_its_range(name: str, value: Any) -> None:
+    """The message has the name, the value and the range; and it is a ValueError, as elsewhere in Python."""
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert repr(value) in str(caught.value) or name == "stop"
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("max_model_length", "max_model_len"), ("num_thread", "num_threads"), ("data_type", None), ("dtyp", "dtype")],
+)
+def test_an_unknown_option(option: str, nearest: str | None, folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=option) as caught:
+        LLM(folder_of("llama"), **{option: 1})
+    assert "kv_cache_memory" in str(caught.value), "all options are listed"
+    assert nearest is None or f"Did you mean {nearest!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int3"}, ["int3", "float32", "int8"]),
+        ({"dtype": "float16"}, ["float16", "bfloat16"]),
+        ({"max_model_len": 129}, ["129", "128"]),
+        ({"max_model_len": 0}, ["0", "128"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs", "0"]),
+        ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens", "0"]),
+        ({"block_size": 17}, ["block_size", "17", "16"]),
+        ({"block_size": 0}, ["block_size", "0"]),
+        ({"num_threads": 0}, ["num_threads", "0"]),
+        ({"kv_cache_memory": 0}, ["kv_cache_memory", "0"]),
+        ({"kv_cache_memory": 1000}, ["kv_cache_memory", "max_model_len"]),
+        ({"max_model_len": 100, "kv_cache_memory": 100_000}, ["kv_cache_memory", "100"]),
+        ({"load_format": "pickle"}, ["pickle", "auto", "dummy"]),
+        ({"enable_prefix_caching": True}, ["enable_prefix_caching"]),
+    ],
+)
+def test_an_option_outside_its_range(
+    options: dict[str, Any], words: list[str], folder_of: Callable[[str], Path]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        LLM(folder_of("llama"), **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_small_cache_shortens_the_context(folder_of: Callable[[str], Path]) -> None:
+    """Where max_model_len is not asked for, it is what memory holds."""
+    block = 3 * 5 * (24 + 32) * 4 * 16
+    llm = LLM(folder_of("llama"), dtype="float32", kv_cache_memory=3 * block)
+    assert llm.max_model_len == 48
+    [output] = llm.generate([[5] * 40], greedy(100))
+    assert len(output.outputs[0].token_ids) == 8
+    with pytest.raises(RequestError, match=r"48 tokens.*48"):
+        llm.generate([[5] * 48], greedy())
+
+
+def test_a_cache_for_fewer_than_run_at_once(folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]) -> None:
+    """Requests wait for blocks, and all are answered as if there were plenty."""
+    block = 3 * 5 * (24 + 32) * 4 * 16
+    narrow = LLM(folder_of("llama"), dtype="float32", kv_cache_memory=4 * block, max_model_len=64)
+    prompts = [checkpoints.token_ids(4 * i + 1, seed=i) for i in range(8)]
+    assert answers(narrow.generate(prompts, greedy(20))) == answers(llm_of("llama").generate(prompts, greedy(20)))
+    assert narrow._engine.blocks.num_free == 4
+
+
+def test_dummy_weights_speak_token_ids(folder_of: Callable[[str], Path]) -> None:
+    llm = LLM(folder_of("llama"), load_format="dummy", dtype="float32")
+    [output] = llm.generate([[1, 2, 3]], greedy(4))
+    assert len(output.outputs[0].token_ids) == 4 and output.outputs[0].text == ""
+    for call in (llm.generate, llm.stream, llm.logits):
+        with pytest.raises(UserError, match="token ids"):
+            call("text")
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    """Noise is never answered with a straight face."""
+    from tinyserve.errors import TinyserveError
+
+    tensors = checkpoints.tensors_of(checkpoints.CONFIGS["llama"])
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(np.nan)
+    llm = LLM(checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"], tensors), dtype="float32")
+    with pytest.raises(TinyserveError, match="not numbers"):
+        llm.generate("x", greedy())
+    assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks

@@ -1,0 +1,5 @@
+"""`python -m tinyserve` is `tinyserve`."""
+
+from tinyserve.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""Options that several commands share, with one help text each. Knows only Typer."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "--temp", metavar="NUMBER", help="0 is greedy; higher is more random.")
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", "-k", metavar="NUMBER", help="Draw from this many most likely tokens; 0 from all.")
+]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", "-p", metavar="NUMBER", help="Draw from the likeliest tokens of this total probability."),
+]
+MinP = Annotated[
+    float, typer.Option(metavar="NUMBER", help="Draw from tokens at least this probable relative to the best.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes a random answer repeatable.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or int8 (also called w8a16), which auto means.")
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="NUMBER", help="Threads; by default the cores this process may use.")
+]
