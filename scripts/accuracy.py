@@ -49,8 +49,8 @@ def arguments() -> argparse.Namespace:
 
 def measure(model: str, text: Path, dtypes: list[str], window: int, threads: int | None) -> dict[str, Any]:
     """The recipe, and one result for each dtype; two models are in memory at a time."""
+    content = read(text)
     reference = load(model, "float32", threads)
-    content = text.read_text(encoding="utf-8")
     if reference.tokenizer is None:
         raise UserError(f"{reference.name} has no tokenizer to read a text with.")
     token_ids = reference.tokenizer.encode(content)
@@ -67,6 +67,13 @@ def measure(model: str, text: Path, dtypes: list[str], window: int, threads: int
         "window": min(window, reference.max_model_len),
         "results": results,
     }
+
+
+def read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{text} cannot be read as UTF-8 text: {error}.") from error
 
 
 def load(model: str, dtype: str, threads: int | None) -> LLM:

@@ -36,7 +36,9 @@ class Result:
         """What an error says: one line, after the program's name. Checks that there is nothing else."""
         assert self.out == ""
         assert self.code in (1, 2)
-        assert self.err.startswith("tinyserve: ") and self.err.endswith(".\n") and self.err.count("\n") == 1, self.err
+        assert self.err.startswith("tinyserve: ") and self.err.endswith((".\n", "?\n")) and self.err.count("\n") == 1, (
+            self.err
+        )
         assert "internal error" not in self.err
         return self.err.removeprefix("tinyserve: ").rstrip("\n")
 

@@ -281,7 +281,7 @@ def test_ctrl_c_ends_quietly(endless: Path, form: tuple[str, ...]) -> None:
     process = start("ask", endless, "Hello", "--raw", "--max-tokens", "50000", *form)
     assert process.stdout is not None
     if form:
-        time.sleep(4)  # nothing is printed until the end: loading or answering, both end alike
+        time.sleep(2)  # nothing is printed until the end: loading or answering, both end alike
     else:
         assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -294,7 +294,7 @@ def test_ctrl_c_ends_quietly(endless: Path, form: tuple[str, ...]) -> None:
 def test_ctrl_c_in_a_terminal_leaves_a_clean_line(endless: Path) -> None:
     with Terminal("ask", endless, "Hello", "--raw", "--max-tokens", "50000") as terminal:
         terminal.wait_for("\r")  # the progress line has been taken away
-        time.sleep(3)
+        time.sleep(1.5)
         terminal.type("\x03")
         assert terminal.end() == 130
         assert "Traceback" not in terminal.shown

@@ -82,9 +82,7 @@ def test_list_shows_name_size_and_path() -> None:
 
 
 def test_list_presets_says_which_are_here_and_which_are_gated() -> None:
-    rows = {
-        row["name"]: row for row in json.loads(runner.invoke(app, ["list", "--presets", "--json"]).stdout)
-    }
+    rows = {row["name"]: row for row in json.loads(runner.invoke(app, ["list", "--presets", "--json"]).stdout)}
     assert rows["gpt2"]["repo"] == "openai-community/gpt2"
     assert not any(row["downloaded"] for row in rows.values())
     text = runner.invoke(app, ["list", "--presets"]).stdout

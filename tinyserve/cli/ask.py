@@ -173,7 +173,7 @@ def names_a_model(word: str) -> bool:
     """Whether a word by itself is a model, not a prompt: a preset, a family, something on disk, or owner/name."""
     if word in FAMILIES or presets.find(word.partition("@")[0]) or word.endswith(".gguf"):
         return True
-    if any(character.isspace() for character in word):
+    if not word or any(character.isspace() for character in word):
         return False
     return word.count("/") >= 1 or Path(word).expanduser().exists()
 
@@ -185,7 +185,11 @@ FAMILIES = {
     "mistral": ("7b", "Mistral 7B Instruct.", "7b"),
     "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face), small and open.", "135m, 360m, 1.7b"),
     "falcon": ("7b", "Falcon (TII); not built yet.", "rw-1b, 7b, 7b-instruct, 40b"),
-    "granite": ("350m", "Granite 4.0 (IBM), hybrids too; not built yet.", "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny"),
+    "granite": (
+        "350m",
+        "Granite 4.0 (IBM), hybrids too; not built yet.",
+        "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny",
+    ),
 }
 
 

@@ -46,7 +46,7 @@ def chat(
     )
     llm, seconds = load(model, dtype, threads)
     if llm.chat_template is None:
-        raise UserError(f'{llm.name} has no chat template; let it continue a text: tinyserve ask {model} "..."')
+        raise UserError(f"{llm.name} has no chat template: let it continue a text with `tinyserve ask {model}`.")
     print(f"{llm.name}, loaded in {seconds:.1f} s. {HELP}", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)

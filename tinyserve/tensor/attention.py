@@ -13,24 +13,8 @@ import numpy as np
 from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
-from tinyserve.tensor.simd import (
-    LANES,
-    exp,
-    first_lanes,
-    fma_rows,
-    load,
-    load_panels,
-    load_rows,
-    load_tile,
-    max_lane,
-    maximum,
-    splat,
-    store,
-    store_first,
-    store_rows,
-    sum_lanes,
-    zeros,
-)
+from tinyserve.tensor.simd import LANES, exp, first_lanes, load, max_lane, maximum, splat, store, store_first, sum_lanes
+from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, store_rows, zeros
 
 PANELS = 4
 CHUNK = PANELS * LANES  # keys that one step of the running softmax takes in
@@ -64,12 +48,13 @@ def store_kv(qkv, heads, kv_heads, head_dim, slots, keys, values):
 
 
 def _query_tile(ROWS):
-    """A kernel for ROWS queries: row r stands `step` positions after the row before, and `q_stride` numbers further on."""
+    """A kernel for ROWS queries: each stands `step` positions and `q_stride` numbers after the one before."""
     SIZE = ROWS * PANELS
 
     @kernel
     def tile(
-        q, q_at, q_stride, out, out_at, out_stride, keys, values, blocks, kv_head, position, step, window, scale, scratch
+        q, q_at, q_stride, out, out_at, out_stride, keys, values, blocks, kv_head, position, step, window, scale,
+        scratch,
     ):  # fmt: skip
         kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
         # In the scratch: each row's weights of a chunk, then its output so far, then its largest score and its sum.
@@ -147,7 +132,7 @@ def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
 
 @kernel
 def _softmax_step(scratch, scores_at, total_at, width, largest_at, scale, first, count):
-    """Turn a row's scores of one chunk into weights, of which lanes first..count-1 count, and shrink its past to match."""
+    """Turn a row's scores of a chunk into weights, zero outside lanes first..count-1, and shrink its past to match."""
     scales, minus_infinity = splat(scale), splat(np.float32(-np.inf))
     s0 = first_lanes(load(scratch, scores_at) * scales, minus_infinity, count)
     s1 = first_lanes(load(scratch, scores_at + LANES) * scales, minus_infinity, count - LANES)

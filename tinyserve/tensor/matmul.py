@@ -10,17 +10,8 @@ from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.quant import BLOCK, PANEL, quantize_row
-from tinyserve.tensor.simd import (
-    dot_rows,
-    fma_rows,
-    load_first,
-    load_tile,
-    scaled_rows,
-    start_rows,
-    store_first,
-    store_rows,
-    zeros,
-)  # fmt: skip
+from tinyserve.tensor.simd import load_first, store_first
+from tinyserve.tensor.tiles import dot_rows, fma_rows, load_tile, scaled_rows, start_rows, store_rows, zeros
 
 PANELS = BLOCK // PANEL  # panels in a register tile
 DIGITS = 2  # bytes of an activation, high and low

@@ -14,7 +14,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
-from numba.core.errors import TypingError
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, register_model
@@ -23,8 +22,8 @@ from tinyserve.tensor import _jit
 
 LANES = 16
 
-_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_ELEMENTS = {"f32": _F32, "i32": _I32, "i8": _I8}
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_ELEMENTS = {"f32": F32, "i32": I32, "i8": I8}
 
 
 class Vector(types.Type):
@@ -71,50 +70,52 @@ _operator(operator.lshift, "", "shl")
 _operator(operator.rshift, "", "ashr")
 
 
-# --- emitting IR --------------------------------------------------------------------------------------------------
+# --- emitting IR, here and in tiles.py ------------------------------------------------------------------------------
 
 
-def _splat(builder, scalar, lanes=LANES):
+def emit_splat(builder, scalar, lanes=LANES):
     vector = ir.VectorType(scalar.type, lanes)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def _constant(value, vector=f32x16):
+def emit_constant(value, vector=f32x16):
     return ir.Constant(vector.llvm, [value] * vector.lanes)
 
 
-def _call(builder, name, result, *args):
+def emit_call(builder, name, result, *args):
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
 
-def _address(context, builder, array_type, array, index, pointee):
+def emit_address(context, builder, array_type, array, index, pointee):
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
 
 
-def _load_f32(context, builder, array_type, array, index):
+def emit_load(context, builder, array_type, array, index):
     """16 floats from an array of float32, or of bfloat16 kept as uint16 (the upper half of a float32)."""
     if array_type.dtype == types.float32:
-        return builder.load(_address(context, builder, array_type, array, index, f32x16.llvm), align=1)
-    half = ir.VectorType(_I16, LANES)
-    bits = builder.zext(builder.load(_address(context, builder, array_type, array, index, half), align=1), i32x16.llvm)
-    return builder.bitcast(builder.shl(bits, _constant(16, i32x16)), f32x16.llvm)
+        return builder.load(emit_address(context, builder, array_type, array, index, f32x16.llvm), align=1)
+    half = ir.VectorType(I16, LANES)
+    bits = builder.zext(
+        builder.load(emit_address(context, builder, array_type, array, index, half), align=1), i32x16.llvm
+    )
+    return builder.bitcast(builder.shl(bits, emit_constant(16, i32x16)), f32x16.llvm)
 
 
 def _bf16(builder, vector):
     """Round 16 floats to bfloat16, ties to even, and return their bits."""
     bits = builder.bitcast(vector, i32x16.llvm)
-    odd = builder.and_(builder.lshr(bits, _constant(16, i32x16)), _constant(1, i32x16))
-    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF, i32x16)))
-    return builder.trunc(builder.lshr(rounded, _constant(16, i32x16)), ir.VectorType(_I16, LANES))
+    odd = builder.and_(builder.lshr(bits, emit_constant(16, i32x16)), emit_constant(1, i32x16))
+    rounded = builder.add(bits, builder.add(odd, emit_constant(0x7FFF, i32x16)))
+    return builder.trunc(builder.lshr(rounded, emit_constant(16, i32x16)), ir.VectorType(I16, LANES))
 
 
-def _lanes_below(builder, count):
+def emit_lanes_below(builder, count):
     """The mask of lanes 0..count-1."""
     lanes = ir.Constant(i32x16.llvm, list(range(LANES)))
-    return builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32)))
+    return builder.icmp_signed("<", lanes, emit_splat(builder, builder.trunc(count, I32)))
 
 
 def _is_float_array(array) -> bool:
@@ -131,7 +132,7 @@ def load(typing_context, array, index):
         return None
 
     def codegen(context, builder, sig, args):
-        return _load_f32(context, builder, sig.args[0], *args)
+        return emit_load(context, builder, sig.args[0], *args)
 
     return f32x16(array, types.intp), codegen
 
@@ -143,7 +144,7 @@ def as_float(typing_context, number):
     def codegen(context, builder, sig, args):
         if sig.args[0] == types.float32:
             return args[0]
-        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), F32)
 
     return types.float32(number), codegen
 
@@ -155,10 +156,10 @@ def load_first(typing_context, array, index, count):
         return None
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
-        return _call(
+        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
+        return emit_call(
             builder, "llvm.masked.load.v16f32.p0", f32x16.llvm,
-            pointer, ir.Constant(_I32, 1), _lanes_below(builder, args[2]), _constant(0.0),
+            pointer, ir.Constant(I32, 1), emit_lanes_below(builder, args[2]), emit_constant(0.0),
         )  # fmt: skip
 
     return f32x16(array, types.intp, types.intp), codegen
@@ -170,7 +171,7 @@ def store(typing_context, array, index, vector):
 
     def codegen(context, builder, sig, args):
         value = args[2] if sig.args[0].dtype == types.float32 else _bf16(builder, args[2])
-        builder.store(value, _address(context, builder, sig.args[0], args[0], args[1], value.type), align=1)
+        builder.store(value, emit_address(context, builder, sig.args[0], args[0], args[1], value.type), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, f32x16), codegen
@@ -183,15 +184,15 @@ def store_first(typing_context, array, index, vector, count):
         return None
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
-        mask = _lanes_below(builder, args[3])
-        _call(
+        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
+        mask = emit_lanes_below(builder, args[3])
+        emit_call(
             builder,
             "llvm.masked.store.v16f32.p0",
             ir.VoidType(),
             args[2],
             pointer,
-            ir.Constant(_I32, 1),
+            ir.Constant(I32, 1),
             mask,
         )
         return context.get_dummy_value()
@@ -204,7 +205,7 @@ def load_int8(typing_context, array, index):
     """16 neighbouring int8 values as f32x16."""
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[0], args[1], ir.VectorType(_I8, LANES))
+        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], ir.VectorType(I8, LANES))
         return builder.sitofp(builder.load(pointer, align=1), f32x16.llvm)
 
     return f32x16(array, types.intp), codegen
@@ -215,8 +216,8 @@ def store_int8(typing_context, array, index, vector):
     """Write the low bytes of 16 integers."""
 
     def codegen(context, builder, sig, args):
-        narrow = builder.trunc(args[2], ir.VectorType(_I8, LANES))
-        builder.store(narrow, _address(context, builder, sig.args[0], args[0], args[1], narrow.type), align=1)
+        narrow = builder.trunc(args[2], ir.VectorType(I8, LANES))
+        builder.store(narrow, emit_address(context, builder, sig.args[0], args[0], args[1], narrow.type), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, i32x16), codegen
@@ -227,9 +228,9 @@ def prefetch(typing_context, array, index):
     """Ask for the cache line of a flat index, ahead of its use."""
 
     def codegen(context, builder, sig, args):
-        pointer = _address(context, builder, sig.args[0], args[0], args[1], _I8)
-        flags = [ir.Constant(_I32, n) for n in (0, 3, 1)]  # read, keep in every cache level, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
+        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
+        flags = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep in every cache level, data
+        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
@@ -242,8 +243,8 @@ def prefetch(typing_context, array, index):
 def splat(typing_context, scalar):
     """The same number in all 16 lanes: a float gives f32x16, an integer i32x16."""
     if isinstance(scalar, types.Float):
-        return f32x16(types.float32), lambda context, builder, sig, args: _splat(builder, args[0])
-    return i32x16(types.int32), lambda context, builder, sig, args: _splat(builder, args[0])
+        return f32x16(types.float32), lambda context, builder, sig, args: emit_splat(builder, args[0])
+    return i32x16(types.int32), lambda context, builder, sig, args: emit_splat(builder, args[0])
 
 
 def _function(argument_types: tuple, result: Vector | types.Type, emit: Callable) -> Any:
@@ -261,27 +262,29 @@ def _function(argument_types: tuple, result: Vector | types.Type, emit: Callable
 
 
 _F, _I = f32x16, i32x16
-fma = _function((_F, _F, _F), _F, lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _F.llvm, x, y, z))
-maximum = _function((_F, _F), _F, lambda b, x, y: _call(b, "llvm.maxnum.v16f32", _F.llvm, x, y))
-absolute = _function((_F,), _F, lambda b, x: _call(b, "llvm.fabs.v16f32", _F.llvm, x))
-round_to_int = _function((_F,), _I, lambda b, x: b.fptosi(_call(b, "llvm.rint.v16f32", _F.llvm, x), _I.llvm))
+fma = _function((_F, _F, _F), _F, lambda b, x, y, z: emit_call(b, "llvm.fma.v16f32", _F.llvm, x, y, z))
+maximum = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, x, y))
+absolute = _function((_F,), _F, lambda b, x: emit_call(b, "llvm.fabs.v16f32", _F.llvm, x))
+round_to_int = _function((_F,), _I, lambda b, x: b.fptosi(emit_call(b, "llvm.rint.v16f32", _F.llvm, x), _I.llvm))
 to_float = _function((_I,), _F, lambda b, x: b.sitofp(x, _F.llvm))
 # The order of a sum is part of the result: pairwise over the lanes, by shuffles, the same on every processor.
 max_lane = _function(
-    (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: _call(b, "llvm.maxnum.v16f32", _F.llvm, p, q))
+    (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, p, q))
 )
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
 sum_lanes_int = _function((_I,), types.int32, lambda b, x: _fold(b, x, b.add))
-first_lanes = _function((_F, _F, types.intp), _F, lambda b, x, other, count: b.select(_lanes_below(b, count), x, other))
+first_lanes = _function(
+    (_F, _F, types.intp), _F, lambda b, x, other, count: b.select(emit_lanes_below(b, count), x, other)
+)
 
 
 def _fold(builder, vector, combine):
     step = LANES // 2
     while step:
-        order = ir.Constant(ir.VectorType(_I32, LANES), [(i + step) % LANES for i in range(LANES)])
+        order = ir.Constant(ir.VectorType(I32, LANES), [(i + step) % LANES for i in range(LANES)])
         vector = combine(vector, builder.shuffle_vector(vector, vector, order))
         step //= 2
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
+    return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
 # e^x = 2^n · e^r with |r| <= ln(2)/2; the polynomial is Cephes' expf, within 2 units in the last place.
@@ -297,228 +300,26 @@ _EXP_POLYNOMIAL = (
 
 def _emit_exp(builder, x):
     def fused(p, q, r):
-        return _call(builder, "llvm.fma.v16f32", f32x16.llvm, p, q, r)
+        return emit_call(builder, "llvm.fma.v16f32", f32x16.llvm, p, q, r)
 
-    clamped = _call(builder, "llvm.maxnum.v16f32", f32x16.llvm, x, _constant(-87.3))
-    clamped = _call(builder, "llvm.minnum.v16f32", f32x16.llvm, clamped, _constant(88.3))
-    n = _call(builder, "llvm.rint.v16f32", f32x16.llvm, builder.fmul(clamped, _constant(1.44269504088896341)))
-    r = fused(n, _constant(-0.693359375), clamped)
-    r = fused(n, _constant(2.12194440e-4), r)
-    p = _constant(_EXP_POLYNOMIAL[0])
+    clamped = emit_call(builder, "llvm.maxnum.v16f32", f32x16.llvm, x, emit_constant(-87.3))
+    clamped = emit_call(builder, "llvm.minnum.v16f32", f32x16.llvm, clamped, emit_constant(88.3))
+    n = emit_call(builder, "llvm.rint.v16f32", f32x16.llvm, builder.fmul(clamped, emit_constant(1.44269504088896341)))
+    r = fused(n, emit_constant(-0.693359375), clamped)
+    r = fused(n, emit_constant(2.12194440e-4), r)
+    p = emit_constant(_EXP_POLYNOMIAL[0])
     for coefficient in _EXP_POLYNOMIAL[1:]:
-        p = fused(p, r, _constant(coefficient))
-    p = fused(p, builder.fmul(r, r), builder.fadd(r, _constant(1.0)))
-    exponent = builder.shl(builder.add(builder.fptosi(n, i32x16.llvm), _constant(127, i32x16)), _constant(23, i32x16))
+        p = fused(p, r, emit_constant(coefficient))
+    p = fused(p, builder.fmul(r, r), builder.fadd(r, emit_constant(1.0)))
+    exponent = builder.shl(
+        builder.add(builder.fptosi(n, i32x16.llvm), emit_constant(127, i32x16)), emit_constant(23, i32x16)
+    )
     result = builder.fmul(p, builder.bitcast(exponent, f32x16.llvm))
     # Below the smallest normal float the answer is zero, which a masked score of -inf relies on.
-    return builder.select(builder.fcmp_ordered("<", x, _constant(-87.3)), _constant(0.0), result)
+    return builder.select(builder.fcmp_ordered("<", x, emit_constant(-87.3)), emit_constant(0.0), result)
 
 
 exp = _function((_F,), _F, _emit_exp)
-
-
-# --- register tiles: tuples of vectors, row after row -------------------------------------------------------------
-
-
-def _tile(vector: Vector, count: int) -> types.UniTuple:
-    return types.UniTuple(vector, count)
-
-
-def _length(number) -> int:
-    if not isinstance(number, types.IntegerLiteral):
-        raise TypingError("a tile's size is a constant of the kernel")
-    return number.literal_value
-
-
-@intrinsic
-def zeros(typing_context, count):
-    """A tile of `count` f32x16, all zero."""
-    tile = _tile(f32x16, _length(count))
-
-    def codegen(context, builder, sig, args):
-        return context.make_tuple(builder, tile, [_constant(0.0)] * tile.count)
-
-    return tile(count), codegen
-
-
-@intrinsic
-def load_tile(typing_context, count, array, index, stride):
-    """`count` f32x16 from flat indices index, index + stride, ..."""
-    tile = _tile(f32x16, _length(count))
-
-    def codegen(context, builder, sig, args):
-        _, array_value, at, stride_value = args
-        vectors = []
-        for _ in range(tile.count):
-            vectors.append(_load_f32(context, builder, sig.args[1], array_value, at))
-            at = builder.add(at, stride_value)
-        return context.make_tuple(builder, tile, vectors)
-
-    return tile(count, array, types.intp, types.intp), codegen
-
-
-@intrinsic
-def fma_rows(typing_context, tile, panels, x, index, stride):
-    """tile[r, p] + panels[p] · x[index + r·stride]: one step of a matrix product, for every row r and panel p."""
-
-    def codegen(context, builder, sig, args):
-        sums = list(cgutils.unpack_tuple(builder, args[0]))
-        vectors = cgutils.unpack_tuple(builder, args[1])
-        at = args[3]
-        for row in range(len(sums) // len(vectors)):
-            pointer = _address(context, builder, sig.args[2], args[2], at, _F32)
-            factor = _splat(builder, builder.load(pointer))
-            for p, vector in enumerate(vectors):
-                i = row * len(vectors) + p
-                sums[i] = _call(builder, "llvm.fma.v16f32", f32x16.llvm, vector, factor, sums[i])
-            at = builder.add(at, args[4])
-        return context.make_tuple(builder, sig.return_type, sums)
-
-    return tile(tile, panels, x, types.intp, types.intp), codegen
-
-
-@intrinsic
-def dot_rows(typing_context, tile, panels, w, w_index, w_stride, x, index, stride):
-    """tile[r, p] + the int8 dot products of w's panel p with row r of x: four inputs, for every row r and panel p.
-
-    `panels` is the (literal) number of panels; w is unsigned and has 64 bytes a panel at w_index + p·w_stride,
-    x is signed and has 4 bytes at index + r·stride, used for all 16 outputs of a panel.
-    """
-    count = _length(panels)
-
-    def codegen(context, builder, sig, args):
-        sums = list(cgutils.unpack_tuple(builder, args[0]))
-        at, weights = args[3], []
-        for _ in range(count):
-            pointer = _address(context, builder, sig.args[2], args[2], at, i8x64.llvm)
-            weights.append(builder.load(pointer, align=1))
-            at = builder.add(at, args[4])
-        at = args[6]
-        for row in range(len(sums) // count):
-            four = builder.load(_address(context, builder, sig.args[5], args[5], at, _I32), align=1)
-            inputs = builder.bitcast(_splat(builder, four), i8x64.llvm)
-            for p, weight in enumerate(weights):
-                sums[row * count + p] = _emit_dot(builder, sums[row * count + p], weight, inputs)
-            at = builder.add(at, args[7])
-        return context.make_tuple(builder, sig.return_type, sums)
-
-    return tile(tile, panels, w, types.intp, types.intp, x, types.intp, types.intp), codegen
-
-
-@intrinsic
-def load_panels(typing_context, array, first, second, third, fourth):
-    """A tile of four f32x16 from four flat indices: neighbours that live in different pages."""
-    tile = _tile(f32x16, 4)
-
-    def codegen(context, builder, sig, args):
-        vectors = [_load_f32(context, builder, sig.args[0], args[0], at) for at in args[1:]]
-        return context.make_tuple(builder, tile, vectors)
-
-    return tile(array, types.intp, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def load_rows(typing_context, rows, panels, array, index, stride):
-    """A tile whose row r is the `panels` f32x16 from index + r·stride on."""
-    row_count, per_row = _length(rows), _length(panels)
-    tile = _tile(f32x16, row_count * per_row)
-
-    def codegen(context, builder, sig, args):
-        _, _, array_value, at, stride_value = args
-        vectors = []
-        for _ in range(row_count):
-            for p in range(per_row):
-                place = builder.add(at, ir.Constant(at.type, p * LANES))
-                vectors.append(_load_f32(context, builder, sig.args[2], array_value, place))
-            at = builder.add(at, stride_value)
-        return context.make_tuple(builder, tile, vectors)
-
-    return tile(rows, panels, array, types.intp, types.intp), codegen
-
-
-@intrinsic
-def store_rows(typing_context, y, index, stride, tile, panels, count):
-    """Write tile[r, p] at index + r·stride + 16·p; of each row's numbers only the first `count`."""
-    per_row = _length(panels)
-
-    def codegen(context, builder, sig, args):
-        vectors = cgutils.unpack_tuple(builder, args[3])
-        at = args[1]
-        for r in range(len(vectors) // per_row):
-            for p in range(per_row):
-                offset = ir.Constant(at.type, p * LANES)
-                pointer = _address(context, builder, sig.args[0], args[0], builder.add(at, offset), f32x16.llvm)
-                mask = _lanes_below(builder, builder.sub(args[5], offset))
-                value = vectors[r * per_row + p]
-                _call(
-                    builder,
-                    "llvm.masked.store.v16f32.p0",
-                    ir.VoidType(),
-                    value,
-                    pointer,
-                    ir.Constant(_I32, 1),
-                    mask,
-                )
-            at = builder.add(at, args[2])
-        return context.get_dummy_value()
-
-    return types.void(y, types.intp, types.intp, tile, panels, types.intp), codegen
-
-
-@intrinsic
-def start_rows(typing_context, rows, digits, panels, starts, index, stride):
-    """An i32x16 tile of rows · digits rows: row r's lowest digit holds starts[index + r·stride], the others zero."""
-    digit_count, per_row = _length(digits), _length(panels)
-    tile = _tile(i32x16, _length(rows) * digit_count * per_row)
-
-    def codegen(context, builder, sig, args):
-        at, vectors = args[4], []
-        for _ in range(_length(rows)):
-            pointer = _address(context, builder, sig.args[3], args[3], at, _I32)
-            vectors += [_constant(0, i32x16)] * (per_row * (digit_count - 1))
-            vectors += [_splat(builder, builder.load(pointer))] * per_row
-            at = builder.add(at, args[5])
-        return context.make_tuple(builder, tile, vectors)
-
-    return tile(rows, digits, panels, starts, types.intp, types.intp), codegen
-
-
-@intrinsic
-def scaled_rows(typing_context, tile, sums, panels, x_scale, index, stride):
-    """tile[r, p] + float(sums[r, p]) · panels[p] · x_scale[index + r·stride].
-
-    Where sums has twice the tile's rows, they are high and low bytes: row r is 256 · sums[2r] + sums[2r + 1].
-    """
-
-    def codegen(context, builder, sig, args):
-        totals = list(cgutils.unpack_tuple(builder, args[0]))
-        integers = cgutils.unpack_tuple(builder, args[1])
-        w_scales = cgutils.unpack_tuple(builder, args[2])
-        count, at = len(w_scales), args[4]
-        rows = len(totals) // count
-        bytes_per_input = len(integers) // len(totals)
-        for r in range(rows):
-            pointer = _address(context, builder, sig.args[3], args[3], at, _F32)
-            scale = _splat(builder, builder.load(pointer))
-            for p in range(count):
-                value = integers[r * bytes_per_input * count + p]
-                if bytes_per_input == 2:
-                    low = integers[(2 * r + 1) * count + p]
-                    value = builder.add(builder.shl(value, _constant(8, i32x16)), low)
-                both = builder.fmul(w_scales[p], scale)
-                i = r * count + p
-                totals[i] = _call(
-                    builder,
-                    "llvm.fma.v16f32",
-                    f32x16.llvm,
-                    builder.sitofp(value, f32x16.llvm),
-                    both,
-                    totals[i],
-                )
-            at = builder.add(at, args[5])
-        return context.make_tuple(builder, sig.return_type, totals)
-
-    return tile(tile, sums, panels, x_scale, types.intp, types.intp), codegen
 
 
 # --- the int8 dot product -----------------------------------------------------------------------------------------
@@ -526,13 +327,13 @@ def scaled_rows(typing_context, tile, sums, panels, x_scale, index, stride):
 DOT_PRODUCT = "avx512-vnni" if _jit.has_feature("avx512f", "avx512bw", "avx512vnni") else "plain"
 
 
-def _emit_dot(builder, total, unsigned, signed):
+def emit_dot(builder, total, unsigned, signed):
     """total[i] + sum over j < 4 of unsigned[4i+j] · signed[4i+j], exactly, in 32-bit integers."""
     if DOT_PRODUCT == "avx512-vnni":
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.llvm, total, unsigned, signed)
+        return emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.llvm, total, unsigned, signed)
     for j in range(4):
         # Byte j of each 32-bit lane: moved to the top, then down again with zeros or with its sign.
-        up, down = _constant(24 - 8 * j, i32x16), _constant(24, i32x16)
+        up, down = emit_constant(24 - 8 * j, i32x16), emit_constant(24, i32x16)
         u = builder.lshr(builder.shl(builder.bitcast(unsigned, i32x16.llvm), up), down)
         s = builder.ashr(builder.shl(builder.bitcast(signed, i32x16.llvm), up), down)
         total = builder.add(total, builder.mul(u, s))
