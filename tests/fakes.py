@@ -18,7 +18,7 @@ class FakeRunner:
         assert len(held) == len(set(held)), "two sequences share a block"
         for sequence, num_tokens in scheduled:
             end = sequence.num_computed + num_tokens
-            assert 0 < num_tokens and end <= len(sequence.token_ids)
+            assert num_tokens > 0 and end <= len(sequence.token_ids)
             assert end <= len(sequence.block_table) * self.block_size, "a token has no block to go to"
         return [
             Sampled(self.next_token(sequence)) if sequence.num_computed + num == len(sequence.token_ids) else None

@@ -173,7 +173,7 @@ def test_the_context_ends_an_answer(llm: LLM) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 100])
 def test_logprobs(llm: LLM, count: int) -> None:
-    """The most likely tokens and the chosen one, as log_softmax of what the model computes, whatever the temperature."""
+    """The most likely tokens and the chosen one: log_softmax of what the model computes, whatever the temperature."""
     params = SamplingParams(temperature=1.5, max_tokens=9, seed=3, logprobs=count, ignore_eos=True)
     [output] = llm.generate(TEXTS[0], params)
     answer = output.outputs[0]

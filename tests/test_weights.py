@@ -1,4 +1,4 @@
-"""Safetensors folders as read-only mappings: every dtype, shards, what is damaged, and how much memory loading takes."""
+"""Safetensors folders as read-only mappings: every dtype, shards, what is damaged, and the memory that loading takes."""
 
 import json
 import os
@@ -349,8 +349,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory_is_the_weights_and_one_tensor(dtype: str, large: Path, tmp_path: Path) -> None:
     """The weights as they are kept, and the one layer being converted, in float32.
 
-    Counted is anonymous memory (RssAnon, of Linux), which the process must have. Pages of the mapped file are in its RSS too, but
-    they are the page cache's: the kernel takes them back whenever something else wants the memory.
+    Counted is anonymous memory (RssAnon, of Linux), which the process must have. Pages of the mapped file are in its
+    RSS too, but they are the page cache's: the kernel takes them back whenever something else wants the memory.
     """
     small = checkpoints.write_folder(tmp_path, RAW)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
