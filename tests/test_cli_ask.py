@@ -32,7 +32,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 without a chat template, as the real one."""
     folder = checkpoints.write_folder(tmp_path_factory.mktemp("plain") / "model", checkpoints.CONFIGS["gpt2"])
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
-    return folder
+    return warm(folder)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkpoints.write_folder(tmp_path_factory.mktemp("chatty") / "model", checkpoints.CONFIGS["llama"])
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|bos|>", "chat_template": template}))
-    return folder
+    return warm(folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,12 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that never ends by itself."""
     folder = checkpoints.write_folder(tmp_path_factory.mktemp("endless") / "model", ENDLESS)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": checkpoints.CHAT_TEMPLATE}))
+    return warm(folder)
+
+
+def warm(folder: Path) -> Path:
+    """The folder of a model whose kernels are compiled, so that nothing is said about that."""
+    LLM(folder, kv_cache_memory=1 << 24).generate("Hi", SamplingParams(max_tokens=2))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Safetensors folders as read-only mappings: every dtype, shards, what is damaged, and the memory that loading takes."""
+"""Safetensors folders as read-only mappings: every dtype, shards, damaged files, and the memory that loading takes."""
 
 import json
 import os
