@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.blocks import BlockAllocator
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError, UserError
+from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Metrics, Sequence
-from tinyserve.tokenizer.stops import StopFilter
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinyserve.tokenizer import Detokenizer
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
 
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, Any]
@@ -33,95 +32,6 @@ _OPTIONS = (
     "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "block_size",
     "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
 )  # fmt: skip
-
-
-@dataclass
-class CompletionOutput:
-    """One answer. `finish_reason` is "stop" (an end token or a stop string), "length" or "abort"."""
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Mapping[int, float]] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass
-class RequestOutput:
-    """A prompt with its answers and its times."""
-
-    request_id: int
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: Metrics
-
-
-@dataclass
-class StreamChunk:
-    """What came since the last chunk: printing the chunks one after the other prints the answer."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[Mapping[int, float]] | None
-    finish_reason: str | None
-    metrics: Metrics
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class _Request:
-    """A sequence in the engine, and its text as far as it is certain."""
-
-    def __init__(self, sequence: Sequence, prompt: str | None, detokenizer: "Detokenizer | None"):
-        self.sequence, self.prompt = sequence, prompt
-        self._detokenizer = detokenizer
-        self._stops = StopFilter(sequence.params.stop_strings)
-        self.text = ""
-        self.sent_text, self.sent_tokens = 0, 0  # what a stream has handed out
-        self.stop_reason: str | int | None = None
-
-    def advance(self, token: int, is_end: bool) -> bool:
-        """Take in a new token; True when a stop string was completed by it."""
-        if self._detokenizer is not None and not is_end:
-            self.text += self._stops.push(self._detokenizer.push(token))
-        self.stop_reason = self._stops.matched if self._stops.matched is not None else (token if is_end else None)
-        return self._stops.matched is not None
-
-    def close(self) -> None:
-        """The sequence is finished: what was held back is certain now."""
-        if self._detokenizer is not None:
-            self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-
-    def output(self) -> RequestOutput:
-        sequence = self.sequence
-        logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
-        answer = CompletionOutput(
-            0, self.text, sequence.output_token_ids, logprobs, sequence.finish_reason, self.stop_reason
-        )
-        finished = sequence.finish_reason is not None
-        return RequestOutput(
-            sequence.request_id, self.prompt, sequence.prompt_token_ids, [answer], finished, sequence.metrics
-        )
-
-    def has_news(self) -> bool:
-        return self.sequence.finish_reason is not None or self.sequence.num_output > self.sent_tokens
-
-    def chunk(self) -> StreamChunk:
-        sequence, tokens = self.sequence, self.sequence.output_token_ids
-        logprobs = sequence.logprobs[self.sent_tokens :] if sequence.params.logprobs is not None else None
-        chunk = StreamChunk(
-            self.text[self.sent_text :],
-            tokens[self.sent_tokens :],
-            logprobs,
-            sequence.finish_reason,
-            sequence.metrics,
-        )
-        self.sent_text, self.sent_tokens = len(self.text), len(tokens)
-        return chunk
 
 
 class LLM:
@@ -197,7 +107,7 @@ class LLM:
         )  # fmt: skip
         self._chunk = max_num_batched_tokens
         self._seed = seed
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._lock = threading.RLock()  # one thread at a time owns the kernels
 
     def _compile_kernels(self, jit: Any) -> None:
@@ -223,7 +133,7 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         params = _as_params(sampling_params, len(batch))
-        requests: list[_Request] = []
+        requests: list[Request] = []
         try:
             for prompt, one in zip(batch, params, strict=True):
                 requests.append(self._submit(prompt, one))
@@ -290,6 +200,8 @@ class LLM:
                 raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
             return self.tokenizer.encode(prompt)
         try:
+            if isinstance(prompt, bytes):
+                raise TypeError
             ids = [index(token) for token in prompt]
         except TypeError:
             raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
@@ -297,19 +209,20 @@ class LLM:
             raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
         return ids
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> _Request:
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._encode(prompt)
         with self._lock:
-            if params.seed is None and self._seed is not None:
-                params = replace(params, seed=self._seed + len(ids))
             sequence = self._engine.add(ids, params)
+            if params.seed is None and self._seed is not None:
+                # Requests of one program draw from streams of their own, the same in the next run.
+                sequence.params = replace(params, seed=(self._seed << 32) + sequence.request_id)
             detokenizer = None
             if self.tokenizer is not None:
                 # An answer to a template begins a text; a completion goes on with the prompt's.
                 detokenizer = self.tokenizer.detokenizer(
                     params.skip_special_tokens, continuation=isinstance(prompt, str)
                 )
-            request = _Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
+            request = Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
             self._requests[sequence.request_id] = request
             return request
 
@@ -326,19 +239,19 @@ class LLM:
                 if sequence.finish_reason is not None:
                     self._close(request)
 
-    def _close(self, request: _Request) -> None:
+    def _close(self, request: Request) -> None:
         if self._requests.pop(request.sequence.request_id, None) is not None:
             request.close()
             self._runner.forget(request.sequence)
 
-    def _abort(self, requests: SequenceOf[_Request]) -> None:
+    def _abort(self, requests: SequenceOf[Request]) -> None:
         """End what has not ended: the caller went away, or something failed."""
         with self._lock:
             for request in requests:
                 self._engine.finish(request.sequence, "abort")
                 self._close(request)
 
-    def _stream(self, request: _Request) -> Iterator[StreamChunk]:
+    def _stream(self, request: Request) -> Iterator[StreamChunk]:
         try:
             finished = False
             yield request.chunk()  # empty
@@ -376,14 +289,11 @@ def _check_options(
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or many, of text or of token ids, as a list of prompts."""
-    if isinstance(prompts, str) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
         return [prompts]
     items = list(prompts)
-    return (
-        [items]
-        if items and all(not isinstance(item, str) and not hasattr(item, "__len__") for item in items)
-        else items
-    )
+    is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
+    return [items] if is_one_prompt else items
 
 
 def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -1,6 +1,8 @@
 """How one request is decoded, under vLLM's names. Plain data: nothing here samples."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from tinyserve.errors import RequestError
 
@@ -29,25 +31,35 @@ class SamplingParams:
     """Go on past the model's end token."""
     logprobs: int | None = None
     """Return the log-probabilities of this many most likely tokens, and of the chosen one, at each step."""
-    skip_special_tokens: bool = field(default=True)
+    skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
         for name, kind in (("stop", str), ("stop_token_ids", int)):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, kind) else tuple(value))
-        checks = (
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0 or self.top_k == -1, "at least 1, or 0 for all tokens"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
-            ("stop", all(self.stop), "texts of at least one character"),
+            object.__setattr__(self, name, (value,) if isinstance(value, kind) else tuple(value or ()))
+        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("temperature", lambda t: 0 <= t < float("inf"), "a number of at least 0 (0 is greedy)"),
+            ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+            ("top_k", lambda k: k == int(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
+            ("min_p", lambda p: 0 <= p <= 1, "between 0 and 1"),
+            ("max_tokens", lambda n: n == int(n) >= 1, "a whole number of at least 1"),
+            ("seed", lambda n: n is None or n == int(n) >= 0, "a whole number of at least 0"),
+            ("logprobs", lambda n: n is None or 0 <= n == int(n) <= 100, "a whole number between 0 and 100"),
+            (
+                "stop",
+                lambda texts: all(text and isinstance(text, str) for text in texts),
+                "texts of at least one character",
+            ),
         )
-        for name, good, range_ in checks:
+        for name, holds, range_ in rules:
+            value = getattr(self, name)
+            try:
+                good = holds(value)
+            except (TypeError, ValueError, OverflowError):
+                good = False
             if not good:
-                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {range_}.")
+                raise RequestError(f"{name} is {value!r}; it must be {range_}.")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
