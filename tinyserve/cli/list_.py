@@ -6,7 +6,9 @@ import typer
 
 
 def list_models(
-    presets: Annotated[bool, typer.Option("--presets", help="Every model tinyserve knows by name.")] = False,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="Every model tinyserve knows by name; gated ones need a token.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for scripts.")] = False,
 ) -> None:
     """List the downloaded models: name, size and path.
@@ -69,7 +71,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     else:
         table = [("name", "downloaded", "repository")]
         for row in rows:
-            gated = " (gated: needs a token)" if row["gated"] else ""
+            gated = " (gated)" if row["gated"] else ""
             table.append((row["name"], "yes" if row["downloaded"] else "-", row["repo"] + gated))
     first, second = (max(len(line[column]) for line in table) for column in (0, 1))
     for name, middle, last in table:
