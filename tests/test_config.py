@@ -167,9 +167,7 @@ def test_what_is_not_supported_is_refused_by_key(family: str, key: str, value: o
 
 
 def test_the_unsupported_names_what_is_supported() -> None:
-    with pytest.raises(
-        ConfigError, match="'qwen2', which is not supported; supported: gpt2, falcon"
-    ) as error:
+    with pytest.raises(ConfigError, match="'qwen2', which is not supported; supported: gpt2, falcon") as error:
         parse_config(LLAMA | {"model_type": "qwen2"})
     assert "granitemoehybrid" in str(error.value)
     with pytest.raises(ConfigError, match="'gptq'"):
@@ -214,9 +212,7 @@ def test_rope_has_two_dialects_and_one_meaning() -> None:
 
 def test_llama3_scaling_needs_its_factors() -> None:
     with pytest.raises(ConfigError, match=r"in 'rope_scaling': the required key 'low_freq_factor'"):
-        parse_config(
-            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}
-        )
+        parse_config(LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}})
     with pytest.raises(ConfigError, match="partial_rotary_factor"):
         parse_config(LLAMA | {"partial_rotary_factor": 0.5})
 
@@ -351,8 +347,7 @@ def test_zero_experts_is_a_dense_model_although_the_key_is_there() -> None:
 def test_layer_types_have_two_dialects() -> None:
     old = parse_config(HYBRID)
     new = parse_config(
-        HYBRID
-        | {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
+        HYBRID | {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}
     )
     assert old == new
     assert old.layer_types == ("mamba", "attention", "mamba", "mamba")
@@ -395,9 +390,7 @@ def test_a_hybrid_of_attention_alone_needs_no_mamba_keys_and_may_rotate() -> Non
 @given(
     family=st.sampled_from(sorted(EVERY)),
     noise=st.dictionaries(
-        st.sampled_from(
-            sorted({key for raw in EVERY.values() for key in raw} | {"rope_scaling", "head_dim"})
-        ),
+        st.sampled_from(sorted({key for raw in EVERY.values() for key in raw} | {"rope_scaling", "head_dim"})),
         st.none()
         | st.booleans()
         | st.integers(-2, 9)

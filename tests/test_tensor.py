@@ -79,7 +79,9 @@ def test_matmul_int8_worst_case_accumulator():
 
 
 @settings(max_examples=25, deadline=None)
-@given(batch=st.integers(2, 33), N=st.sampled_from([5, 64, 130]), K=st.sampled_from([24, 64, 200]), seed=st.integers(0, 9))
+@given(
+    batch=st.integers(2, 33), N=st.sampled_from([5, 64, 130]), K=st.sampled_from([24, 64, 200]), seed=st.integers(0, 9)
+)
 def test_a_row_does_not_depend_on_its_batch(batch, N, K, seed):
     """Bit for bit, for every kernel that works on rows: the promise that batching changes nobody's answer."""
     x, w, bias = random(seed, batch, K), random(seed + 1, N, K), random(seed + 2, N)
@@ -172,7 +174,9 @@ class Paged:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 64), (9, 3, 64), (71, 1, 64), (4, 2, 24), (2, 2, 80), (3, 3, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim", [(1, 1, 64), (9, 3, 64), (71, 1, 64), (4, 2, 24), (2, 2, 80), (3, 3, 1)]
+)
 @pytest.mark.parametrize("block_size", [16, 48])
 @pytest.mark.parametrize("window", [0, 1, 70])
 def test_attention(heads, kv_heads, head_dim, block_size, window):
