@@ -205,3 +205,15 @@ def test_attention_with_one_huge_score():
     paged.store(attention)
     # Scores near 20,000 carry float32 errors near 0.002, which the exponential turns into relative ones.
     close(paged.attend(attention), paged.attend(reference), 0.01)
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    """A nan in a query, a key or a gate comes out as nan: kernels that clamp must not turn damage into an answer."""
+    paged = Paged([20], 2, 2, 32, 16)
+    paged.qkv[5, 3] = np.nan
+    paged.store(attention)
+    assert np.isnan(paged.attend(attention)[5, :32]).all()
+    x = random(1, 1, 64)
+    x[0, 7] = np.nan
+    assert np.isnan(activation.silu_mul(x)[0, 7])
+    assert np.isnan(activation.gelu_tanh(x)[0, 7])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
@@ -104,14 +105,6 @@ def emit_load(context, builder, array_type, array, index):
     return builder.bitcast(builder.shl(bits, emit_constant(16, i32x16)), f32x16.llvm)
 
 
-def _bf16(builder, vector):
-    """Round 16 floats to bfloat16, ties to even, and return their bits."""
-    bits = builder.bitcast(vector, i32x16.llvm)
-    odd = builder.and_(builder.lshr(bits, emit_constant(16, i32x16)), emit_constant(1, i32x16))
-    rounded = builder.add(bits, builder.add(odd, emit_constant(0x7FFF, i32x16)))
-    return builder.trunc(builder.lshr(rounded, emit_constant(16, i32x16)), ir.VectorType(I16, LANES))
-
-
 def emit_lanes_below(builder, count):
     """The mask of lanes 0..count-1."""
     lanes = ir.Constant(i32x16.llvm, list(range(LANES)))
@@ -167,11 +160,12 @@ def load_first(typing_context, array, index, count):
 
 @intrinsic
 def store(typing_context, array, index, vector):
-    """Write 16 floats at a flat index, rounded to bfloat16 where the array is uint16."""
+    """Write 16 floats at a flat index of a float32 array."""
+    if array.dtype != types.float32:
+        return None
 
     def codegen(context, builder, sig, args):
-        value = args[2] if sig.args[0].dtype == types.float32 else _bf16(builder, args[2])
-        builder.store(value, emit_address(context, builder, sig.args[0], args[0], args[1], value.type), align=1)
+        builder.store(args[2], emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, f32x16), codegen
@@ -201,17 +195,6 @@ def store_first(typing_context, array, index, vector, count):
 
 
 @intrinsic
-def load_int8(typing_context, array, index):
-    """16 neighbouring int8 values as f32x16."""
-
-    def codegen(context, builder, sig, args):
-        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], ir.VectorType(I8, LANES))
-        return builder.sitofp(builder.load(pointer, align=1), f32x16.llvm)
-
-    return f32x16(array, types.intp), codegen
-
-
-@intrinsic
 def store_int8(typing_context, array, index, vector):
     """Write the low bytes of 16 integers."""
 
@@ -221,19 +204,6 @@ def store_int8(typing_context, array, index, vector):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, i32x16), codegen
-
-
-@intrinsic
-def prefetch(typing_context, array, index):
-    """Ask for the cache line of a flat index, ahead of its use."""
-
-    def codegen(context, builder, sig, args):
-        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
-        flags = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep in every cache level, data
-        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *flags)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), codegen
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -315,8 +285,9 @@ def _emit_exp(builder, x):
         builder.add(builder.fptosi(n, i32x16.llvm), emit_constant(127, i32x16)), emit_constant(23, i32x16)
     )
     result = builder.fmul(p, builder.bitcast(exponent, f32x16.llvm))
-    # Below the smallest normal float the answer is zero, which a masked score of -inf relies on.
-    return builder.select(builder.fcmp_ordered("<", x, emit_constant(-87.3)), emit_constant(0.0), result)
+    # Below the smallest normal float the answer is zero, which a masked score of -inf relies on; nan stays nan.
+    result = builder.select(builder.fcmp_ordered("<", x, emit_constant(-87.3)), emit_constant(0.0), result)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
 
 
 exp = _function((_F,), _F, _emit_exp)
@@ -330,6 +301,8 @@ DOT_PRODUCT = "avx512-vnni" if _jit.has_feature("avx512f", "avx512bw", "avx512vn
 def emit_dot(builder, total, unsigned, signed):
     """total[i] + sum over j < 4 of unsigned[4i+j] · signed[4i+j], exactly, in 32-bit integers."""
     if DOT_PRODUCT == "avx512-vnni":
+        if llvm_version_info < (22,):  # which took the bytes as the integers that they are packed in
+            unsigned, signed = builder.bitcast(unsigned, i32x16.llvm), builder.bitcast(signed, i32x16.llvm)
         return emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.llvm, total, unsigned, signed)
     for j in range(4):
         # Byte j of each 32-bit lane: moved to the top, then down again with zeros or with its sign.
