@@ -188,3 +188,24 @@ def test_the_command_imports_nothing_heavy_and_is_quick() -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e", "owner/name"]
+)
+def test_what_was_downloaded_wins_over_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A snapshot in the Hub's cache, by the preset's name, by repository and revision, and by its branch."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    preset = presets.get("gpt2")
+    repo, commit = ("owner/name", "0" * 40) if name == "owner/name" else (preset.repo, preset.revision)
+    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for file in ("model.safetensors", "tokenizer.json"):
+        (snapshot / file).write_text("{}")
+    (snapshot / "config.json").write_text(json.dumps(preset.raw_config | {"n_layer": 5}))
+    report = inspect(name)
+    assert report["num_hidden_layers"] == 5
+    assert report["source"] == str(snapshot / "config.json")

@@ -13,8 +13,13 @@ from tinyserve.errors import ConfigError
 
 
 def load_raw_config(model: str) -> tuple[dict[str, Any], str]:
-    """Find the config of a preset, folder, config.json or .gguf file: its keys, and where they are from."""
+    """Find the config of a preset, a downloaded repository, a folder, a file: its keys, and where they are from.
+
+    A preset's own config is what can be said offline; the config.json that was downloaded with its weights wins.
+    """
     preset = presets.find(model)
+    if (downloaded := _downloaded(model, preset)) is not None:
+        return _read_json(downloaded), str(downloaded)
     if preset is not None:
         return preset.raw_config, f"presets/{preset.name}.json"
     path = Path(model).expanduser()
@@ -29,6 +34,18 @@ def load_raw_config(model: str) -> tuple[dict[str, Any], str]:
 
         return config_from_gguf(path), str(path)
     return _read_json(path), str(path)
+
+
+def _downloaded(model: str, preset: presets.Preset | None) -> Path | None:
+    """The config.json of a preset or "owner/name[@revision]" in the Hub's cache on this disk."""
+    from tinyserve.hub import cache
+
+    name, _, revision = model.partition("@")
+    repo, revision = (preset.repo, preset.revision) if preset else (name, revision or "main")
+    if repo.count("/") != 1 or repo.startswith(("/", ".", "~")):
+        return None
+    snapshot = cache.find(repo, revision)
+    return snapshot / "config.json" if snapshot is not None and snapshot.is_dir() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
