@@ -1,4 +1,4 @@
-"""How kernels are compiled: the cache folder, the cores that may be used, and processors without the fast instructions."""
+"""How kernels are compiled: the cache folder, the cores that may be used, and plainer processors."""
 
 import os
 import subprocess

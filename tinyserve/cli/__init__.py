@@ -91,6 +91,8 @@ def main() -> None:
         _end("", INTERRUPTED)
     except BrokenPipeError:
         _end("", PIPE_CLOSED)
+    except MemoryError:
+        _end("tinyserve: there is not enough memory: take a smaller model, or --dtype int8.", 1)
     except Exception as error:
         if os.environ.get("TINYSERVE_DEBUG"):
             raise

@@ -73,7 +73,7 @@ def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[
 
 def answer(question: Question) -> None:
     """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
-    llm, load_seconds = load(question.model, question.dtype, question.threads)
+    llm, load_seconds = load(question.model, question.dtype, question.threads, max_num_seqs=1)
     uses_template = llm.chat_template is not None and not question.raw
     if question.system and not uses_template:
         raise UserError(f"--system needs a chat template, which {llm.name} does not have (or --raw turns off).")

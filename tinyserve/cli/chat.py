@@ -44,7 +44,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, max_tokens=max_tokens, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    llm, seconds = load(model, dtype, threads)
+    llm, seconds = load(model, dtype, threads, max_num_seqs=1)
     if llm.chat_template is None:
         raise UserError(f"{llm.name} has no chat template: let it continue a text with `tinyserve ask {model}`.")
     print(f"{llm.name}, loaded in {seconds:.1f} s. {HELP}", file=sys.stderr)

@@ -6,6 +6,7 @@ Knows what a block costs; which block belongs to whom is told by block tables, m
 import numpy as np
 
 from tinyserve.config import ModelConfig
+from tinyserve.errors import UserError
 from tinyserve.tensor.quant import padded
 
 Array = np.ndarray
@@ -20,13 +21,20 @@ class KVCache:
         heads, width = config.num_key_value_heads, padded(config.head_dim, LANES)
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.layers: list[LayerCache] = [
-            (
-                np.zeros((num_blocks, heads, config.head_dim, block_size), np.float32),  # keys, transposed
-                np.zeros((num_blocks, heads, block_size, width), np.float32),
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        try:
+            self.layers: list[LayerCache] = [
+                (
+                    np.zeros((num_blocks, heads, config.head_dim, block_size), np.float32),  # keys, transposed
+                    np.zeros((num_blocks, heads, block_size, width), np.float32),
+                )
+                for _ in range(config.num_hidden_layers)
+            ]
+        except MemoryError:
+            size = num_blocks * self.block_nbytes(config, block_size)
+            raise UserError(
+                f"The system refuses {size / 1e9:.2f} GB for the cache of {num_blocks * block_size} tokens: lower "
+                f"max_model_len or max_num_seqs, or set kv_cache_memory."
+            ) from None
 
     @staticmethod
     def block_nbytes(config: ModelConfig, block_size: int) -> int:
