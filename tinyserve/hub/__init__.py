@@ -16,7 +16,7 @@ __all__ = ["CachedModel", "cached", "is_cached", "remove", "resolve"]
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>(?!.*\.\.).+\.gguf))?")
-_DEFAULT_PATIENCE = 5.0  # seconds the Hub has to answer, where there is another source
+_DEFAULT_PATIENCE = 3.0  # seconds the Hub has to answer, where there is another source
 
 
 def resolve(model: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True) -> Path:

