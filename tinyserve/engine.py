@@ -65,15 +65,19 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def step(self) -> list[Sequence]:
-        """Run one batch; returns the sequences that gained a token, finished ones among them."""
+        """Run one batch; returns the sequences that gained a token or failed, finished ones among them."""
         scheduled = self._schedule()
         grown = []
         for (sequence, num_tokens), sampled in zip(scheduled, self.runner.execute(scheduled), strict=True):
             sequence.num_computed += num_tokens
             if sampled is None:
                 continue
-            sequence.append(*sampled)
             grown.append(sequence)
+            if sampled.error is not None:
+                sequence.error = sampled.error
+                self.finish(sequence, "error")
+                continue
+            sequence.append(sampled.token_id, sampled.logprobs)
             if reason := self._finish_reason(sequence):
                 self.finish(sequence, reason)
         return grown

@@ -6,6 +6,7 @@ Builds the runner and the engine and hands them down; knows nothing of kernels, 
 import difflib
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -68,15 +69,23 @@ class LLM:
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
-        progress: called with (stage, done, total); stages are "load" (numbers packed) and "compile" (kernels).
+        progress: called with ("load", numbers packed, numbers in all), and with ("compile KERNEL", how many, 0).
         """
-        _check_options(unknown, max_num_seqs, max_num_batched_tokens, block_size, num_threads, kv_cache_memory)
+        _check_options(
+            unknown,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_threads=num_threads,
+            kv_cache_memory=kv_cache_memory,
+            seed=seed,
+        )
         if enable_prefix_caching:
             raise UserError("enable_prefix_caching is not built yet; leave it out.")
         from tinyserve.model_files import open_model
-        from tinyserve.model_runner import ModelRunner, cache_blocks
+        from tinyserve.model_runner import ModelRunner, plan_cache
         from tinyserve.models import build_model
-        from tinyserve.models.cache import KVCache
         from tinyserve.quantize import resolve_dtype
         from tinyserve.tensor import _jit
 
@@ -85,22 +94,15 @@ class LLM:
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.num_threads = _jit.set_threads(num_threads)
-        limit = files.config.max_position_embeddings
-        if max_model_len is not None and not 1 <= max_model_len <= limit:
-            raise UserError(f"max_model_len is {max_model_len}; {self.name} has positions for 1 to {limit} tokens.")
-        num_blocks = cache_blocks(files.config, block_size, max_model_len or limit, max_num_seqs, kv_cache_memory)
-        self.max_model_len = min(max_model_len or limit, num_blocks * block_size)
-        if self.max_model_len < (max_model_len or 2):
-            need = KVCache.block_nbytes(files.config, block_size) * -(-(max_model_len or 2) // block_size)
-            raise UserError(
-                f"The cache has memory for {num_blocks * block_size} tokens, but max_model_len "
-                f"{max_model_len or limit} needs {need / 1e6:.0f} MB: lower max_model_len, or raise kv_cache_memory."
-            )
+        num_blocks, self.max_model_len = plan_cache(
+            files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory
+        )
         with _jit.on_compile(_compile_reporter(progress)):
             load = None if progress is None else (lambda done, total: progress("load", done, total))
-            self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
+            with _jit.one_at_a_time(self.num_threads):
+                self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
             self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads)
-            self._compile_kernels(_jit)
+            self._runner.compile_kernels(f"{files.config.model_type}-{self.dtype}")
         self._engine = Engine(
             self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,
             max_num_seqs, max_num_batched_tokens,
@@ -108,18 +110,10 @@ class LLM:
         self._chunk = max_num_batched_tokens
         self._seed = seed
         self._requests: dict[int, Request] = {}
-        self._lock = threading.RLock()  # one thread at a time owns the kernels
-
-    def _compile_kernels(self, jit: Any) -> None:
-        """The first time on a machine, run two tokens under a lock: of two processes one compiles, one waits."""
-        from filelock import FileLock
-
-        ready = jit.cache_folder() / f"{self.config.model_type}-{self.dtype}.ready"
-        if ready.exists():
-            return
-        with FileLock(jit.cache_folder() / "compiling.lock"):
-            self._runner.logits([0, 0], chunk=2)
-            ready.touch()
+        # Whoever holds the lock may step the engine. A stream can be collected at any moment, in the middle of a step
+        # even, so what is cancelled waits here until somebody holds the lock.
+        self._lock = threading.Lock()
+        self._cancelled: deque[Request] = deque()
 
     def generate(
         self,
@@ -137,10 +131,16 @@ class LLM:
         try:
             for prompt, one in zip(batch, params, strict=True):
                 requests.append(self._submit(prompt, one))
-            while any(request.sequence.finish_reason is None for request in requests):
-                self._step()
+            finished = False
+            while not finished:
+                with self._lock:  # another thread may have done the work, or be in the middle of it
+                    finished = all(request.finished for request in requests)
+                    if not finished:
+                        self._step()
         finally:
-            self._abort(requests)
+            self._cancel(requests)
+        for request in requests:
+            request.raise_error()
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
@@ -190,6 +190,7 @@ class LLM:
         if not ids or len(ids) > self.max_model_len:
             raise RequestError(f"logits takes 1 to {self.max_model_len} tokens, not {len(ids)}.")
         with self._lock:
+            self._drop_cancelled()
             if self._engine.has_work():
                 raise RequestError("logits needs the cache to itself: wait until no request is running.")
             return self._runner.logits(ids, self._chunk)
@@ -198,93 +199,99 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
-            return self.tokenizer.encode(prompt)
-        try:
-            if isinstance(prompt, bytes):
-                raise TypeError
-            ids = [index(token) for token in prompt]
-        except TypeError:
-            raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
+            ids = self.tokenizer.encode(prompt)
+        else:
+            try:
+                if isinstance(prompt, bytes):
+                    raise TypeError
+                ids = [index(token) for token in prompt]
+            except TypeError:
+                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
+        # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
         if bad := [token for token in ids if not 0 <= token < self.config.vocab_size]:
             raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
         return ids
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._encode(prompt)
+        detokenizer = None
+        if self.tokenizer is not None:
+            # An answer to a template begins a text; a completion goes on with the prompt's.
+            detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=isinstance(prompt, str))
         with self._lock:
             sequence = self._engine.add(ids, params)
             if params.seed is None and self._seed is not None:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.params = replace(params, seed=(self._seed << 32) + sequence.request_id)
-            detokenizer = None
-            if self.tokenizer is not None:
-                # An answer to a template begins a text; a completion goes on with the prompt's.
-                detokenizer = self.tokenizer.detokenizer(
-                    params.skip_special_tokens, continuation=isinstance(prompt, str)
-                )
             request = Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
             self._requests[sequence.request_id] = request
             return request
 
     def _step(self) -> None:
-        """One step of the engine, and its text; does nothing when another thread has just done the work."""
-        with self._lock:
-            if not self._engine.has_work():
-                return
-            for sequence in self._engine.step():
-                request = self._requests[sequence.request_id]
-                if request.advance(sequence.token_ids[-1], is_end=sequence.finish_reason == "stop"):
-                    self._engine.finish(sequence, "stop")
-                    sequence.finish_reason = "stop"
-                if sequence.finish_reason is not None:
-                    self._close(request)
+        """One step of the engine, and its text. Call it with the lock."""
+        self._drop_cancelled()
+        if not self._engine.has_work():
+            return
+        for sequence in self._engine.step():
+            request = self._requests[sequence.request_id]
+            if request.advance() and sequence.finish_reason != "stop":
+                self._engine.finish(sequence, "stop")
+                sequence.finish_reason = "stop"  # a stop string weighs more than a length
+            if sequence.finish_reason is not None:
+                self._close(request)
 
     def _close(self, request: Request) -> None:
         if self._requests.pop(request.sequence.request_id, None) is not None:
             request.close()
             self._runner.forget(request.sequence)
 
-    def _abort(self, requests: SequenceOf[Request]) -> None:
-        """End what has not ended: the caller went away, or something failed."""
-        with self._lock:
-            for request in requests:
-                self._engine.finish(request.sequence, "abort")
-                self._close(request)
+    def _cancel(self, requests: SequenceOf[Request]) -> None:
+        """End what has not ended, now or as soon as the lock is free: the caller went away, or something failed."""
+        self._cancelled.extend(request for request in requests if not request.finished)
+        if self._cancelled and self._lock.acquire(blocking=False):
+            try:
+                self._drop_cancelled()
+            finally:
+                self._lock.release()
+
+    def _drop_cancelled(self) -> None:
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            self._engine.finish(request.sequence, "abort")
+            self._close(request)
 
     def _stream(self, request: Request) -> Iterator[StreamChunk]:
         try:
-            finished = False
             yield request.chunk()  # empty
+            finished = False
             while not finished:
-                while not request.has_news():
-                    self._step()
-                finished = request.sequence.finish_reason is not None
-                yield request.chunk()
+                with self._lock:
+                    while not request.has_news():
+                        self._step()
+                    chunk, finished = request.chunk(), request.finished
+                request.raise_error()
+                yield chunk
         finally:
-            self._abort([request])
+            self._cancel([request])
 
 
-def _check_options(
-    unknown: Mapping[str, Any],
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    block_size: int,
-    num_threads: int | None,
-    kv_cache_memory: int | None,
-) -> None:
+_AT_LEAST = {"seed": 0, "block_size": 16, "max_model_len": 2}
+
+
+def _check_options(unknown: Mapping[str, Any], **numbers: int | None) -> None:
+    """Raise UserError for an option that does not exist, and for a number that is none or too small."""
     for name in unknown:
         nearest = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.4)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"LLM has no option {name!r}.{hint} The options are {', '.join(_OPTIONS)}.")
-    for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-    if block_size < 16 or block_size % 16:
-        raise UserError(f"block_size is {block_size}; it must be a multiple of 16.")
-    if num_threads is not None and num_threads < 1:
-        raise UserError(f"num_threads is {num_threads}; it must be at least 1.")
-    if kv_cache_memory is not None and kv_cache_memory < 1:
-        raise UserError(f"kv_cache_memory is {kv_cache_memory} bytes; it must be more than 0.")
+    for name, value in numbers.items():
+        if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            continue
+        least = _AT_LEAST.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if name == "block_size" and value % 16:
+            raise UserError(f"block_size is {value}; it must be a multiple of 16.")
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

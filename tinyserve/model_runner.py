@@ -11,50 +11,63 @@ from typing import Protocol
 import numpy as np
 
 from tinyserve.config import ModelConfig
-from tinyserve.errors import TinyserveError
+from tinyserve.errors import UserError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.sequence import Sampled, Scheduled, Sequence
-from tinyserve.tensor._jit import set_threads
+from tinyserve.shapes import weight_bytes
+from tinyserve.tensor import _jit
 from tinyserve.tensor.sampling import log_probabilities, sample
 
 Array = np.ndarray
 
 
 class ModelRunner:
-    """Runs one model over one cache. Not safe for two threads at once: one thread owns the kernels."""
+    """Runs one model over one cache. One thread at a time may call it; of two runners in a process, one waits."""
 
     def __init__(self, model: Model, num_blocks: int, block_size: int, num_threads: int | None = None):
         self.model = model
-        self.num_threads = set_threads(num_threads)
+        self.num_threads = _jit.set_threads(num_threads)
         self.cache = KVCache(model.config, num_blocks, block_size)
         self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
-        set_threads(self.num_threads)  # Numba keeps the number for each calling thread, not for each model
-        hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
         last_rows = np.cumsum([num_tokens for _, num_tokens in scheduled]) - 1
         complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
-        results: list[Sampled | None] = [None] * len(scheduled)
-        if complete:
+        with _jit.one_at_a_time(self.num_threads):
+            hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
             logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
-            for row, i in enumerate(complete):
-                results[i] = self._sample(scheduled[i].sequence, logits[row])
+        results: list[Sampled | None] = [None] * len(scheduled)
+        for row, i in enumerate(complete):
+            results[i] = self._sample(scheduled[i].sequence, logits[row])
         return results
 
     def logits(self, token_ids: list[int], chunk: int) -> Array:
         """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
-        set_threads(self.num_threads)
         sequence = _Scratch(token_ids, list(range(-(-len(token_ids) // self.cache.block_size))))
         rows = []
-        while sequence.num_computed < len(token_ids):
-            num_tokens = min(chunk, len(token_ids) - sequence.num_computed)
-            hidden = self.model(self._batch([(sequence, num_tokens)]), self.cache)
-            rows.append(self.model.logits(hidden))
-            sequence.num_computed += num_tokens
+        with _jit.one_at_a_time(self.num_threads):
+            while sequence.num_computed < len(token_ids):
+                num_tokens = min(chunk, len(token_ids) - sequence.num_computed)
+                hidden = self.model(self._batch([(sequence, num_tokens)]), self.cache)
+                rows.append(self.model.logits(hidden))
+                sequence.num_computed += num_tokens
         return np.concatenate(rows)
+
+    def compile_kernels(self, key: str) -> None:
+        """Run two tokens, the first time on a machine: of two processes one compiles, the other waits for it.
+
+        `key` names what the kernels depend on beside the processor: the architecture and the dtype.
+        """
+        from filelock import FileLock
+
+        ready = _jit.cache_folder() / f"{key}.ready"
+        if not ready.exists():
+            with FileLock(_jit.cache_folder() / "compiling.lock"):
+                self.logits([0, 0], chunk=2)
+                ready.touch()
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a finished sequence."""
@@ -76,7 +89,7 @@ class ModelRunner:
     def _sample(self, sequence: Sequence, logits: Array) -> Sampled:
         params = sequence.params
         if not np.isfinite(logits.max()):
-            raise TinyserveError("The model computed logits that are not numbers: its weights are damaged.")
+            return Sampled(-1, error="The model computed logits that are not numbers: its weights are damaged.")
         generator = self._generators.get(sequence.request_id)
         if generator is None:
             generator = self._generators[sequence.request_id] = np.random.default_rng(params.seed)
@@ -99,13 +112,36 @@ class _Scratch:
         self.token_ids, self.block_table, self.num_computed = token_ids, block_table, 0
 
 
-def cache_blocks(
-    config: ModelConfig, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_memory: int | None
-) -> int:
-    """How many blocks: enough for `max_num_seqs` full sequences, or what the memory (by default half of it) holds."""
-    budget = kv_cache_memory if kv_cache_memory is not None else available_memory() // 2
-    wanted = max_num_seqs * -(-max_model_len // block_size)
-    return min(wanted, budget // KVCache.block_nbytes(config, block_size))
+def plan_cache(
+    config: ModelConfig,
+    dtype: str,
+    block_size: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    kv_cache_memory: int | None,
+) -> tuple[int, int]:
+    """How many blocks the cache has, and how many tokens a sequence may come to.
+
+    Enough for `max_num_seqs` full sequences, or what the memory holds: `kv_cache_memory`, or half of what is free
+    beside the weights. Raises UserError, with the numbers, when that is too little for one sequence.
+    """
+    limit = config.max_position_embeddings
+    if max_model_len is not None and not 2 <= max_model_len <= limit:
+        raise UserError(f"max_model_len is {max_model_len}; this model has positions for 2 to {limit} tokens.")
+    budget = kv_cache_memory
+    if budget is None:
+        budget = max(0, available_memory() - weight_bytes(config, dtype)) // 2
+    block = KVCache.block_nbytes(config, block_size)
+    wanted = max_model_len or limit
+    num_blocks = min(max_num_seqs * -(-wanted // block_size), budget // block)
+    tokens = num_blocks * block_size
+    if tokens < (max_model_len or 2):
+        need = block * -(-(max_model_len or 2) // block_size)
+        raise UserError(
+            f"{budget / 1e6:.1f} MB are too little for a cache of {max_model_len or 2} tokens, which takes "
+            f"{need / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
+        )
+    return num_blocks, min(wanted, tokens)
 
 
 def available_memory() -> int:
@@ -115,12 +151,15 @@ def available_memory() -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            # Files that were read count as used, the model's own among them; they go when memory is needed.
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, left + int(counts.get("inactive_file", 0)))
         except (OSError, ValueError):
             continue
     return max(0, free)

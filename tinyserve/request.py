@@ -4,8 +4,9 @@ Knows text and one sequence; it does not know when the next token comes, or that
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tinyserve.errors import TinyserveError
 from tinyserve.sequence import Metrics, Sequence
 from tinyserve.tokenizer import Detokenizer
 from tinyserve.tokenizer.stops import StopFilter
@@ -13,7 +14,10 @@ from tinyserve.tokenizer.stops import StopFilter
 
 @dataclass
 class CompletionOutput:
-    """One answer. `finish_reason` is "stop" (an end token or a stop string), "length" or "abort"."""
+    """One answer. `finish_reason` is "stop" (an end token or a stop string), "length" or "abort".
+
+    `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
+    """
 
     index: int = 0
     text: str = ""
@@ -60,17 +64,29 @@ class Request:
         self.sent_text, self.sent_tokens = 0, 0  # what a stream has handed out
         self.stop_reason: str | int | None = None
 
-    def advance(self, token: int, is_end: bool) -> bool:
-        """Take in a new token; True when a stop string was completed by it."""
-        if self._detokenizer is not None and not is_end:
+    def advance(self) -> bool:
+        """Take in the sequence's newest token; True when a stop string was completed by it."""
+        sequence = self.sequence
+        if self._detokenizer is None or sequence.finish_reason == "error":
+            return False
+        token = sequence.token_ids[-1]
+        if sequence.finish_reason != "stop":  # the text of an end token is no part of the answer
             self.text += self._stops.push(self._detokenizer.push(token))
-        self.stop_reason = self._stops.matched if self._stops.matched is not None else (token if is_end else None)
-        return self._stops.matched is not None
+        elif token in sequence.params.stop_token_ids:
+            self.stop_reason = token
+        return self._matched()
 
     def close(self) -> None:
         """The sequence is finished: what was held back is certain now."""
         if self._detokenizer is not None:
             self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+            if self._matched():
+                self.sequence.finish_reason = "stop"
+
+    def _matched(self) -> bool:
+        if self._stops.matched is not None:
+            self.stop_reason = self._stops.matched
+        return self._stops.matched is not None
 
     def output(self) -> RequestOutput:
         sequence = self.sequence
@@ -83,6 +99,15 @@ class Request:
             sequence.request_id, self.prompt, sequence.prompt_token_ids, [answer], finished, sequence.metrics
         )
 
+    @property
+    def finished(self) -> bool:
+        return self.sequence.finish_reason is not None
+
+    def raise_error(self) -> None:
+        """Raise TinyserveError if this request failed."""
+        if self.sequence.error is not None:
+            raise TinyserveError(self.sequence.error)
+
     def has_news(self) -> bool:
         return self.sequence.finish_reason is not None or self.sequence.num_output > self.sent_tokens
 
@@ -94,7 +119,7 @@ class Request:
             tokens[self.sent_tokens :],
             logprobs,
             sequence.finish_reason,
-            sequence.metrics,
+            replace(sequence.metrics),
         )
         self.sent_text, self.sent_tokens = len(self.text), len(tokens)
         return chunk

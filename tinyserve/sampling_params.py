@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from tinyserve.errors import RequestError
@@ -35,28 +36,25 @@ class SamplingParams:
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, kind) else tuple(value or ()))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        ids = self.stop_token_ids
+        object.__setattr__(self, "stop_token_ids", (ids,) if isinstance(ids, int) else tuple(ids or ()))
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("temperature", lambda t: 0 <= t < float("inf"), "a number of at least 0 (0 is greedy)"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-            ("top_k", lambda k: k == int(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
+            ("top_k", lambda k: _whole(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
             ("min_p", lambda p: 0 <= p <= 1, "between 0 and 1"),
-            ("max_tokens", lambda n: n == int(n) >= 1, "a whole number of at least 1"),
-            ("seed", lambda n: n is None or n == int(n) >= 0, "a whole number of at least 0"),
-            ("logprobs", lambda n: n is None or 0 <= n == int(n) <= 100, "a whole number between 0 and 100"),
-            (
-                "stop",
-                lambda texts: all(text and isinstance(text, str) for text in texts),
-                "texts of at least one character",
-            ),
+            ("max_tokens", lambda n: _whole(n) >= 1, "a whole number of at least 1"),
+            ("seed", lambda n: n is None or _whole(n) >= 0, "a whole number of at least 0"),
+            ("logprobs", lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100"),
+            ("stop", lambda texts: all(map(_is_text, texts)), "texts of at least one character"),
+            ("stop_token_ids", lambda ids: all(_whole(i) >= 0 for i in ids), "token ids, whole numbers from 0 on"),
         )
         for name, holds, range_ in rules:
             value = getattr(self, name)
             try:
                 good = holds(value)
-            except (TypeError, ValueError, OverflowError):
+            except (TypeError, ValueError):
                 good = False
             if not good:
                 raise RequestError(f"{name} is {value!r}; it must be {range_}.")
@@ -65,3 +63,14 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, whatever was given."""
         return tuple(self.stop)
+
+
+def _whole(number: Any) -> int:
+    """An integer, of NumPy or Python; raises TypeError for 3.0 and True, which are something else."""
+    if isinstance(number, bool):
+        raise TypeError
+    return index(number)
+
+
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) and bool(text)

@@ -51,6 +51,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class Sampled(NamedTuple):
 
     token_id: int
     logprobs: Mapping[int, float] | None = None
+    error: str | None = None  # why there is no token: this request fails, and no other
 
 
 class Scheduled(NamedTuple):

@@ -26,6 +26,7 @@ COMPONENTS: Final = (
 WEIGHT_DTYPES: Final = ("float32", "bfloat16", "int8", "int4")
 KV_DTYPES: Final = ("float32", "bfloat16")
 
+_SHORT: Final = {"w8a16": "int8", "w4a16": "int4"}
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
 _INT8_GROUP, _INT8_SCALE_BYTES = 64, 4  # w8a16: a float32 scale for each 64 inputs of an output
 _INT4_GROUP, _INT4_SCALE_BYTES = 32, 2  # w4a16: a float16 scale for each 32
@@ -229,6 +230,7 @@ def _active_experts(config: ModelConfig) -> float:
 
 def tensor_bytes(tensor: TensorShape, dtype: str) -> int:
     """The bytes of one tensor in memory; `dtype` is one of WEIGHT_DTYPES."""
+    dtype = _SHORT.get(dtype, dtype)
     if dtype not in WEIGHT_DTYPES:
         raise UserError(f"there is no weight dtype {dtype!r}; take one of {', '.join(WEIGHT_DTYPES)}.")
     if not tensor.is_matrix:

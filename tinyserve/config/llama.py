@@ -36,6 +36,11 @@ class LlamaConfig(ModelConfig):
             fields.refuse(
                 f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
             )
+        head_dim = fields.heads(hidden_size, heads, kv_heads)
+        if head_dim % 2:
+            fields.refuse(
+                f"'head_dim' is {head_dim}, but rotary positions turn the two halves of a head: it must be even."
+            )
         return cls(
             model_type=model_type,
             vocab_size=fields.integer("vocab_size"),
@@ -43,7 +48,7 @@ class LlamaConfig(ModelConfig):
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=fields.heads(hidden_size, heads, kv_heads),
+            head_dim=head_dim,
             intermediate_size=fields.integer("intermediate_size"),
             max_position_embeddings=positions,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),

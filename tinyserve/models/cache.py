@@ -8,9 +8,9 @@ import numpy as np
 from tinyserve.config import ModelConfig
 from tinyserve.errors import UserError
 from tinyserve.tensor.quant import padded
+from tinyserve.tensor.simd import LANES
 
 Array = np.ndarray
-LANES = 16
 LayerCache = tuple[Array, Array]  # keys, values
 
 

@@ -1,4 +1,4 @@
-"""How kernels are compiled: one decorator, one set of fast-math flags, one cache, one thread count.
+"""How kernels are compiled: one decorator, one cache, one thread count.
 
 The only file that names `numba.njit`. It knows nothing about what the kernels compute.
 """
@@ -7,8 +7,9 @@ import hashlib
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,6 @@ import llvmlite.binding as llvm
 import numba
 from numba.core import config as numba_config
 from numba.core import event
-
-# No "nnan" and "ninf": a fully masked attention row is an infinity that must survive. No "reassoc" and "arcp": kernels
-# name their own vectors and their own order, so that a number is the same in a tile of 1 row and of 6.
-FAST_MATH = {"nsz", "contract"}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -34,6 +31,8 @@ def parallel_kernel(function: Callable[..., Any]) -> Any:
 
 
 def _compile(function: Callable[..., Any], parallel: bool) -> Any:
+    # No fast-math: a fully masked attention row is an infinity that must survive, and kernels name their own vectors,
+    # order and fused operations, so that a number is the same in a tile of one row and of four.
     before = numba_config.CACHE_DIR
     # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
     numba_config.CACHE_DIR = str(cache_folder())
@@ -42,7 +41,6 @@ def _compile(function: Callable[..., Any], parallel: bool) -> Any:
             cache=True,
             nogil=True,
             parallel=parallel,
-            fastmath=FAST_MATH,
             error_model="numpy",
             boundscheck=False,
         )(function)
@@ -55,7 +53,7 @@ def cache_folder() -> Path:
     """Where compiled kernels live: a folder named by everything that machine code depends on.
 
     Numba's own cache does not see that an intrinsic changed in another module, so the sources are part of the name.
-    `TINYSERVE_CACHE` moves it; where nothing can be written, a temporary folder serves.
+    `TINYSERVE_CACHE` moves it; where nothing can be written, a temporary folder serves this process.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     key = hashlib.sha256()
@@ -63,18 +61,11 @@ def cache_folder() -> Path:
         key.update(source.read_bytes())
     processor = f"{cpu_name()} {cpu_features()}"
     key.update(f"{numba.__version__} {platform.python_version()} {processor}".encode())
-    name = f"kernels-{key.hexdigest()[:16]}"
-    for root in (
-        _user_cache(),
-        Path(tempfile.gettempdir()) / f"tinyserve-{os.getuid() if hasattr(os, 'getuid') else 0}",
-    ):
-        try:
-            (root / name).mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(root / name, os.W_OK):
-            return root / name
-    return Path(tempfile.mkdtemp(prefix="tinyserve-"))
+    folder = _user_cache() / f"kernels-{key.hexdigest()[:16]}"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Nothing shared stands in: what is cached is code, and a folder others can write to is theirs to fill.
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tinyserve-"))
 
 
 def _user_cache() -> Path:
@@ -134,7 +125,7 @@ SPINS = "2000"
 
 
 def set_threads(threads: int | None) -> int:
-    """Use this many threads in every kernel from now on, by default the usable cores; returns the number in force."""
+    """Use this many threads in kernels this thread calls, by default the usable cores; returns the number in force."""
     wanted = threads if threads is not None else usable_cores()
     wanted = max(1, min(wanted, int(numba_config.NUMBA_NUM_THREADS)))
     # The thread pool reads its environment when it starts, which is now; the user's own setting stands.
@@ -147,6 +138,17 @@ def set_threads(threads: int | None) -> int:
         if ours:
             del os.environ["GOMP_SPINCOUNT"]
     return wanted
+
+
+_owner = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time(threads: int) -> Iterator[None]:
+    """Own this process's kernels, with this many threads: Numba's plainest thread pool aborts when two enter it."""
+    with _owner:
+        set_threads(threads)  # Numba keeps the number for each calling thread, not for each model
+        yield
 
 
 @contextmanager

@@ -6,7 +6,8 @@ and values as (kv_heads, block_size, head_dim padded to 16), so that one vector 
 
 Every query walks its keys in chunks of 64 that start at multiples of 64, whoever else is in the batch. Queries that see
 the same keys go together in a register tile, to load each key once: neighbouring tokens of a prompt, or, when decoding,
-the query heads that share a key head. A query for which a chunk is wholly masked is left as it was, to the bit.
+the query heads that share a key head. A query for which a chunk is wholly masked is left as it was, to the bit,
+unless the chunk holds values that are not finite.
 """
 
 import numpy as np
@@ -19,7 +20,7 @@ from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, 
 PANELS = 4
 CHUNK = PANELS * LANES  # keys that one step of the running softmax takes in
 MOST_ROWS = 4  # queries that share the keys they load: six spill registers
-WINDOW = 4 * MOST_ROWS  # tokens of a work item
+ITEM = 4 * MOST_ROWS  # tokens of a work item
 
 
 @kernel
@@ -168,19 +169,19 @@ def attention(qkv, heads, keys, values, block_tables, sequence_of, positions, sc
 
     qkv (tokens, (heads + 2·kv_heads)·head_dim), keys and values as `store_kv` wrote them, block_tables (sequences,
     most blocks) int32, sequence_of and positions (tokens,) int64, tokens of a sequence side by side and in order;
-    window: how many keys back a query sees, 0 for all. Query head h reads key head h · kv_heads // heads, which makes
-    MHA, GQA and MQA one rule. -> (tokens, heads·head_dim)
+    window: how many keys back a query sees, 0 for all. Query head h reads key head h // (heads // kv_heads), which
+    makes MHA, GQA and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
     """
     tokens, head_dim, kv_heads = qkv.shape[0], keys.shape[2], keys.shape[1]
     group, q_width, out_width = heads // kv_heads, qkv.shape[1], heads * head_dim
     out, q = np.empty((tokens, out_width), np.float32), qkv.ravel()
-    windows = (tokens + WINDOW - 1) // WINDOW
-    for item in prange(kv_heads * windows):
+    items = (tokens + ITEM - 1) // ITEM
+    for item in prange(kv_heads * items):
         scratch = np.empty(MOST_ROWS * (CHUNK + values.shape[3] + 2), np.float32)
-        kv_head, i = item // windows, item % windows
-        # Later windows see more keys: early and late ones alternate, so that every thread's share is fair.
-        m = (i // 2 if i % 2 == 0 else windows - 1 - i // 2) * WINDOW
-        end = min(tokens, m + WINDOW)
+        kv_head, i = item // items, item % items
+        # Later items see more keys: early and late ones alternate, so that every thread's share is fair.
+        m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * ITEM
+        end = min(tokens, m + ITEM)
         while m < end:
             blocks, position = block_tables[sequence_of[m]], positions[m]
             run = 1

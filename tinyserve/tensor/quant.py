@@ -14,6 +14,7 @@ from tinyserve.tensor.simd import (
     LANES,
     absolute,
     as_float,
+    fma,
     load,
     load_first,
     max_lane,
@@ -21,6 +22,7 @@ from tinyserve.tensor.simd import (
     round_to_int,
     splat,
     store_int8,
+    sum_lanes,
     sum_lanes_int,
 )  # fmt: skip
 
@@ -101,13 +103,14 @@ def quantize_row(x, m, K, q, starts, scales, group):
     groups = scales.shape[1]
     K_padded = groups * group
     for g in range(groups):
-        largest = splat(np.float32(0.0))
+        largest = damage = splat(np.float32(0.0))
         for k in range(g * group, (g + 1) * group, LANES):
-            if k + LANES <= K:
-                largest = maximum(largest, absolute(load(x, m * K + k)))
-            elif k < K:
-                largest = maximum(largest, absolute(load_first(x, m * K + k, K - k)))
-        scale = max_lane(largest) / np.float32(LARGEST_16)
+            if k < K:
+                v = load(x, m * K + k) if k + LANES <= K else load_first(x, m * K + k, K - k)
+                largest = maximum(largest, absolute(v))
+                damage = fma(v, splat(np.float32(0.0)), damage)
+        # No integer says nan: a scale that is nan does, and comes out as the answer. Otherwise `damage` is zero.
+        scale = max_lane(largest) / np.float32(LARGEST_16) + sum_lanes(damage)
         scales[m, g] = scale
         inverse = splat(np.float32(1.0) / scale if scale > np.float32(0.0) else np.float32(0.0))
         total = splat(np.int32(0))

@@ -1,7 +1,10 @@
 """Every kernel once more in plain NumPy, written to be read: the specification that the fast ones are tested against.
 
-Same names, same arguments, same results to rounding. Nothing here is fast, and nothing but tests calls it.
+Same names, same arguments, same results to rounding. Nothing here is fast, and nothing but tests calls it. (What
+gguf_blocks.py does is specified by the gguf package.)
 """
+
+import math
 
 import numpy as np
 
@@ -114,6 +117,10 @@ def silu_mul(x: Array) -> Array:
 
 def gelu_tanh(x: Array) -> Array:
     return (0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
+
+
+def gelu(x: Array) -> Array:
+    return (0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))).astype(np.float32)
 
 
 def apply_rope(x: Array, cosines: Array, sines: Array, positions: Array, heads: int, head_dim: int) -> None:

@@ -15,11 +15,12 @@ def sample(
     """logits (vocab,) float32 -> a token id. Temperature 0 is the most likely one, the first of equals."""
     if temperature == 0:
         return int(logits.argmax())
-    ids, scaled = np.arange(logits.size), logits.astype(np.float64) / temperature
+    wide = logits.astype(np.float64)
+    ids, scaled = np.arange(logits.size), (wide - wide.max()) / temperature
     if 0 < top_k < logits.size:
         ids = np.sort(np.argpartition(-scaled, top_k - 1)[:top_k])
         scaled = scaled[ids]
-    probabilities = np.exp(scaled - scaled.max())
+    probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     if top_p < 1:
         order = np.argsort(-probabilities, kind="stable")

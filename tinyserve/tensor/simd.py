@@ -45,7 +45,7 @@ class _VectorModel(models.PrimitiveModel):
 f32x16, i32x16, i8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i8", 64)
 
 
-# --- operators: + - * on two vectors of one type; & << >> on integers ---------------------------------------------
+# --- operators on two vectors of one type: + - * ; / on floats; << >> on integers -------------------------------------
 
 
 def _operator(symbol: Callable, on_floats: str, on_integers: str) -> None:
@@ -65,8 +65,7 @@ def _operator(symbol: Callable, on_floats: str, on_integers: str) -> None:
 _operator(operator.add, "fadd", "add")
 _operator(operator.sub, "fsub", "sub")
 _operator(operator.mul, "fmul", "mul")
-_operator(operator.truediv, "fdiv", "sdiv")
-_operator(operator.and_, "", "and_")
+_operator(operator.truediv, "fdiv", "")
 _operator(operator.lshift, "", "shl")
 _operator(operator.rshift, "", "ashr")
 

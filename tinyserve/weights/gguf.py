@@ -262,6 +262,12 @@ def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors:
         # llama.cpp bakes Llama 3's scaling into a tensor of divisors; its extremes give the rule's parameters back.
         rope |= _llama3_scaling(file.tensors["rope_freqs.weight"], key)
+    rotated, width = key("rope.dimension_count", None), key("attention.key_length", None)
+    if None not in (rotated, width) and rotated != width:
+        raise ConfigError(
+            f"{file.path}: llama.rope.dimension_count is {rotated} and a head is {width} wide; only the rotation of "
+            f"whole heads is supported."
+        )
     return {
         "model_type": "llama",
         "num_hidden_layers": key("block_count"),
