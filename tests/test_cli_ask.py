@@ -126,7 +126,7 @@ def test_which_words_are_models(word: str, expected: bool) -> None:
         (("gpt2", "hi", "--stop", ""), "stop is ('',); it must be"),
         (("gpt2", "hi", "--dtype", "int9"), "Did you mean 'int8'?"),
         (("gpt2", "hi", "--dtype", "flaot32"), "Did you mean 'float32'?"),
-        (("gpt2", "hi", "--threads", "0"), "num_threads is 0; it must be at least 1."),
+        (("gpt2", "hi", "--threads", "0"), "--threads is 0; it must be at least 1."),
         (("gpt2", ""), "The prompt is empty"),
         (("gpt2", " \n"), "The prompt is empty"),
         (("gpt2",), "The prompt is empty"),  # standard input is

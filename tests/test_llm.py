@@ -1,8 +1,12 @@
 """The user's API on a tiny model of random weights: prompts, parameters, stops, streams, and what is refused."""
 
+import copy
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,9 @@ import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
 
 from tinyserve import LLM, RequestOutput, SamplingParams
-from tinyserve.errors import RequestError, UserError
+from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
+from tinyserve.request import Request
+from tinyserve.sequence import Sequence
 
 TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
 
@@ -292,7 +298,7 @@ def test_interleaved_streams(llm: LLM) -> None:
     for _ in range(5):
         texts[0] += next(first).text
         texts[1] += next(second).text
-    with pytest.raises(RequestError, match="no request is running"):
+    with pytest.raises(RequestError, match="finish, or close"):
         llm.logits([1])
     third = llm.stream(TEXTS[2], greedy(20))
     texts[2] += next(third).text
@@ -302,19 +308,28 @@ def test_interleaved_streams(llm: LLM) -> None:
     assert texts == expected[:3]
 
 
-def test_streams_of_several_threads(llm: LLM) -> None:
-    expected = [llm.generate(text, greedy(20))[0].outputs[0].text for text in TEXTS]
-    got: dict[int, str] = {}
+def test_streams_of_several_threads(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that take turns every microsecond would find a chunk that is read outside the lock."""
+    expected = [llm.generate(text, greedy(8))[0].outputs[0].text for text in TEXTS]
+    got: list[tuple[int, str, int]] = []
 
     def read(i: int) -> None:
-        got[i] = "".join(map(str, llm.stream(TEXTS[i], greedy(20))))
+        for _ in range(20):
+            chunks = list(llm.stream(TEXTS[i], greedy(8)))
+            got.append((i, "".join(map(str, chunks)), sum(chunk.finish_reason is not None for chunk in chunks)))
 
     threads = [threading.Thread(target=read, args=(i,)) for i in range(len(TEXTS))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [got.get(i) for i in range(len(TEXTS))] == expected
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(got) == 20 * len(TEXTS)
+    assert set(got) == {(i, text, 1) for i, text in enumerate(expected)}
 
 
 def test_each_model_has_its_threads(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,14 +432,19 @@ def test_an_unknown_option(option: str, nearest: str | None, folder_of: Callable
         ({"dtype": "int3"}, ["int3", "float32", "int8"]),
         ({"dtype": "float16"}, ["float16", "bfloat16"]),
         ({"max_model_len": 129}, ["129", "128"]),
-        ({"max_model_len": 0}, ["0", "128"]),
+        ({"max_model_len": 0}, ["max_model_len", "0"]),
         ({"max_num_seqs": 0}, ["max_num_seqs", "0"]),
         ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens", "0"]),
         ({"block_size": 17}, ["block_size", "17", "16"]),
         ({"block_size": 0}, ["block_size", "0"]),
         ({"num_threads": 0}, ["num_threads", "0"]),
         ({"kv_cache_memory": 0}, ["kv_cache_memory", "0"]),
-        ({"kv_cache_memory": 1000}, ["kv_cache_memory", "max_model_len"]),
+        ({"kv_cache_memory": 1000}, ["kv_cache_memory", "max_model_len", "0.0 MB", "2 tokens"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"seed": "x"}, ["seed", "'x'"]),
+        ({"max_model_len": 1}, ["max_model_len", "1", "2"]),
+        ({"max_num_seqs": 2.5}, ["max_num_seqs", "2.5"]),
+        ({"dtype": None}, ["None", "float32"]),
         ({"max_model_len": 100, "kv_cache_memory": 100_000}, ["kv_cache_memory", "100"]),
         ({"load_format": "pickle"}, ["pickle", "auto", "dummy"]),
         ({"enable_prefix_caching": True}, ["enable_prefix_caching"]),
@@ -468,13 +488,148 @@ def test_dummy_weights_speak_token_ids(folder_of: Callable[[str], Path]) -> None
             call("text")
 
 
-def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
-    """Noise is never answered with a straight face."""
-    from tinyserve.errors import TinyserveError
-
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_numbers(tmp_path: Path, dtype: str, name: str) -> None:
+    """Refused at load, by the tensor's name: integers have no nan, and would answer noise with a straight face."""
     tensors = checkpoints.tensors_of(checkpoints.CONFIGS["llama"])
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(np.nan)
-    llm = LLM(checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"], tensors), dtype="float32")
-    with pytest.raises(TinyserveError, match="not numbers"):
-        llm.generate("x", greedy())
+    tensors[name].ravel()[7] = np.nan
+    folder = checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"], tensors)
+    with pytest.raises(CheckpointError, match="holds nan") as caught:
+        LLM(folder, dtype=dtype)
+    assert name in str(caught.value) and "model.safetensors" in str(caught.value)
+
+
+class Damaged:
+    """A model whose head answers nan for every row that follows from a given token."""
+
+    def __init__(self, model: Any, token: int):
+        self.model, self.token, self.config, self.nbytes = model, token, model.config, model.nbytes
+        self.last: list[bool] = []
+
+    def __call__(self, batch: Any, cache: Any) -> Any:
+        hidden = self.model(batch, cache)
+        bad = {int(s) for s, t in zip(batch.sequence_of, batch.token_ids, strict=True) if t == self.token}
+        hidden[[i for i, s in enumerate(batch.sequence_of) if int(s) in bad]] = np.nan
+        return hidden
+
+    def logits(self, hidden: Any) -> Any:
+        return self.model.logits(hidden)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: str) -> None:
+    llm = llm_of("llama", dtype)
+    alone = [llm.generate([ids], greedy(5))[0].outputs[0].token_ids for ids in ([1, 2, 3], [9, 8])]
+    healthy = llm._runner.model
+    llm._runner.model = Damaged(healthy, token=77)
+    try:
+        streams = [llm.stream(ids, greedy(5)) for ids in ([1, 2, 3], [77, 5], [9, 8])]
+        first = [next(streams[0]).token_ids]
+        with pytest.raises(TinyserveError, match="not numbers"):
+            list(streams[1])
+        tokens = [first + [chunk.token_ids for chunk in streams[0]], [chunk.token_ids for chunk in streams[2]]]
+        assert [[*chain(*chunks)] for chunks in tokens] == alone
+        with pytest.raises(TinyserveError, match="not numbers"):
+            llm.generate([[1, 2], [77]], greedy(2))
+    finally:
+        llm._runner.model = healthy
     assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+
+
+def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., LLM]) -> None:
+    """The garbage collector may do this at any moment, in the thread that holds the lock."""
+    llm = llm_of("llama")
+    expected = llm.generate([[1, 2, 3]], greedy(6))[0].outputs[0].token_ids
+    doomed, kept = llm.stream([4, 5], greedy(50)), llm.stream([1, 2, 3], greedy(6))
+    next(doomed)
+    execute = llm._runner.execute
+
+    def closing(scheduled: Any) -> Any:
+        doomed.close()
+        return execute(scheduled)
+
+    llm._runner.execute = closing  # type: ignore[method-assign]
+    try:
+        assert [*chain(*(chunk.token_ids for chunk in kept))] == expected
+    finally:
+        llm._runner.execute = execute  # type: ignore[method-assign]
+    llm.logits([1])  # drops what is cancelled
+    assert llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+
+
+def test_a_tokenizer_that_knows_more_than_the_model(
+    llm_of: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an id would read past the embedding: text is checked as ids are."""
+    llm = llm_of("llama")
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text: [1, llm.config.vocab_size])
+    with pytest.raises(RequestError, match=f"Token id {llm.config.vocab_size} is outside"):
+        llm.generate("text")
+
+
+def test_a_stray_bias_is_not_applied(tmp_path: Path, llm_of: Callable[..., LLM]) -> None:
+    """The config says which tensors a model has; one that happens to lie beside them is nobody's."""
+    config = checkpoints.CONFIGS["llama"]
+    tensors = checkpoints.tensors_of(config)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(3, np.float32)
+    folder = checkpoints.write_folder(tmp_path, config, tensors)
+    np.testing.assert_array_equal(LLM(folder, dtype="float32").logits([1, 2, 3]), llm_of("llama").logits([1, 2, 3]))
+
+
+def test_a_stop_string_that_comes_of_the_last_bytes(llm_of: Callable[..., LLM]) -> None:
+    """Bytes that never became a character are one when the answer ends, and may complete a stop string."""
+    llm = llm_of("llama")
+    request = Request(Sequence(0, [1], SamplingParams(stop="\ufffd")), None, llm.tokenizer.detokenizer())
+    request.sequence.append(next(t for t in range(256) if llm.tokenizer.token_bytes(t) == b"\xe2"), None)
+    assert not request.advance()
+    request.sequence.finish_reason = "length"
+    request.close()
+    assert (request.text, request.sequence.finish_reason, request.stop_reason) == ("", "stop", "\ufffd")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 3.0}, {"max_tokens": True}, {"top_k": 5.0}, {"seed": 1.0}, {"seed": -1}, {"logprobs": 2.0},
+        {"stop_token_ids": ["a"]}, {"stop_token_ids": "abc"}, {"stop": 5}, {"stop": [""]}, {"ignore_eos": "no"},
+        {"temperature": "hot"}, {"temperature": float("nan")},
+    ],
+)  # fmt: skip
+def test_a_parameter_of_another_kind_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+def test_a_parameter_that_does_not_exist_names_the_nearest() -> None:
+    with pytest.raises(RequestError, match="Did you mean 'temperature'"):
+        SamplingParams(temprature=1)  # type: ignore[call-arg]
+    assert replace(SamplingParams(seed=3), seed=4).seed == copy.copy(SamplingParams(seed=4)).seed == 4
+
+
+def test_prompts_as_vllm_writes_them(llm_of: Callable[..., LLM]) -> None:
+    llm = llm_of("llama")
+    ids, text = [5, 6, 7], "ab"
+    for prompt, same in (({"prompt_token_ids": ids}, ids), ({"prompt": text}, text)):
+        outputs = [llm.generate(p, greedy(3))[0] for p in (prompt, same)]
+        assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids
+        assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+    for wrong in ({"a", "b"}, {"text": "a"}, b"ab"):
+        with pytest.raises(RequestError, match="A prompt is"):
+            llm.generate(wrong)  # type: ignore[arg-type]
+    for params in ({"temperature": 0}, ["x"], "greedy"):
+        with pytest.raises(RequestError, match="SamplingParams"):
+            llm.generate("a", params)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens="):
+        llm.chat([{"role": "user", "content": "a"}], max_tokens=3)
+
+
+def test_a_long_prompt_is_reported_step_by_step(folder_of: Callable[[str], Path]) -> None:
+    heard: list[tuple[str, int, int]] = []
+    llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=8, progress=lambda *told: heard.append(told))
+    llm.generate([[1] * 20], greedy(2))
+    assert [told for told in heard if told[0] == "prefill"] == [("prefill", 8, 20), ("prefill", 16, 20)]
+    loads = [told for told in heard if told[0] == "load"]
+    assert loads[-1][1] == loads[-1][2] > 0

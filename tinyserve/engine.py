@@ -48,8 +48,8 @@ class Engine:
             raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.")
         if len(prompt_token_ids) >= self.max_model_len:
             raise RequestError(
-                f"The prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}, with no "
-                f"room for an answer: shorten the prompt or raise max_model_len."
+                f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
+                f"{self.max_model_len}, the answer included: shorten the prompt."
             )
         sequence = Sequence(next(self._ids), list(prompt_token_ids), params)
         needed = self._most_tokens(sequence)

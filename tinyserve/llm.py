@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from operator import index
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tinyserve.blocks import BlockAllocator
 from tinyserve.engine import Engine
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
 
-Prompt = str | SequenceOf[int]
+Prompt = str | SequenceOf[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +70,9 @@ class LLM:
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
-        progress: called with ("load", numbers packed, numbers in all), and with ("compile KERNEL", how many, 0).
+        progress: called with ("load", numbers packed, numbers in all); the first time on a machine with ("compile
+            KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
+            steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
         """
         _check_options(
             unknown,
@@ -89,6 +92,8 @@ class LLM:
         from tinyserve.quantize import resolve_dtype
         from tinyserve.tensor import _jit
 
+        if not isinstance(model, str | PathLike) or not str(model):
+            raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
         self.dtype = resolve_dtype(dtype)
         files = open_model(str(model), load_format, progress=True)
         self.name, self.path, self.config = files.name, files.path, files.config
@@ -97,12 +102,15 @@ class LLM:
         num_blocks, self.max_model_len = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory
         )
-        with _jit.on_compile(_compile_reporter(progress)):
-            load = None if progress is None else (lambda done, total: progress("load", done, total))
+        self._progress, self._compiled = progress or _announcer(), 0
+        with _jit.on_compile(self._report_kernel):
+            load = partial(self._progress, "load")
             with _jit.one_at_a_time(self.num_threads):
                 self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
             self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads)
-            self._runner.compile_kernels(f"{files.config.model_type}-{self.dtype}")
+            self._runner.compile_kernels(
+                f"{files.config.model_type}-{self.dtype}", waiting=lambda: self._progress("wait", 0, 0)
+            )
         self._engine = Engine(
             self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,
             max_num_seqs, max_num_batched_tokens,
@@ -114,6 +122,13 @@ class LLM:
         # even, so what is cancelled waits here until somebody holds the lock.
         self._lock = threading.Lock()
         self._cancelled: deque[Request] = deque()
+
+    def __repr__(self) -> str:
+        return f"LLM({self.name!r}, dtype={self.dtype!r}, max_model_len={self.max_model_len})"
+
+    def _report_kernel(self, kernel: str) -> None:
+        self._compiled += 1
+        self._progress(f"compile {kernel}", self._compiled, 0)
 
     def generate(
         self,
@@ -149,7 +164,8 @@ class LLM:
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
         """
-        stream = self._stream(self._submit(prompt, sampling_params or SamplingParams()))
+        (params,) = _as_params(sampling_params, 1)
+        stream = self._stream(self._submit(prompt, params))
         next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
         return stream
 
@@ -163,6 +179,10 @@ class LLM:
 
         Raises RequestError for a malformed message, UserError for a model that has no chat template.
         """
+        for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
+            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).")
+        if isinstance(messages, Mapping):
+            messages = [messages]
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         return self.generate([self.chat_prompt(c, **template_variables) for c in conversations], sampling_params)
@@ -180,7 +200,7 @@ class LLM:
         """The token ids that a conversation becomes: the template's text, with no second BOS."""
         if self.tokenizer is None or self.chat_template is None:
             raise UserError(
-                f"{self.name} has no chat template: it continues text and does not chat. Use generate, or --raw."
+                f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream."
             )
         return self.tokenizer.encode_chat(self.chat_template.render(messages, **template_variables))
 
@@ -192,19 +212,21 @@ class LLM:
         with self._lock:
             self._drop_cancelled()
             if self._engine.has_work():
-                raise RequestError("logits needs the cache to itself: wait until no request is running.")
+                raise RequestError("logits needs the cache to itself: finish, or close(), the streams that are open.")
             return self._runner.logits(ids, self._chunk)
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
             ids = self.tokenizer.encode(prompt)
         else:
             try:
-                if isinstance(prompt, bytes):
-                    raise TypeError
-                ids = [index(token) for token in prompt]
+                if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
+                    raise TypeError  # an order is part of a prompt
+                ids = [index(cast(int, token)) for token in prompt]
             except TypeError:
                 raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
         # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
@@ -239,6 +261,10 @@ class LLM:
                 sequence.finish_reason = "stop"  # a stop string weighs more than a length
             if sequence.finish_reason is not None:
                 self._close(request)
+        for request in self._requests.values():
+            done, total = request.sequence.num_computed, request.sequence.metrics.prompt_tokens
+            if 0 < done < total:
+                self._progress("prefill", done, total)
 
     def _close(self, request: Request) -> None:
         if self._requests.pop(request.sequence.request_id, None) is not None:
@@ -296,7 +322,7 @@ def _check_options(unknown: Mapping[str, Any], **numbers: int | None) -> None:
 
 def _as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or many, of text or of token ids, as a list of prompts."""
-    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__getitem__"):
         return [prompts]
     items = list(prompts)
     is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
@@ -304,24 +330,30 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
 
 
 def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
+    several = [params or SamplingParams()] * count if params is None or isinstance(params, SamplingParams) else params
+    if isinstance(several, str | Mapping) or not all(isinstance(one, SamplingParams) for one in several):
+        raise RequestError(f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.")
+    if len(several) != count:
         raise RequestError(
-            f"There are {count} prompts and {len(params)} sampling_params: give one for all, or one each."
+            f"There are {count} prompts and {len(several)} sampling_params: give one for all, or one each."
         )
-    return list(params)
+    return list(several)
 
 
-def _compile_reporter(progress: Progress | None) -> Callable[[str], None]:
-    """What hears of each kernel being compiled; by default one line on stderr, since the first time takes a while."""
-    compiled: list[str] = []
+def _announcer() -> Progress:
+    """The progress of a program that asked for none: compiling takes a while, and is said once."""
+    said: set[str] = set()
 
-    def report(kernel: str) -> None:
-        compiled.append(kernel)
-        if progress is not None:
-            progress(f"compile {kernel}", len(compiled), 0)
-        elif len(compiled) == 1:
-            print("tinyserve: compiling kernels for this processor, once (about half a minute)", file=sys.stderr)  # noqa: T201
+    def report(stage: str, done: int, total: int) -> None:
+        kind = stage.split()[0]
+        if kind in _ANNOUNCED and kind not in said:
+            print(f"tinyserve: {_ANNOUNCED[kind]}", file=sys.stderr)  # noqa: T201
+            said.add(kind)
 
     return report
+
+
+_ANNOUNCED = {
+    "compile": "compiling kernels for this processor (the first time, about half a minute)",
+    "wait": "another process is compiling the kernels: waiting for it",
+}

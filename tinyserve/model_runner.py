@@ -4,7 +4,7 @@ The highest floor that knows arrays. It does not choose what runs, and has never
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -56,18 +56,27 @@ class ModelRunner:
                 sequence.num_computed += num_tokens
         return np.concatenate(rows)
 
-    def compile_kernels(self, key: str) -> None:
+    def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
         """Run two tokens, the first time on a machine: of two processes one compiles, the other waits for it.
 
-        `key` names what the kernels depend on beside the processor: the architecture and the dtype.
+        `key` names what the kernels depend on beside the processor: the architecture and the dtype. `waiting` is
+        called when another process has the lock.
         """
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         ready = _jit.cache_folder() / f"{key}.ready"
         if not ready.exists():
-            with FileLock(_jit.cache_folder() / "compiling.lock"):
+            lock = FileLock(_jit.cache_folder() / "compiling.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waiting()
+                lock.acquire()
+            try:
                 self.logits([0, 0], chunk=2)
                 ready.touch()
+            finally:
+                lock.release()
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a finished sequence."""

@@ -22,10 +22,10 @@ _EMPTY.flags.writeable = False
 
 def resolve_dtype(name: str) -> str:
     """A dtype's own name; raises UserError that lists the dtypes."""
-    dtype = ALIASES.get(name, name)
+    dtype = ALIASES.get(name, name) if isinstance(name, str) else ""
     if dtype in DTYPES:
         return dtype
-    nearest = difflib.get_close_matches(name, (*DTYPES, *ALIASES), n=1)
+    nearest = difflib.get_close_matches(str(name), (*DTYPES, *ALIASES), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(f"dtype {name!r} is not built; there are {', '.join(DTYPES)}, and int8 and auto for w8a16.{hint}")
 

@@ -2,43 +2,59 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from operator import index
-from typing import Any
+from typing import Any, Self
 
 from tinyserve.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range."""
+    """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range.
+
+    temperature: 0 is greedy; higher is more random.
+    top_p: keep the most likely tokens that together have this probability.
+    top_k: keep this many of the most likely tokens; 0 keeps all.
+    min_p: keep tokens at least this probable relative to the most likely one.
+    seed: the same seed and prompt give the same answer; None is different every time.
+    max_tokens: at most this many new tokens (16, as in vLLM: raise it for answers).
+    stop: texts that end the answer; they are not part of it.
+    stop_token_ids: tokens that end the answer, beside the model's own.
+    ignore_eos: go on past the model's end token.
+    logprobs: return the log-probabilities of this many most likely tokens, and of the chosen one, at each step.
+    skip_special_tokens: leave special tokens out of the text.
+    """
 
     temperature: float = 1.0
-    """0 is greedy; higher is more random."""
     top_p: float = 1.0
-    """Keep the most likely tokens that together have this probability."""
     top_k: int = 0
-    """Keep this many of the most likely tokens; 0 keeps all."""
     min_p: float = 0.0
-    """Keep tokens at least this probable relative to the most likely one."""
     seed: int | None = None
-    """The same seed and prompt give the same answer; None is different every time."""
     max_tokens: int = 16
-    """At most this many new tokens."""
     stop: tuple[str, ...] | list[str] | str = ()
-    """Texts that end the answer; they are not part of it."""
     stop_token_ids: tuple[int, ...] | list[int] = ()
-    """Tokens that end the answer, beside the model's own."""
     ignore_eos: bool = False
-    """Go on past the model's end token."""
     logprobs: int | None = None
-    """Return the log-probabilities of this many most likely tokens, and of the chosen one, at each step."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
+
+    def __new__(cls, **options: Any) -> Self:
+        """Refuse an option that does not exist, naming the nearest one."""
+        for name in options.keys() - cls.__dataclass_fields__.keys():
+            nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0.4)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise RequestError(f"SamplingParams has no option {name!r}.{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        ids = self.stop_token_ids
-        object.__setattr__(self, "stop_token_ids", (ids,) if isinstance(ids, int) else tuple(ids or ()))
+        for name, kind in (("stop", str), ("stop_token_ids", int)):
+            value = getattr(self, name)
+            if isinstance(value, kind):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, list | tuple) or value is None:
+                object.__setattr__(self, name, tuple(value or ()))
+            else:
+                raise RequestError(f"{name} is {value!r}; it must be a list.")
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("temperature", lambda t: 0 <= t < float("inf"), "a number of at least 0 (0 is greedy)"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
@@ -48,6 +64,8 @@ class SamplingParams:
             ("seed", lambda n: n is None or _whole(n) >= 0, "a whole number of at least 0"),
             ("logprobs", lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100"),
             ("stop", lambda texts: all(map(_is_text, texts)), "texts of at least one character"),
+            ("ignore_eos", lambda yes: yes is bool(yes), "True or False"),
+            ("skip_special_tokens", lambda yes: yes is bool(yes), "True or False"),
             ("stop_token_ids", lambda ids: all(_whole(i) >= 0 for i in ids), "token ids, whole numbers from 0 on"),
         )
         for name, holds, range_ in rules:

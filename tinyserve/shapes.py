@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Final
 
 from tinyserve.config import MAMBA, FalconConfig, GPT2Config, GraniteConfig, LlamaConfig, ModelConfig
-from tinyserve.errors import UserError
+from tinyserve.errors import ConfigError, UserError
 
 COMPONENTS: Final = (
     "embedding",
@@ -65,7 +65,7 @@ def tensor_shapes(config: ModelConfig) -> Iterator[TensorShape]:
         case GraniteConfig():
             yield from _granite(config)
         case _:
-            raise TypeError(f"no tensor shapes for {type(config).__name__}")
+            raise ConfigError(f"shapes.py has no case for {type(config).__name__} yet: add its tensors there.")
     if not config.tie_word_embeddings:
         yield TensorShape("lm_head.weight", (config.vocab_size, config.hidden_size), "head")
 

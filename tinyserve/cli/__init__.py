@@ -91,6 +91,8 @@ def main() -> None:
         _end("", INTERRUPTED)
     except BrokenPipeError:
         _end("", PIPE_CLOSED)
+    except OSError as error:
+        _end(f"tinyserve: {error.filename or 'standard output'}: {error.strerror or error}.", 1)
     except MemoryError:
         _end("tinyserve: there is not enough memory: take a smaller model, or --dtype int8.", 1)
     except Exception as error:
@@ -129,8 +131,11 @@ def _end(message: str, code: int) -> None:
         print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # The interpreter flushes once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or PIPE_CLOSED
+        closed = isinstance(error, BrokenPipeError)
+        if not closed and not message:
+            print(f"tinyserve: standard output: {error.strerror}.", file=sys.stderr)
+        code = code or (PIPE_CLOSED if closed else 1)
     raise SystemExit(code)

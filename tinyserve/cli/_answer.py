@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.errors import UserError
 
 if TYPE_CHECKING:
+    from tinyserve.cli._progress import StartLine
     from tinyserve.llm import LLM
     from tinyserve.sampling_params import SamplingParams
 
@@ -60,20 +61,24 @@ def check_text(text: str) -> None:
         raise UserError(f"The text is not UTF-8 (at character {error.start}): convert it first.") from None
 
 
-def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, float]":
-    """An LLM with a progress line, and the seconds it took from here."""
+def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, StartLine]":
+    """An LLM with a progress line, which knows the seconds it took from here."""
     from tinyserve.cli._progress import StartLine
 
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}; it must be at least 1.")
     with StartLine(model) as line:
         from tinyserve.llm import LLM
 
         llm = LLM(model, dtype=dtype, num_threads=threads, progress=line, **options)
-    return llm, line.seconds
+    if threads is not None and llm.num_threads < threads:
+        print(f"tinyserve: this process has {llm.num_threads} of the {threads} threads asked for", file=sys.stderr)
+    return llm, line
 
 
 def answer(question: Question) -> None:
     """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
-    llm, load_seconds = load(question.model, question.dtype, question.threads, max_num_seqs=1)
+    llm, line = load(question.model, question.dtype, question.threads, max_num_seqs=1)
     uses_template = llm.chat_template is not None and not question.raw
     if question.system and not uses_template:
         raise UserError(f"--system needs a chat template, which {llm.name} does not have (or --raw turns off).")
@@ -84,18 +89,20 @@ def answer(question: Question) -> None:
     text, tokens, chunk = "", [], None
     try:
         for chunk in llm.stream(prompt, question.params):
+            line.clear()
             text += chunk.text
             tokens += chunk.token_ids
             if not question.json:
                 print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
+        line.clear()
         if text and not question.json:
             print(flush=True)  # what follows in the terminal begins on a line of its own
         raise
     assert chunk is not None  # a stream ends with a chunk that says why
     statistics = {
         "model": llm.name,
-        "load_seconds": load_seconds,
+        "load_seconds": line.seconds,
         "prompt_tokens": chunk.metrics.prompt_tokens,
         "prefill_tokens_per_second": chunk.metrics.prefill_tokens_per_second,
         "time_to_first_token_seconds": chunk.metrics.time_to_first_token,
@@ -122,7 +129,7 @@ def describe(statistics: dict[str, Any], max_tokens: int) -> str:
         f"prefill {statistics['prompt_tokens']} tokens at {statistics['prefill_tokens_per_second']:.0f}/s",
         f"first token after {statistics['time_to_first_token_seconds']:.2f} s",
         f"{statistics['output_tokens']} tokens" + (f" at {decode:.0f}/s" if decode else ""),
-        f"{statistics['dtype']}, {statistics['threads']} threads",
+        f"{statistics['dtype']}, {statistics['threads']} thread{'s' * (statistics['threads'] != 1)}",
     ]
     if statistics["finish_reason"] == "length":
         full = statistics["output_tokens"] < max_tokens

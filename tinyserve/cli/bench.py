@@ -52,7 +52,7 @@ def bench(
 
     if load_format is None:
         load_format = "dummy" if presets.find(model) and not hub.is_cached(model) else "auto"
-    llm, seconds = load(model, dtype, threads, load_format=load_format)
+    llm, line = load(model, dtype, threads, load_format=load_format)
     if wrong := [length for length in prefill or () if not 1 <= length < llm.max_model_len]:
         raise UserError(
             f"--prefill is {wrong[0]}; it must be 1 to {llm.max_model_len - 1}, since the context of {llm.name} holds "
@@ -75,7 +75,7 @@ def bench(
             "weights": load_format,
             "weight_bytes": llm.model.nbytes,
         }
-        print(json.dumps({**report, **machine, "load_seconds": seconds, "results": rows}))
+        print(json.dumps({**report, **machine, "load_seconds": line.seconds, "results": rows}))
         return
     weights = "synthetic weights" if load_format == "dummy" else f"{llm.model.nbytes / 1e6:.0f} MB of weights"
     print(f"{llm.name} in {llm.dtype}, {weights}; {llm.num_threads} threads of {cpu_name()}")

@@ -13,7 +13,7 @@ from tinyserve import presets
 from tinyserve.cli._options import Dtype, MinP, Model, Seed, System, Temperature, Threads, TopK, TopP
 from tinyserve.errors import TinyserveError, UserError
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line."
 
 
 def chat(
@@ -44,37 +44,47 @@ def chat(
     params = SamplingParams(
         temperature=temperature, max_tokens=max_tokens, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    llm, seconds = load(model, dtype, threads, max_num_seqs=1)
+    llm, start = load(model, dtype, threads, max_num_seqs=1)
     if llm.chat_template is None:
         raise UserError(f"{llm.name} has no chat template: let it continue a text with `tinyserve ask {model}`.")
-    print(f"{llm.name}, loaded in {seconds:.1f} s. {HELP}", file=sys.stderr)
+    print(f"{llm.name}, loaded in {start.seconds:.1f} s. {HELP}", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if prompt:
         with suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history for input()
+    interrupted = False
     while True:
         try:
             line = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print(file=sys.stderr)
             return
+        except KeyboardInterrupt:
+            if interrupted or not prompt:
+                raise
+            interrupted = True
+            print("\n(Ctrl-C once more, Ctrl-D or /exit leaves)", file=sys.stderr)
+            continue
         except UnicodeDecodeError:
             raise UserError("Standard input is not UTF-8 text: convert it first.") from None
-        if line in ("/exit", "/quit"):
+        interrupted = False
+        command = line.split()[0].lower() if line else ""
+        if command in ("/exit", "/quit") or line.lower() in ("exit", "quit"):
             return
-        if line == "/reset":
+        if command == "/reset":
             messages = list(beginning)
             print("The conversation is forgotten.", file=sys.stderr)
         elif line.startswith("/"):
-            print(f"There is no {line.split()[0]}: {HELP}", file=sys.stderr)
+            print(f"There is no {command}: {HELP}", file=sys.stderr)
         elif line:
             question = {"role": "user", "content": line}
             text = ""
             try:
                 check_text(line)
                 for chunk in llm.stream_chat([*messages, question], params):
+                    start.clear()
                     text += chunk.text
                     print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:

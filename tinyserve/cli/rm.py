@@ -22,13 +22,15 @@ def rm(
       tinyserve rm owner/name --yes
     """
     from tinyserve.errors import UserError
-    from tinyserve.hub import remove
+    from tinyserve.hub import cached, remove
     from tinyserve.hub.progress import human
 
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"Removing {model} needs a yes, and there is no terminal to ask: add --yes.")
-        if not typer.confirm(f"Delete {model} from this disk?", err=True):
+        size = sum(found.bytes for found in cached() if model in (found.name, found.repo))
+        known = f" ({human(size)})" if size else ""
+        if not typer.confirm(f"Delete {model}{known} from this disk?", err=True):
             print("Nothing was deleted.", file=sys.stderr)
             return
     print(f"Removed {model}: {human(remove(model))} freed.", file=sys.stderr)

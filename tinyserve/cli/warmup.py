@@ -24,6 +24,6 @@ def warmup(
     from tinyserve.cli._answer import load
     from tinyserve.sampling_params import SamplingParams
 
-    llm, seconds = load(model, dtype, None)
+    llm, line = load(model, dtype, None)
     llm.generate([[0, 0, 0]], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-    print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({seconds:.1f} s).")
+    print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({line.seconds:.1f} s).")

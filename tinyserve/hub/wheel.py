@@ -52,8 +52,8 @@ def fetch(why: str, *, show: bool = True) -> Path:
             return target
     except OSError as error:
         raise HubError(
-            f"{target.parent} cannot be written ({error.strerror or error}): make room, or set "
-            "TINYSERVE_CACHE to another folder."
+            f"{target.parent} cannot be written ({error.strerror or error}): set TINYSERVE_CACHE to a "
+            "folder that can, or make room."
         ) from error
 
 

@@ -60,7 +60,8 @@ def cache_folder() -> Path:
     for source in sources:
         key.update(source.read_bytes())
     processor = f"{cpu_name()} {cpu_features()}"
-    key.update(f"{numba.__version__} {platform.python_version()} {processor}".encode())
+    # Numba finds machine code by the path of its source: another installation's is of no use.
+    key.update(f"{Path(__file__).parent} {numba.__version__} {platform.python_version()} {processor}".encode())
     folder = _user_cache() / f"kernels-{key.hexdigest()[:16]}"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def _missing(folder: Path) -> str:
         )
     return (
         f"{folder} has no tokenizer.json, and no vocab.json with merges.txt either; "
-        "take tokenizer.json from the model's repository, or give token ids in place of text."
+        "take tokenizer.json from the model's repository."
     )
 
 
