@@ -288,7 +288,7 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[StreamChunk]:
         try:
-            yield request.chunk()  # empty
+            yield StreamChunk("", [], None, None, request.sequence.metrics)  # for `stream`, which drops it
             finished = False
             while not finished:
                 with self._lock:
