@@ -1,172 +1,115 @@
-"""tinyserve beside other engines: the same file, prompt and threads, taking turns in one run; ratios are what counts.
+"""tinyserve beside other engines: the same weights, tokens and threads, in turn in one run; ratios are what counts.
 
-Each engine lives in a process of its own that waits while the others work. Peers that are not installed are named.
+    python scripts/bench_peers.py --model smollm2-135m --rounds 7 --append docs/benchmarks.md
+    python scripts/bench_peers.py --model gpt2 --work decode batch --peers llama.cpp:Q8_0 openvino --json gpt2.json
 
-    OPENBLAS_CORETYPE= python scripts/bench_peers.py --model smollm2-135m --rounds 7 [--append docs/benchmarks.md]
+smollm2-135m has its real weights; of any other preset the shape is measured, with random weights. Each model is built
+once, into the work folder. All engines are in memory at once, each in a process of its own that waits while the others
+work: a large model wants a choice by --peers. The first round warms up and is thrown away.
+
+    prefill   tokens read, up to the logits of the last
+    decode    tokens chosen greedily, one sequence, after the first; --depth is how long the prompt was
+    batch     the same for several sequences at once, each after a prompt of one token
 """
 
 import argparse
-import importlib.util
 import json
-import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import date
+from importlib import metadata
 from pathlib import Path
-from time import perf_counter
-from typing import Protocol
+from typing import Any
 
-PROMPT_STEP = 7919  # prompts are arithmetic, so that every engine gets the same tokens and none has seen them before
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from peers import PEERS, NotMeasured, Peer, models, report  # noqa: E402
+from peers.worker import Worker  # noqa: E402
 
-class Engine(Protocol):
-    """Seconds for a prefill of `length` tokens, and for decoding `count` tokens after a short prompt."""
-
-    def prefill(self, length: int, seed: int) -> float: ...
-
-    def decode(self, count: int) -> float: ...
-
-
-def prompt(length: int, seed: int, vocab_size: int) -> list[int]:
-    return [(PROMPT_STEP * (i + seed)) % vocab_size for i in range(length)]
-
-
-class Tinyserve:
-    def __init__(self, path: str, threads: int, dtype: str):
-        from tinyserve import LLM
-
-        self.llm = LLM(path, dtype=dtype, num_threads=threads, max_model_len=2048)
-
-    def prefill(self, length: int, seed: int) -> float:
-        from tinyserve import SamplingParams
-
-        ids = prompt(length, seed, self.llm.config.vocab_size)
-        start = perf_counter()
-        self.llm.generate([ids], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-        return perf_counter() - start
-
-    def decode(self, count: int) -> float:
-        from tinyserve import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=count + 1, ignore_eos=True)
-        (output,) = self.llm.generate([[1]], params)
-        return count / output.metrics.decode_tokens_per_second
-
-
-class LlamaCpp:
-    def __init__(self, path: str, threads: int):
-        from llama_cpp import Llama
-
-        self.llm = Llama(
-            path, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-
-    def prefill(self, length: int, seed: int) -> float:
-        self.llm.reset()
-        ids = prompt(length, seed, self.llm.n_vocab())
-        start = perf_counter()
-        self.llm.eval(ids)
-        return perf_counter() - start
-
-    def decode(self, count: int) -> float:
-        self.llm.reset()
-        self.llm.eval([1])
-        start = perf_counter()
-        for token in prompt(count, 0, self.llm.n_vocab()):
-            self.llm.eval([token])
-        return perf_counter() - start
-
-
-def serve(name: str, path: str, threads: int) -> None:
-    """The worker's loop: a JSON request a line, seconds as the answer."""
-    engine: Engine = LlamaCpp(path, threads) if name == "llama.cpp" else Tinyserve(path, threads, name.split()[1])
-    print("ready", flush=True)
-    for line in sys.stdin:
-        work, *arguments = json.loads(line)
-        print(getattr(engine, work)(*arguments), flush=True)
-
-
-class Worker:
-    """One engine in its own process."""
-
-    def __init__(self, name: str, path: str, threads: int):
-        command = [sys.executable, __file__, "--serve", name, "--model", path, "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.read()
-
-    def read(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"An engine ended with exit code {self.process.wait()}.")
-        return line
-
-    def ask(self, *request: object) -> float:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return float(self.read())
+SHIPPED = "weights as shipped, in Q4_1, from which the other formats are made"
+PROMPT_STEP = 7919  # prompts are arithmetic: the same for every engine, and no two begin alike
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a preset that is a GGUF file, or a .gguf file")
-    parser.add_argument("--dtypes", nargs="+", default=["int8"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=128)
-    parser.add_argument("--append", type=Path, help="a Markdown file to append the table to")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(arguments.serve, arguments.model, arguments.threads)
-        return
-    from tinyserve import hub
-
-    path = str(hub.resolve(arguments.model))
-    names = [f"tinyserve {dtype}" for dtype in arguments.dtypes]
-    missing = []
-    if importlib.util.find_spec("llama_cpp"):
-        names.append("llama.cpp")
-    else:
-        missing.append("llama.cpp (pip install 'tinyserve[peers]')")
-    workers = {name: Worker(name, path, arguments.threads) for name in names}
-    jobs = {
-        f"prefill {arguments.prefill}": ("prefill", arguments.prefill),
-        f"decode {arguments.decode}": ("decode", arguments.decode),
-    }
-    rates: dict[tuple[str, str], list[float]] = {}
-    for round_ in range(arguments.rounds + 1):
-        for job, (work, count) in jobs.items():
-            for name, worker in workers.items():
-                seconds = worker.ask(work, count, round_) if work == "prefill" else worker.ask(work, count)
-                if round_:  # the first round warms caches up
-                    rates.setdefault((job, name), []).append(count / seconds)
-                print(f"round {round_} {name:20} {job:12} {count / seconds:8.1f} tokens/s", file=sys.stderr)
-    table = report(jobs, names, rates, arguments, missing)
+    arguments = parse()
+    chosen, missing = choose(arguments.peers, arguments.dtypes)
+    run = describe(arguments, chosen, missing)
+    measure(run, arguments, chosen)
+    table = report.markdown(run)
     print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if arguments.append:
         with arguments.append.open("a", encoding="utf-8") as file:
             file.write("\n" + table)
 
 
-def report(jobs, names, rates, arguments, missing) -> str:
-    """A Markdown table of medians, with each engine's ratio to the last one, pair by pair."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    lines = [
-        f"### {arguments.model}, {arguments.threads} threads, {date.today()}, commit {commit}",
-        "",
-        f"{processor()}; medians of {arguments.rounds} rounds, engines in turn; tokens/s.",
-        "",
-        "| work | " + " | ".join(names) + f" | first against {names[-1]} |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for job in jobs:
-        cells = [f"{statistics.median(rates[job, name]):.0f}" for name in names]
-        pairs = [a / b for a, b in zip(rates[job, names[0]], rates[job, names[-1]], strict=True)]
-        cells.append(f"**{statistics.median(pairs):.2f} ×** ({min(pairs):.2f} to {max(pairs):.2f})")
-        lines.append(f"| {job} | " + " | ".join(cells) + " |")
-    lines += [""] + [f"Not installed, so not measured: {name}." for name in missing]
-    return "\n".join(lines).rstrip() + "\n"
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=models.REAL, help="a preset (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=PEERS["tinyserve"].formats, help="of tinyserve (default: int8)")
+    others = [name for name in PEERS if name != "tinyserve"]
+    formats = "; ".join(f"{name}:{','.join(PEERS[name].formats)}" for name in others)
+    parser.add_argument("--peers", nargs="*", default=others, help=f"PEER or PEER:FORMAT,... (default: {formats})")
+    parser.add_argument("--work", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode", "batch"])
+    parser.add_argument("--prefill", type=int, default=512, help="tokens to read (default: %(default)s)")
+    parser.add_argument("--decode", type=int, default=64, help="tokens to choose (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=0, help="tokens before those of decode (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="sequences at once (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="that count; one more comes first (default: %(default)s)")
+    parser.add_argument("--workdir", type=Path, help="for the built models (default: in the user's cache folder)")
+    parser.add_argument("--json", type=Path, help="a file for all single measurements")
+    parser.add_argument("--append", type=Path, help="a Markdown file to append the tables to")
+    arguments = parser.parse_args()
+    if arguments.workdir is None:
+        import platformdirs
+
+        arguments.workdir = Path(platformdirs.user_cache_dir("tinyserve", appauthor=False)) / "peers"
+    return arguments
+
+
+def choose(peers: list[str], dtypes: list[str]) -> tuple[list[tuple[Peer, str]], list[dict[str, str]]]:
+    """What to measure, as engines in their formats, and what is not installed, with the way to it."""
+    chosen = [(PEERS["tinyserve"], dtype) for dtype in dtypes]
+    missing = []
+    for name, _, formats in (peer.partition(":") for peer in peers):
+        if name not in PEERS or name == "tinyserve":
+            raise SystemExit(f"There is no peer {name!r}; there are {', '.join(p for p in PEERS if p != 'tinyserve')}.")
+        peer = PEERS[name]
+        if peer.missing():
+            missing.append({"name": name, "install": f"`{peer.install}` (needs {', '.join(peer.missing())})"})
+        else:
+            chosen += [(peer, format) for format in (formats.split(",") if formats else peer.formats)]
+    return chosen, missing
+
+
+def describe(
+    arguments: argparse.Namespace, chosen: list[tuple[Peer, str]], missing: list[dict[str, str]]
+) -> dict[str, Any]:
+    """The run so far: everything but measurements."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=ROOT
+    )
+    packages = {name for peer, _ in chosen for name in peer.packages}
+    return {
+        "model": arguments.model,
+        "weights": SHIPPED if arguments.model == models.REAL else "random weights of this shape",
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "date": str(date.today()),
+        "commit": commit.stdout.strip() or "unknown",
+        "processor": processor(),
+        "dot_product": dot_product_path(),
+        "versions": {name: metadata.version(name) for name in sorted(packages)},
+        "engines": [f"{peer.name} {format}" for peer, format in chosen],
+        "works": [],
+        "measurements": [],
+        "not_measured": [],
+        "missing": missing,
+    }
 
 
 def processor() -> str:
@@ -175,6 +118,119 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return "unknown processor"
+
+
+def dot_product_path() -> str:
+    try:
+        from tinyserve.tensor import dot_product
+    except ImportError:
+        return "unknown"
+    return dot_product.PATH
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(run: dict[str, Any], arguments: argparse.Namespace, chosen: list[tuple[Peer, str]]) -> None:
+    """Start the engines, and let them take turns; what happens is written into the run."""
+    jobs = possible(run, arguments)
+    run["works"] = list(jobs.values())
+    if not jobs:
+        return
+    vocab_size = models.vocab_size(arguments.model)
+    workers: dict[str, Worker] = {}
+    try:
+        start(workers, jobs, run, arguments, chosen)
+        for round_ in range(arguments.rounds + 1):
+            for i, (work, label) in enumerate(jobs.items()):
+                request, tokens = order(work, arguments, round_ * len(jobs) + i, vocab_size)
+                for engine, worker in workers.items():
+                    if label in worker.refused:
+                        continue
+                    try:
+                        seconds = worker.ask(request)
+                    except NotMeasured as problem:
+                        worker.refused.update(jobs.values() if worker.is_dead() else [label])
+                        note(run, engine, label, str(problem))
+                        continue
+                    print(f"round {round_} {label}: {engine:24} {tokens / seconds:9.1f} tokens/s", file=sys.stderr)
+                    run["measurements"].append(
+                        {"round": round_, "work": label, "engine": engine, "tokens": tokens, "seconds": seconds}
+                    )
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def possible(run: dict[str, Any], arguments: argparse.Namespace) -> dict[str, str]:
+    """The works, with what the tables call them, for which the model has positions enough."""
+    labels = {
+        "prefill": f"prefill of {arguments.prefill} tokens",
+        "decode": f"decode of {arguments.decode} tokens at depth {arguments.depth}",
+        "batch": f"decode of {arguments.batch} sequences, {arguments.decode} tokens each",
+    }
+    limit = models.positions(arguments.model)
+    jobs = {}
+    for work in arguments.work:
+        if longest([work], arguments) > limit:
+            note(run, "all engines", labels[work], f"{arguments.model} has only {limit} positions")
+        else:
+            jobs[work] = labels[work]
+    return jobs
+
+
+def longest(works: Iterable[str], arguments: argparse.Namespace) -> int:
+    """The positions that the longest of these works takes: prompt and answer."""
+    lengths = {
+        "prefill": arguments.prefill + 1,
+        "decode": max(1, arguments.depth) + arguments.decode + 1,
+        "batch": 1 + arguments.decode,
+    }
+    return max(lengths[work] for work in works)
+
+
+def start(
+    workers: dict[str, Worker],
+    jobs: Iterable[str],
+    run: dict[str, Any],
+    arguments: argparse.Namespace,
+    chosen: list[tuple[Peer, str]],
+) -> None:
+    """Fill `workers` with an engine each, as far as they can load the model."""
+    setting = {
+        "model": arguments.model,
+        "workdir": str(arguments.workdir.resolve()),
+        "threads": arguments.threads,
+        "max_length": longest(jobs, arguments),
+        "sequences": arguments.batch if "batch" in jobs else 0,
+    }
+    for engine, (peer, format) in zip(run["engines"], chosen, strict=True):
+        print(f"{engine}: building and loading", file=sys.stderr)
+        try:
+            workers[engine] = Worker(engine, {"peer": peer.name, "format": format, **setting})
+        except NotMeasured as problem:
+            note(run, engine, "", str(problem))
+
+
+def note(run: dict[str, Any], engine: str, work: str, reason: str) -> None:
+    """Say, now and in the report, what was not measured; without a work, all of them."""
+    print(f"{engine} not measured{work and f', {work}'}: {reason}", file=sys.stderr)
+    run["not_measured"].append({"engine": engine, "work": work, "reason": reason})
+
+
+def order(work: str, arguments: argparse.Namespace, seed: int, vocab_size: int) -> tuple[list[Any], int]:
+    """The request of a work, and the tokens that its seconds are for."""
+    count = arguments.decode
+    if work == "prefill":
+        return ["prefill", prompt(arguments.prefill, seed, vocab_size)], arguments.prefill
+    if work == "decode":
+        return ["decode", prompt(max(1, arguments.depth), seed, vocab_size), count], count
+    prompts = [prompt(1, seed + i, vocab_size) for i in range(arguments.batch)]
+    return ["batch", prompts, count], count * arguments.batch
+
+
+def prompt(length: int, seed: int, vocab_size: int) -> list[int]:
+    return [PROMPT_STEP * (i + seed + 1) % vocab_size for i in range(length)]
 
 
 if __name__ == "__main__":

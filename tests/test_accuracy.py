@@ -1,5 +1,6 @@
 """What fewer bits cost: the measures against formulas written out, and the promise kept on a real model."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,19 @@ import pytest
 
 from tinyserve import LLM
 from tinyserve.errors import UserError
-from tinyserve.evaluate import ROWS, Comparison, compare, cross_entropy, kl_divergence, perplexity, top1_agreement
+from tinyserve.evaluate import (
+    ROWS,
+    Comparison,
+    Row,
+    Text,
+    compare,
+    cross_entropy,
+    kl_divergence,
+    perplexity,
+    perplexity_of,
+    run,
+    top1_agreement,
+)
 
 TEXT = Path(__file__).parent / "data" / "english.txt"
 
@@ -110,6 +123,7 @@ def test_windows_predict_every_token_but_the_first_once(window, windows):
     assert got.tokens == 69
     assert got.perplexity_reference == pytest.approx(perplexity(whole_a, token_ids))
     assert got.perplexity == pytest.approx(perplexity(whole_b, token_ids))
+    assert perplexity_of(b, token_ids, window) == pytest.approx(got.perplexity, rel=1e-12)
     assert got.kl == pytest.approx(kl_divergence(whole_a[:-1], whole_b[:-1]))
     assert got.top1 == pytest.approx(top1_agreement(whole_a[:-1], whole_b[:-1]))
 
@@ -120,6 +134,50 @@ def test_a_window_is_no_longer_than_either_model_can_read():
     assert a.windows == b.windows == [8, 8, 3]
 
 
+def test_progress_counts_the_predicted_tokens():
+    a, heard = Bigrams(random_logits(1, 50)), []
+    compare(a, a, list(range(50)) + list(range(20)), 30, lambda done, total: heard.append((done, total)))
+    assert heard == [(0, 69), (30, 69), (60, 69), (69, 69)]
+
+
+def test_a_run_loads_the_reference_once_and_one_dtype_after_the_other():
+    tables = {name: random_logits(seed, 50) for seed, name in enumerate(("float32", "w8a16", "bfloat16"))}
+    text, loaded, alive, heard = Text(list(range(50)), 70), [], [], set()
+
+    def load(dtype):
+        loaded.append((dtype, sum(model() is not None for model in alive)))
+        model = Bigrams(tables[dtype])
+        model.itself = model  # a cycle, which only the collector takes apart
+        alive.append(weakref.ref(model))
+        return model
+
+    dtypes = ["w8a16", "bfloat16", "float32", "w8a16"]
+    rows = list(run(load, text, dtypes, "float32", 20, lambda *progress: heard.add(progress)))
+    assert loaded == [("float32", 0), ("w8a16", 1), ("bfloat16", 1)]
+    assert heard == {(dtype, done, 49) for dtype in ("w8a16", "bfloat16") for done in (0, 20, 40, 49)}
+    assert [row.dtype for row in rows] == ["float32", "w8a16", "bfloat16"]
+    for row in rows:
+        got = compare(Bigrams(tables["float32"]), Bigrams(tables[row.dtype]), text.token_ids, 20)
+        bits = pytest.approx(np.log2(got.perplexity) * 49 / 70)
+        differences = () if row.dtype == "float32" else (got.perplexity_change, got.kl, got.top1)
+        assert row == Row(row.dtype, got.perplexity, bits, *differences)
+
+
+@pytest.mark.parametrize(("reference", "dtypes"), [(None, ["w8a16", "float32"]), ("float32", ["float32"])])
+def test_a_run_without_a_comparison_holds_one_model(reference, dtypes):
+    loaded = []
+
+    def load(dtype):
+        assert all(model() is None for _, model in loaded)
+        model = Bigrams(random_logits(1, 50))
+        loaded.append((dtype, weakref.ref(model)))
+        return model
+
+    rows = list(run(load, Text(list(range(50)), 49), dtypes, reference))
+    assert [dtype for dtype, _ in loaded] == [row.dtype for row in rows] == dtypes
+    assert all(row.kl is None for row in rows)
+
+
 def test_what_cannot_be_compared_is_refused():
     a, b = Bigrams(random_logits(1, 50)), Bigrams(random_logits(2, 50, vocab=51))
     with pytest.raises(UserError, match="51 tokens and bigrams 50"):
@@ -128,6 +186,8 @@ def test_what_cannot_be_compared_is_refused():
         compare(a, a, [1])
     with pytest.raises(UserError, match="not 0"):
         compare(a, a, [1, 2], window=0)
+    with pytest.raises(UserError, match="Token id 50 is outside bigrams's vocabulary of 50"):
+        compare(a, a, [1, 50])
 
 
 def test_change_of_perplexity_is_relative():

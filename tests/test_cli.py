@@ -16,7 +16,7 @@ from command_line import Shell, Terminal, run
 from tinyserve import __version__, cli, hub, presets
 from tinyserve.cli.ask import FAMILIES
 
-COMMANDS = ["ask", "chat", "bench", "inspect-config", "compare", "pull", "list", "rm", "warmup"]
+COMMANDS = ["ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup"]
 FolderOf = Callable[[str], Path]
 
 

@@ -22,21 +22,20 @@ def python(code: str, **environment: str) -> str:
 
 MULTIPLY = """
 import numpy as np
-from tinyserve.tensor import matmul, quant, reference, simd
+from tinyserve import quantize
+from tinyserve.tensor import dot_product, matmul, reference
 rows = np.random.default_rng(0)
 x, w = rows.standard_normal((4, 100), np.float32), rows.standard_normal((70, 100), np.float32)
-packed, scales = quant.pack_int8(w, 64)
-none = np.empty(0, np.float32)
-y, expected = (module.matmul_int8(x, packed, scales, none, 70) for module in (matmul, reference))
-assert np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
-print(simd.DOT_PRODUCT)
+kernel = matmul.matmul_integer
+for dtype in ("w8a16", "w8a8", "w4a16", "w4a8"):
+    matrix = quantize.pack(w, dtype)
+    matmul.matmul_integer = reference.matmul_integer
+    expected = matrix.matmul(x)
+    matmul.matmul_integer = kernel
+    y = matrix.matmul(x)
+    assert np.abs(y - expected).max() < (1e-5 if dtype.endswith("16") else 2e-3) * np.abs(expected).max(), dtype
+print(dot_product.PATH)
 """
-
-
-def test_a_processor_without_the_dot_product_computes_the_same(tmp_path: Path) -> None:
-    """Machine code for the plainest processor of this kind, which this one runs too."""
-    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "TINYSERVE_CACHE": str(tmp_path)}
-    assert python(MULTIPLY, **told) == "plain"
 
 
 def test_the_cache_folder_depends_on_the_processor_and_moves_with_its_variable(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
 _OPTIONS = (
-    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "block_size",
-    "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
+    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "kv_cache_dtype",
+    "block_size", "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ class LLM:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
         kv_cache_memory: int | None = None,
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         enable_prefix_caching: bool = False,
         num_threads: int | None = None,
@@ -62,10 +63,12 @@ class LLM:
     ):
         """Load `model`.
 
-        dtype: "float32", "bfloat16", or "w8a16" (also "int8" and "auto"): 8-bit weights, 16-bit activations.
+        dtype: "float32"; "bfloat16"; "w8a16" (also "int8" and "auto"): 8-bit weights, 16-bit activations; "w8a8";
+            "w4a16" (also "int4"); "w4a8".
         max_model_len: tokens of prompt and answer together; by default the model's own limit, or what memory holds.
         max_num_seqs, max_num_batched_tokens: how many requests run at once, and how many tokens one step computes.
         kv_cache_memory: bytes for keys and values; by default at most half of what is free.
+        kv_cache_dtype: "float32", "bfloat16", "int8", or "auto": bfloat16 unless dtype is float32.
         block_size: tokens in a block of the cache, a multiple of 16.
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
@@ -87,7 +90,7 @@ class LLM:
         if enable_prefix_caching:
             raise UserError("enable_prefix_caching is not built yet; leave it out.")
         from tinyserve.model_files import open_model
-        from tinyserve.model_runner import ModelRunner, plan_cache
+        from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
         from tinyserve.models import build_model
         from tinyserve.quantize import resolve_dtype
         from tinyserve.tensor import _jit
@@ -95,21 +98,24 @@ class LLM:
         if not isinstance(model, str | PathLike) or not str(model):
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
         self.dtype = resolve_dtype(dtype)
+        self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
         files = open_model(str(model), load_format, progress=True)
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.num_threads = _jit.set_threads(num_threads)
         num_blocks, self.max_model_len = plan_cache(
-            files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory
-        )
+            files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
+            self.kv_cache_dtype,
+        )  # fmt: skip
         self._progress, self._compiled = progress or _announcer(), 0
         with _jit.on_compile(self._report_kernel):
             load = partial(self._progress, "load")
             with _jit.one_at_a_time(self.num_threads):
                 self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
-            self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads)
+            self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads, self.kv_cache_dtype)
             self._runner.compile_kernels(
-                f"{files.config.model_type}-{self.dtype}", waiting=lambda: self._progress("wait", 0, 0)
+                f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
+                waiting=lambda: self._progress("wait", 0, 0),
             )
         self._engine = Engine(
             self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,

@@ -14,7 +14,7 @@ from tinyserve.config import ModelConfig
 from tinyserve.errors import UserError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache
+from tinyserve.models.cache import KV_DTYPES, KVCache
 from tinyserve.sequence import Sampled, Scheduled, Sequence
 from tinyserve.shapes import weight_bytes
 from tinyserve.tensor import _jit
@@ -26,10 +26,17 @@ Array = np.ndarray
 class ModelRunner:
     """Runs one model over one cache. One thread at a time may call it; of two runners in a process, one waits."""
 
-    def __init__(self, model: Model, num_blocks: int, block_size: int, num_threads: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        block_size: int,
+        num_threads: int | None = None,
+        kv_cache_dtype: str = "float32",
+    ):
         self.model = model
         self.num_threads = _jit.set_threads(num_threads)
-        self.cache = KVCache(model.config, num_blocks, block_size)
+        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype)
         self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
@@ -128,6 +135,7 @@ def plan_cache(
     max_model_len: int | None,
     max_num_seqs: int,
     kv_cache_memory: int | None,
+    kv_cache_dtype: str = "float32",
 ) -> tuple[int, int]:
     """How many blocks the cache has, and how many tokens a sequence may come to.
 
@@ -140,7 +148,7 @@ def plan_cache(
     budget = kv_cache_memory
     if budget is None:
         budget = max(0, available_memory() - weight_bytes(config, dtype)) // 2
-    block = KVCache.block_nbytes(config, block_size)
+    block = KVCache.block_nbytes(config, block_size, kv_cache_dtype)
     wanted = max_model_len or limit
     num_blocks = min(max_num_seqs * -(-wanted // block_size), budget // block)
     tokens = num_blocks * block_size
@@ -151,6 +159,15 @@ def plan_cache(
             f"{need / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
     return num_blocks, min(wanted, tokens)
+
+
+def resolve_kv_cache_dtype(name: str, dtype: str) -> str:
+    """What keys and values are kept in: "auto" is float32 for a float32 model, else bfloat16; raises UserError."""
+    if name == "auto":
+        return "float32" if dtype == "float32" else "bfloat16"
+    if name not in KV_DTYPES:
+        raise UserError(f"kv_cache_dtype {name!r} does not exist; there are auto, {', '.join(KV_DTYPES)}.")
+    return name
 
 
 def available_memory() -> int:

@@ -4,20 +4,24 @@ Knows dtypes and their kernels; it does not know which layer a matrix belongs to
 """
 
 import difflib
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tinyserve.errors import UserError
-from tinyserve.tensor import matmul, quant
+from tinyserve.tensor import dot_product, gguf_blocks, matmul, norm, quant
 
 Array = np.ndarray
 
-GROUP = 64  # inputs that share a scale in 8-bit weights
-DTYPES = ("float32", "bfloat16", "w8a16")
-ALIASES = {"int8": "w8a16", "auto": "w8a16", "fp32": "float32", "bf16": "bfloat16"}
+GROUP = 64, 32  # inputs that share a scale in weights of 8 and of 4 bits
+DTYPES = ("float32", "bfloat16", "w8a16", "w8a8", "w4a16", "w4a8")
+ALIASES = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "float32", "bf16": "bfloat16"}
+_ONE = np.float32(1.0)
 _EMPTY = np.empty(0, np.float32)
 _EMPTY.flags.writeable = False
+_EMPTY_ROWS = np.empty((0, 0), np.float32)  # writable, as residuals are
 
 
 def resolve_dtype(name: str) -> str:
@@ -30,69 +34,146 @@ def resolve_dtype(name: str) -> str:
     raise UserError(f"dtype {name!r} is not built; there are {', '.join(DTYPES)}, and int8 and auto for w8a16.{hint}")
 
 
-class Matrix(Protocol):
+@dataclass(frozen=True)
+class Norm:
+    """A norm that a product begins with: its kind (tensor/norm.py), weight and bias (inputs,), and epsilon."""
+
+    kind: int
+    weight: Array
+    bias: Array
+    eps: np.float32
+
+
+NO_NORM = Norm(norm.NONE, _EMPTY, _EMPTY, np.float32(0.0))
+
+
+class Matrix(ABC):
     """A packed weight matrix of N outputs by K inputs."""
 
     shape: tuple[int, int]
 
     @property
+    @abstractmethod
     def nbytes(self) -> int: ...
 
-    def matmul(self, x: Array, bias: Array) -> Array:
-        """x (tokens, K) float32 -> x · Wᵀ + bias (tokens, N) float32; an empty bias is none."""
-        ...
-
+    @abstractmethod
     def rows(self, ids: Array) -> Array:
         """Rows `ids` (tokens,) -> (tokens, K) float32: what an embedding looks up."""
-        ...
+
+    def matmul(
+        self,
+        x: Array,
+        bias: Array = _EMPTY,
+        *,
+        norm: Norm = NO_NORM,
+        scale: np.float32 = _ONE,
+        activation: int = matmul.PLAIN,
+        residual: Array = _EMPTY_ROWS,
+        width: int | None = None,
+    ) -> Array:
+        """x (tokens, K) -> activation(scale · (norm(x) · Wᵀ + bias)) + residual (tokens, width), all float32.
+
+        Empty arrays are no bias and no residual. `width` is N unless given, as it must be for SILU_MUL.
+        """
+        before = (x, norm.kind, norm.weight, norm.bias, norm.eps)
+        return self._product(before, (width or self.shape[0], bias, scale, activation, residual))
+
+    @abstractmethod
+    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array: ...
 
 
-class FloatMatrix:
+class FloatMatrix(Matrix):
     """Weights in float32 or bfloat16; sums in float32 either way."""
 
     def __init__(self, weight: Array, bfloat16: bool):
-        self.shape: tuple[int, int] = weight.shape
+        self.shape = weight.shape
         self.packed = _read_only(quant.pack_float(weight, bfloat16))
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
 
-    def matmul(self, x: Array, bias: Array) -> Array:
-        return matmul.matmul_float(x, self.packed, bias, self.shape[0])
-
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_float(self.packed, ids, self.shape[1])
 
+    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
+        return matmul.matmul_float(*before, self.packed, *after)
 
-class Int8Matrix:
-    """Weights of 8 bits with a scale a group, multiplied with activations of 16 bits ("w8a16")."""
 
-    def __init__(self, weight: Array):
-        self.shape: tuple[int, int] = weight.shape
-        self.packed, self.scales = map(_read_only, quant.pack_int8(weight, GROUP))
+class IntegerMatrix(Matrix):
+    """Weights of 8 or 4 bits with a scale a group, multiplied with activations of 16 or 8."""
+
+    def __init__(self, shape: tuple[int, int], packed: quant.Packed, activation_bits: int):
+        self.shape = shape
+        self.packed, self.scales, self.minimums = map(_read_only, packed)
+        bits = 8 if self.packed.dtype == np.int8 else 4
+        self._kind = quant.activation_kind(activation_bits, bits)
+        self._largest = np.float32(quant.LARGEST_16 if activation_bits == 16 else quant.LARGEST_8)
+        zeros = {8: 0 if dot_product.SIGNED else quant.ZERO_8, 4: 0 if self.minimums.size else quant.ZERO_4}
+        self._zero = zeros[bits]
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes
-
-    def matmul(self, x: Array, bias: Array) -> Array:
-        return matmul.matmul_int8(x, self.packed, self.scales, bias, self.shape[0])
+        return self.packed.nbytes + self.scales.nbytes + self.minimums.nbytes
 
     def rows(self, ids: Array) -> Array:
-        return quant.take_rows_int8(self.packed, self.scales, ids, self.shape[1])
+        return quant.take_rows_integer(self.packed, self.scales, self.minimums, ids, self.shape[1])
+
+    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
+        kept = (self.packed, self.scales, self.minimums)
+        return matmul.matmul_integer(*before, self._kind, self._largest, self._zero, *kept, *after)
+
+
+def bits_of(dtype: str) -> tuple[int, int]:
+    """Bits of weights and of activations, of a dtype of integers."""
+    weights, activations = dtype.removeprefix("w").split("a")
+    return int(weights), int(activations)
+
+
+def is_integer(dtype: str) -> bool:
+    """Whether weights of this dtype are integers with scales."""
+    return dtype not in ("float32", "bfloat16")
 
 
 def pack(weight: Array, dtype: str) -> Matrix:
-    """weight (N outputs, K inputs) float32 -> the matrix that this dtype's kernels read."""
-    if dtype == "w8a16":
-        return Int8Matrix(weight)
-    return FloatMatrix(weight, bfloat16=dtype == "bfloat16")
+    """weight (N outputs, K inputs) float32 -> the matrix that this dtype's kernels read.
+
+    Raises OverflowError for weights too large for a float16 scale.
+    """
+    if not is_integer(dtype):
+        return FloatMatrix(weight, bfloat16=dtype == "bfloat16")
+    bits, activation_bits = bits_of(dtype)
+    packed = quant.pack_bytes(weight, GROUP[0]) if bits == 8 else quant.pack_nibbles(weight, GROUP[1])
+    if not np.isfinite(packed.scales.view(np.float16)).all():
+        raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
+    return IntegerMatrix(weight.shape, packed, activation_bits)
+
+
+def pack_blocks(blocks: gguf_blocks.Blocks, dtype: str) -> Matrix | None:
+    """The same from GGUF's blocks, without going through floats and without loss; None where that cannot be.
+
+    8 bits are "at most 8": a file's 4 bits stay what they are.
+    """
+    if not is_integer(dtype):
+        return None
+    bits, activation_bits = bits_of(dtype)
+    packed = gguf_blocks.repack(blocks, most_bits=bits)
+    return None if packed is None else IntegerMatrix(blocks.shape, packed, activation_bits)
+
+
+def at_least_8_bits(dtype: str) -> str:
+    """The dtype for embeddings, heads and routers, which 4 bits would ruin first."""
+    return dtype.replace("w4", "w8")
 
 
 def no_bias() -> Array:
     """The empty array that means "no bias" to every kernel."""
     return _EMPTY
+
+
+def no_residual() -> Array:
+    """The empty array that means "nothing to add" to every kernel."""
+    return _EMPTY_ROWS
 
 
 def _read_only(array: Array) -> Array:

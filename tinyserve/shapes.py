@@ -26,10 +26,9 @@ COMPONENTS: Final = (
 WEIGHT_DTYPES: Final = ("float32", "bfloat16", "int8", "int4")
 KV_DTYPES: Final = ("float32", "bfloat16")
 
-_SHORT: Final = {"w8a16": "int8", "w4a16": "int4"}
+_SHORT: Final = {"w8a16": "int8", "w8a8": "int8", "w4a16": "int4", "w4a8": "int4"}
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
-_INT8_GROUP, _INT8_SCALE_BYTES = 64, 4  # w8a16: a float32 scale for each 64 inputs of an output
-_INT4_GROUP, _INT4_SCALE_BYTES = 32, 2  # w4a16: a float16 scale for each 32
+_INT8_GROUP, _INT4_GROUP, _SCALE_BYTES = 64, 32, 2  # a float16 scale for so many inputs of an output
 
 
 @dataclass(frozen=True)
@@ -240,15 +239,15 @@ def tensor_bytes(tensor: TensorShape, dtype: str) -> int:
     inputs = tensor.shape[tensor.in_axis]
     outputs = tensor.size // inputs
     if dtype == "int4" and tensor.component not in ("embedding", "head", "router"):
-        return outputs * (math.ceil(inputs / 2) + math.ceil(inputs / _INT4_GROUP) * _INT4_SCALE_BYTES)
-    return outputs * (inputs + math.ceil(inputs / _INT8_GROUP) * _INT8_SCALE_BYTES)
+        return outputs * (math.ceil(inputs / 2) + math.ceil(inputs / _INT4_GROUP) * _SCALE_BYTES)
+    return outputs * (inputs + math.ceil(inputs / _INT8_GROUP) * _SCALE_BYTES)
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """The bytes of all weights in memory; `dtype` is one of WEIGHT_DTYPES.
 
-    int8 is w8a16, matrices by 8 bits in groups of 64 inputs with a float32 scale; int4 is w4a16, 4 bits by
-    groups of 32 with a float16 scale, but embedding, head and router as in int8. All else is float32.
+    int8 is w8a16 and w8a8, matrices by 8 bits in groups of 64 inputs with a float16 scale; int4 is w4a16 and w4a8, 4
+    bits by groups of 32, but embedding, head and router as in int8. All else is float32.
     """
     return sum(tensor_bytes(tensor, dtype) for tensor in _tensors(config))
 

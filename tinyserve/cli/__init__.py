@@ -15,6 +15,7 @@ from tinyserve.cli.ask import ANY, ask_app
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
 from tinyserve.cli.compare import compare
+from tinyserve.cli.eval_ import evaluate
 from tinyserve.cli.inspect_config import inspect_config
 from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
@@ -33,7 +34,7 @@ class Commands(typer.core.TyperGroup):
         return [name for name in _ORDER if name in self.commands]
 
 
-_ORDER = ("ask", "chat", "bench", "inspect-config", "compare", "pull", "list", "rm", "warmup")
+_ORDER = ("ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup")
 
 app = typer.Typer(
     name="tinyserve",
@@ -70,6 +71,7 @@ def _options(
 app.add_typer(ask_app, name="ask")
 app.command("chat")(chat)
 app.command("bench")(bench)
+app.command("eval")(evaluate)
 app.command("inspect-config")(inspect_config)
 app.command("compare")(compare)
 app.command("pull")(pull)

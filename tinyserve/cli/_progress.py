@@ -1,11 +1,15 @@
-"""One line on stderr that says what a slow start is doing: loading, compiling kernels, reading a long prompt.
+"""What stderr shows of slow work: a line for loading, compiling and long prompts, a bar for reading a whole text.
 
-Knows stages and terminals. On a terminal the line is overwritten and removed; elsewhere only what is rare is said.
+Knows stages and terminals. On a terminal both are overwritten and removed; elsewhere only what is rare is said.
 """
 
 import sys
+from datetime import timedelta
 from time import perf_counter
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class StartLine:
@@ -61,3 +65,54 @@ class StartLine:
     def _write(self, line: str) -> None:
         self._last_shown, self._shown = perf_counter(), line
         print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+
+class TokenBar:
+    """A bar over the tokens of a text for each stage, with the time that is left; nothing where there is no terminal.
+
+    A context manager around the work, so that the terminal is as before when that is interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` tokens are read; the bar goes when all are."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._begin(stage, total)
+        assert self._bar is not None
+        if done:
+            # rich's own column needs two steps for its guess, and a step may take minutes.
+            seconds = (perf_counter() - self._started) / done * (total - done)
+            self._bar.update(self._task, completed=done, left=f"{timedelta(seconds=round(seconds))} left")
+        if done == total:
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _begin(self, stage: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(stage, total=total, left="tokens")
+        self._started = perf_counter()
+        self._bar.start()

@@ -4,7 +4,7 @@ Knows no architecture by name; `models/__init__.py` keeps that table.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +14,11 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.models.layers import Embedding, LayerNorm, Linear, RMSNorm
-from tinyserve.quantize import Matrix, no_bias, pack
+from tinyserve.quantize import Matrix, at_least_8_bits, no_bias, pack, pack_blocks
 from tinyserve.shapes import tensor_shapes
+from tinyserve.tensor.gguf_blocks import Blocks
+from tinyserve.tensor.matmul import PLAIN, SILU_MUL
+from tinyserve.tensor.quant import PANEL
 from tinyserve.weights.checkpoint import Checkpoint
 
 Array = np.ndarray
@@ -27,11 +30,11 @@ class Model(Protocol):
     config: ModelConfig
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
-        """-> hidden states (tokens, hidden) float32, after the last norm."""
+        """-> hidden states (tokens, hidden) float32, before the last norm."""
         ...
 
     def logits(self, hidden: Array) -> Array:
-        """hidden (rows, hidden) -> (rows, vocab) float32."""
+        """hidden (rows, hidden) -> (rows, vocab) float32: the last norm, and the head."""
         ...
 
     @property
@@ -69,28 +72,57 @@ class Loader:
         array.flags.writeable = False
         return array
 
-    def linear(self, *names: str, transposed: bool = False) -> Linear:
+    def linear(self, *names: str, transposed: bool = False, activation: int = PLAIN) -> Linear:
         """The layers `names` as one, outputs one after the other; `transposed` where the file has (inputs, outputs)."""
-        weights = [f"{name}.weight" for name in names]
-        biases = [f"{name}.bias" for name in names if f"{name}.bias" in self._shapes]
-        bias = np.concatenate([self.array(name) for name in biases]) if biases else no_bias()
+        bias = np.concatenate(biases) if (biases := self._biases(names)) else no_bias()
         bias.flags.writeable = False
-        if len(weights) == 1:
-            weight = self._read(weights[0])
-            return Linear(self._pack(weight.T if transposed else weight), bias)
-        # Each part is forgotten before the next one is read: the peak is the whole and one part.
-        outputs, inputs = (1, 0) if transposed else (0, 1)
-        rows = [self._shapes[name][outputs] for name in weights]
-        whole, first = np.empty((sum(rows), self._shapes[weights[0]][inputs]), np.float32), 0
-        for name, count in zip(weights, rows, strict=True):
-            part = self._read(name)
-            whole[first : first + count] = part.T if transposed else part
-            first += count
-        return Linear(self._pack(whole), bias)
+        return Linear(self._matrix(names, self.dtype, _one_after_the_other, transposed), bias, activation)
+
+    def gated(self, gate: str, up: str) -> Linear:
+        """silu(gate(x)) · up(x) as one product: a panel of gates, the panel that they let through, and so on."""
+        bias = no_bias()
+        if biases := self._biases((gate, up)):
+            bias = _panel_by_panel([b[:, None] for b in biases])[:, 0].copy()
+            bias.flags.writeable = False
+        width = self._shapes[f"{gate}.weight"][0]
+        return Linear(self._matrix((gate, up), self.dtype, _panel_by_panel), bias, SILU_MUL, width)
+
+    def head(self, name: str) -> Linear:
+        """A head that is no embedding; like one, it keeps 8 bits."""
+        return Linear(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other), no_bias())
 
     def embedding(self, name: str) -> Embedding:
         """A token embedding, which serves as the head of a model that ties them."""
-        return Embedding(self._pack(self._read(f"{name}.weight")), no_bias())
+        return Embedding(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other))
+
+    def _matrix(self, names: Sequence[str], dtype: str, arrange: "_Arrange", transposed: bool = False) -> Matrix:
+        """The weights `names`, their rows arranged as one matrix, packed: from the file's own blocks if it has any."""
+        tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
+        matrix = None
+        if not transposed and all(tensor.blocks for tensor in tensors):
+            blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
+            if len({one.quantization for one in blocks}) == 1:
+                raw = arrange([one.raw for one in blocks])
+                whole = Blocks(blocks[0].quantization, raw, (len(raw), blocks[0].shape[1]))
+                matrix = pack_blocks(whole, dtype)
+        if matrix is not None:
+            for name in names:
+                self._advance(math.prod(self._shapes[f"{name}.weight"]))
+        else:
+            # Parts are read one by one and forgotten when they are in their place.
+            parts = (self._read(f"{name}.weight") for name in names)
+            whole_floats = arrange([part.T for part in parts] if transposed else list(parts))
+            try:
+                matrix = pack(whole_floats, dtype)
+            except OverflowError as error:
+                raise CheckpointError(
+                    f"{tensors[0].file}: tensor {names[0] + '.weight'!r} cannot be {dtype}: its {error}; use bfloat16."
+                ) from None
+        self.nbytes += matrix.nbytes
+        return matrix
+
+    def _biases(self, names: Iterable[str]) -> list[Array]:
+        return [self.array(f"{name}.bias") for name in names if f"{name}.bias" in self._shapes]
 
     def rms_norm(self, name: str, eps: float) -> RMSNorm:
         return RMSNorm(self.array(f"{name}.weight"), eps)
@@ -107,11 +139,29 @@ class Loader:
                 f"{self.checkpoint.tensors[name].file}: tensor {name!r} holds {array[tuple(where)]} at {where}: the "
                 f"weights are damaged, download them again."
             )
-        self._done += array.size
-        self._progress(self._done, self._total)
+        self._advance(array.size)
         return array
 
-    def _pack(self, weight: Array) -> Matrix:
-        matrix = pack(weight, self.dtype)
-        self.nbytes += matrix.nbytes
-        return matrix
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self._total)
+
+
+_Arrange = Callable[[list[Array]], Array]
+
+
+def _one_after_the_other(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _panel_by_panel(parts: list[Array]) -> Array:
+    """Parts of equal shape (rows, anything): a panel of each in turn, the last ones filled with zeros."""
+    rows, rest = parts[0].shape
+    panels = -(-rows // PANEL)
+    whole = np.zeros((panels, len(parts), PANEL, rest), parts[0].dtype)
+    for i, part in enumerate(parts):
+        full = rows // PANEL
+        whole[:full, i] = part[: full * PANEL].reshape(full, PANEL, rest)
+        if full < panels:
+            whole[full, i, : rows - full * PANEL] = part[full * PANEL :]
+    return whole.reshape(-1, rest)

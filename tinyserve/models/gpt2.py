@@ -4,31 +4,25 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Its 
 (inputs, outputs), the other way round from everybody else's.
 """
 
-from collections.abc import Callable
-
 from tinyserve.config import GPT2Config
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, LayerNorm, Linear
-from tinyserve.tensor.activation import gelu, gelu_tanh
+from tinyserve.models.layers import Attention, LayerNorm, Linear, Normed
+from tinyserve.tensor.matmul import GELU, GELU_TANH
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "gelu": gelu,
-}
+_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 
 
 class MLP:
     """down(gelu(up(x)))."""
 
-    def __init__(self, up: Linear, activation: Callable[[Array], Array], down: Linear):
-        self.up, self.activation, self.down = up, activation, down
+    def __init__(self, gelu_up: Linear, down: Linear):
+        self.gelu_up, self.down = gelu_up, down
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(self.activation(self.up(x)))
+    def __call__(self, x: Array | Normed, onto: Array) -> Array:
+        return self.down(self.gelu_up(x), onto)
 
 
 class Block:
@@ -39,8 +33,8 @@ class Block:
 
     def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
         """x (tokens, hidden) -> (tokens, hidden)."""
-        x = x + self.attention(self.ln_1(x), batch, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attention(self.ln_1(x), batch, cache, onto=x)
+        return self.mlp(self.ln_2(x), onto=x)
 
 
 class GPT2:
@@ -65,24 +59,23 @@ class GPT2:
                 scale,
             )
             mlp = MLP(
-                loader.linear(f"h.{i}.mlp.c_fc", transposed=True),
-                _ACTIVATIONS[config.activation_function],
+                loader.linear(f"h.{i}.mlp.c_fc", transposed=True, activation=_ACTIVATIONS[config.activation_function]),
                 loader.linear(f"h.{i}.mlp.c_proj", transposed=True),
             )
             ln_1, ln_2 = loader.layer_norm(f"h.{i}.ln_1", eps), loader.layer_norm(f"h.{i}.ln_2", eps)
             self.blocks.append(Block(ln_1, attention, ln_2, mlp))
         self.ln_f = loader.layer_norm("ln_f", eps)
-        self.head = self.wte.head if config.tie_word_embeddings else loader.linear("lm_head")
+        self.head = self.wte.head if config.tie_word_embeddings else loader.head("lm_head")
         self.nbytes = loader.nbytes
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         x = self.wte(batch.token_ids) + self.wpe[batch.positions]  # (tokens, hidden)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             x = block(x, batch, layer_cache)
-        return self.ln_f(x)
+        return x
 
     def logits(self, hidden: Array) -> Array:
-        return self.head(hidden)
+        return self.head(self.ln_f(hidden))
 
 
 _GGUF_NAMES = {

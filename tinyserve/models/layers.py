@@ -3,60 +3,76 @@
 Knows kernels and shapes; which parts make a Llama and under which names they are stored is told by models/llama.py.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import LayerCache
-from tinyserve.quantize import Matrix
-from tinyserve.tensor import attention, norm, rope
+from tinyserve.quantize import NO_NORM, Matrix, Norm, no_bias, no_residual
+from tinyserve.tensor import attention, kv_cache, matmul, rope
+from tinyserve.tensor import norm as norms
 
 Array = np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """A norm and what it is of: computed by the product that reads it, row by row, in the same pass."""
+
+    x: Array
+    norm: Norm
+
+
 class Linear:
-    """y = x · Wᵀ + b."""
+    """onto + activation(x · Wᵀ + b), where x may be behind a norm: one kernel.
 
-    def __init__(self, matrix: Matrix, bias: Array):
-        self.matrix, self.bias = matrix, bias
+    `width` columns come out: as many as W has rows, but for an activation that makes one number of two.
+    """
 
-    def __call__(self, x: Array) -> Array:
-        """x (tokens, inputs) -> (tokens, outputs)."""
-        return self.matrix.matmul(x, self.bias)
+    def __init__(self, matrix: Matrix, bias: Array, activation: int = matmul.PLAIN, width: int | None = None):
+        self.matrix, self.bias, self.activation = matrix, bias, activation
+        self.width = width or matrix.shape[0]
+
+    def __call__(self, x: Array | Normed, onto: Array | None = None) -> Array:
+        """x (tokens, inputs), onto (tokens, width) or nothing -> (tokens, width)."""
+        x, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, NO_NORM)
+        return self.matrix.matmul(
+            x, self.bias, norm=norm, activation=self.activation, width=self.width,
+            residual=no_residual() if onto is None else onto,
+        )  # fmt: skip
 
 
 class Embedding:
     """A row for each token; as a head, the product of a hidden state with every row."""
 
-    def __init__(self, matrix: Matrix, no_bias: Array):
-        self.matrix, self.no_bias = matrix, no_bias
+    def __init__(self, matrix: Matrix):
+        self.matrix = matrix
+        self.head = Linear(matrix, no_bias())  # (rows, hidden) -> logits (rows, vocab)
 
     def __call__(self, token_ids: Array) -> Array:
         """token_ids (tokens,) -> (tokens, hidden)."""
         return self.matrix.rows(token_ids)
-
-    def head(self, x: Array) -> Array:
-        """x (rows, hidden) -> logits (rows, vocab)."""
-        return self.matrix.matmul(x, self.no_bias)
 
 
 class RMSNorm:
     """x / rms(x) · weight."""
 
     def __init__(self, weight: Array, eps: float):
-        self.weight, self.eps = weight, np.float32(eps)
+        self.norm = Norm(norms.RMS, weight, no_bias(), np.float32(eps))
 
-    def __call__(self, x: Array) -> Array:
-        return norm.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Array) -> Normed:
+        return Normed(x, self.norm)
 
 
 class LayerNorm:
     """(x - mean) / deviation · weight + bias."""
 
     def __init__(self, weight: Array, bias: Array, eps: float):
-        self.weight, self.bias, self.eps = weight, bias, np.float32(eps)
+        self.norm = Norm(norms.LAYER, weight, bias, np.float32(eps))
 
-    def __call__(self, x: Array) -> Array:
-        return norm.layer_norm(x, self.weight, self.bias, self.eps)
+    def __call__(self, x: Array) -> Normed:
+        return Normed(x, self.norm)
 
 
 class Rope:
@@ -66,9 +82,10 @@ class Rope:
         self.cosines, self.sines = rope.rope_table(frequencies, positions)
         self.cosines.flags.writeable = self.sines.flags.writeable = False
 
-    def __call__(self, x: Array, positions: Array, heads: int, head_dim: int) -> None:
-        """Rotate the first `heads` heads of each row of x, in place."""
-        rope.apply_rope(x, self.cosines, self.sines, positions, heads, head_dim)
+    @classmethod
+    def none(cls) -> "Rope":
+        """No rotation: empty tables."""
+        return cls(np.empty(0, np.float32), 0)
 
 
 class Attention:
@@ -87,20 +104,22 @@ class Attention:
         scale: float,
         rope: Rope | None = None,
         window: int = 0,
+        slopes: Array | None = None,
     ):
-        self.qkv, self.out, self.rope = qkv, out, rope
+        self.qkv, self.out, self.rope = qkv, out, rope or Rope.none()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = np.float32(scale), window
+        self.slopes = no_bias() if slopes is None else slopes  # ALiBi's, (heads,)
 
-    def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden); each token sees its own sequence up to itself."""
-        keys, values = cache
+    def __call__(self, x: Array | Normed, batch: Batch, cache: LayerCache, onto: Array) -> Array:
+        """x (tokens, hidden) -> onto + the answer (tokens, hidden); each token sees its own sequence up to itself."""
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
-        if self.rope is not None:
-            self.rope(qkv, batch.positions, self.heads + self.kv_heads, self.head_dim)
-        attention.store_kv(qkv, self.heads, self.kv_heads, self.head_dim, batch.slots, keys, values)
+        kv_cache.rotate_and_store(
+            qkv, self.rope.cosines, self.rope.sines, batch.positions, self.heads, self.kv_heads, self.head_dim,
+            batch.slots, *cache,
+        )  # fmt: skip
         mixed = attention.attention(
-            qkv, self.heads, keys, values, batch.block_tables, batch.sequence_of, batch.positions,
-            self.scale, self.window,
+            qkv, self.heads, *cache, batch.block_tables, batch.sequence_of, batch.positions, self.scale, self.window,
+            self.slopes,
         )  # (tokens, heads·head_dim)  # fmt: skip
-        return self.out(mixed)
+        return self.out(mixed, onto)

@@ -13,19 +13,18 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, Linear, RMSNorm, Rope
-from tinyserve.tensor.activation import silu_mul
+from tinyserve.models.layers import Attention, Linear, Normed, RMSNorm, Rope
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
 
 class MLP:
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, gate_up: Linear, down: Linear):
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, silu_gate_up: Linear, down: Linear):
+        self.silu_gate_up, self.down = silu_gate_up, down
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(silu_mul(self.gate_up(x)))
+    def __call__(self, x: Array | Normed, onto: Array) -> Array:
+        return self.down(self.silu_gate_up(x), onto)
 
 
 class Block:
@@ -37,8 +36,8 @@ class Block:
 
     def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
         """x (tokens, hidden) -> (tokens, hidden)."""
-        x = x + self.attention(self.attention_norm(x), batch, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(self.attention_norm(x), batch, cache, onto=x)
+        return self.mlp(self.mlp_norm(x), onto=x)
 
 
 class Llama:
@@ -64,24 +63,24 @@ class Llama:
                 window=config.sliding_window or 0,
             )
             mlp = MLP(
-                loader.linear(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+                loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
                 loader.linear(f"{layer}.mlp.down_proj"),
             )
             attention_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
             mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
             self.blocks.append(Block(attention_norm, attention, mlp_norm, mlp))
         self.norm = loader.rms_norm("model.norm", eps)
-        self.head = self.embedding.head if config.tie_word_embeddings else loader.linear("lm_head")
+        self.head = self.embedding.head if config.tie_word_embeddings else loader.head("lm_head")
         self.nbytes = loader.nbytes
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         x = self.embedding(batch.token_ids)  # (tokens, hidden)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             x = block(x, batch, layer_cache)
-        return self.norm(x)
+        return x
 
     def logits(self, hidden: Array) -> Array:
-        return self.head(hidden)
+        return self.head(self.norm(hidden))
 
 
 def rope_frequencies(rope: RopeParameters, head_dim: int) -> Array:
@@ -129,7 +128,7 @@ def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
                 _check_divisors(tensor, config)
             case ["blk", layer, part, kind] if part in _GGUF_NAMES:
                 if part in heads:
-                    tensor = tensor.map(partial(_rotate_halves, heads=heads[part]), tensor.shape)
+                    tensor = tensor.reordered(partial(_rotate_halves, heads=heads[part]))
                 tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
     return Checkpoint(tensors, checkpoint.source)
 

@@ -6,6 +6,8 @@ The only file that names `numba.njit`. It knows nothing about what the kernels c
 import hashlib
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -96,6 +98,20 @@ def has_feature(*names: str) -> bool:
     return all(f"+{name}" in features for name in names)
 
 
+def runs(name: str, code: str, environment: dict[str, str]) -> bool:
+    """Whether this Python code ends well in a process of its own; remembered beside the kernels, for it takes a second.
+
+    An instruction that a processor does not have, or that its operating system forbids, ends a process.
+    """
+    known = cache_folder() / f"{name}.runs"
+    with suppress(OSError):
+        return known.read_text() == "yes"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True)
+    with suppress(OSError):
+        known.write_text("yes" if done.returncode == 0 else "no")
+    return done.returncode == 0
+
+
 def usable_cores() -> int:
     """Cores this process may really use: affinity and the container's quota, rounded down, at least one.
 
@@ -152,17 +168,21 @@ def one_at_a_time(threads: int) -> Iterator[None]:
         yield
 
 
+class _CompileListener(event.Listener):
+    # At module level: a class made in a function is a reference cycle, and would keep the reporter's model alive.
+    def __init__(self, report: Callable[[str], None]):
+        self.report = report
+
+    def on_start(self, happened: Any) -> None:
+        self.report(happened.data["dispatcher"].py_func.__name__)
+
+    def on_end(self, happened: Any) -> None: ...
+
+
 @contextmanager
 def on_compile(report: Callable[[str], None]) -> Iterator[None]:
     """While inside, call `report` with a kernel's name whenever one is about to be compiled (not when it is cached)."""
-
-    class Listener(event.Listener):
-        def on_start(self, happened: Any) -> None:
-            report(happened.data["dispatcher"].py_func.__name__)
-
-        def on_end(self, happened: Any) -> None: ...
-
-    listener = Listener()
+    listener = _CompileListener(report)
     event.register("numba:compile", listener)
     try:
         yield

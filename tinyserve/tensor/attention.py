@@ -1,112 +1,111 @@
 """Causal attention over a paged cache, one pass over the keys with a running softmax.
 
-FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; pages: Kwon et al. 2023, arXiv:2309.06180. A page holds
-keys transposed, (kv_heads, head_dim, block_size), so that one vector is 16 keys and a score needs no sum over lanes,
-and values as (kv_heads, block_size, head_dim padded to 16), so that one vector is 16 numbers of the output.
+FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; pages: Kwon et al. 2023, arXiv:2309.06180; keys split
+among threads when decoding: Dao et al. 2023, "Flash-Decoding". A page holds keys transposed, (kv_heads, head_dim,
+block_size), so that one vector is 16 keys and a score needs no sum over lanes, and values as (kv_heads, block_size,
+head_dim padded to 16), so that one vector is 16 numbers of the output.
 
-Every query walks its keys in chunks of 64 that start at multiples of 64, whoever else is in the batch. Queries that see
-the same keys go together in a register tile, to load each key once: neighbouring tokens of a prompt, or, when decoding,
-the query heads that share a key head. A query for which a chunk is wholly masked is left as it was, to the bit,
-unless the chunk holds values that are not finite.
+Every query walks its keys in chunks of 64 and spans of 512, both from multiples of their size, whoever else is in the
+batch; what the spans come to is merged in their order. Queries that see the same keys go together in a register tile,
+to load each key once: neighbouring tokens of a prompt, or, when decoding, the query heads that share a key head. A
+query for which a chunk is wholly masked is left as it was, to the bit, unless the chunk holds values not finite.
 """
 
 import numpy as np
 from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
-from tinyserve.tensor.simd import LANES, exp, first_lanes, load, max_lane, maximum, splat, store, store_first, sum_lanes
+from tinyserve.tensor.simd import (
+    LANES,
+    WIDE,
+    exp,
+    first_lanes,
+    fma,
+    lane_numbers,
+    load,
+    max_lane,
+    maximum,
+    splat,
+    store,
+    store_first,
+    sum_lanes,
+)
 from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, store_rows, zeros
 
-PANELS = 4
-CHUNK = PANELS * LANES  # keys that one step of the running softmax takes in
-MOST_ROWS = 4  # queries that share the keys they load: six spill registers
+CHUNK = 4 * LANES  # keys that one step of the running softmax takes in
+SPAN = 8 * CHUNK  # keys that one work item goes through
+# Queries that share the keys they load, and vectors of keys: as many sums as fit the registers, and no more.
+MOST_ROWS, PANELS = (4, 4) if WIDE else (3, 2)
 ITEM = 4 * MOST_ROWS  # tokens of a work item
 
 
-@kernel
-def _store_token(qkv, heads, kv_heads, head_dim, slot, keys, values, m):
-    block_size = keys.shape[3]
-    block, offset = slot // block_size, slot % block_size
-    for head in range(kv_heads):
-        k, v = (heads + head) * head_dim, (heads + kv_heads + head) * head_dim
-        for d in range(head_dim):
-            keys[block, head, d, offset] = qkv[m, k + d]
-            values[block, head, offset, d] = qkv[m, v + d]
-
-
-@parallel_kernel
-def store_kv(qkv, heads, kv_heads, head_dim, slots, keys, values):
-    """Write each token's keys and values into its cache slot.
-
-    qkv (tokens, (heads + 2·kv_heads)·head_dim): queries, keys, values; slots (tokens,): block · block_size + offset;
-    keys (blocks, kv_heads, head_dim, block_size), values (blocks, kv_heads, block_size, padded head_dim), float32.
-    """
-    if qkv.shape[0] == 1:
-        _store_token(qkv, heads, kv_heads, head_dim, slots[0], keys, values, 0)
-    else:
-        for m in prange(qkv.shape[0]):
-            _store_token(qkv, heads, kv_heads, head_dim, slots[m], keys, values, m)
-
-
 def _query_tile(ROWS):
-    """A kernel for ROWS queries: each stands `step` positions and `q_stride` numbers after the one before."""
+    """A kernel for ROWS queries and one span of keys: each query stands `step` positions after the one before.
+
+    Into `part`, a row each `part_stride`: the weighted values (padded head_dim), the largest score, the sum of weights.
+    """
     SIZE = ROWS * PANELS
 
     @kernel
     def tile(
-        q, q_at, q_stride, out, out_at, out_stride, keys, values, blocks, kv_head, position, step, window, scale,
-        scratch,
+        q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
+        slopes, head, head_step, span, part, part_at, part_stride, weights,
     ):  # fmt: skip
         kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
-        # In the scratch: each row's weights of a chunk, then its output so far, then its largest score and its sum.
-        total_at = MOST_ROWS * CHUNK
-        largest_at = total_at + MOST_ROWS * width
         for r in range(ROWS):
-            scratch[largest_at + 2 * r] = -np.inf
-            scratch[largest_at + 2 * r + 1] = 0.0
+            at = part_at + r * part_stride
             for d in range(0, width, LANES):
-                store(scratch, total_at + r * width + d, splat(np.float32(0.0)))
-        last = position + (ROWS - 1) * step
-        for start in range(_first_key(position, window) // CHUNK * CHUNK, last + 1, CHUNK):
-            # Vectors past the last key read the chunk's first page again, and are masked.
-            k0 = _key_address(blocks, start, start, last, kv_heads, kv_head, head_dim, block_size)
-            k1 = _key_address(blocks, start + LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-            k2 = _key_address(blocks, start + 2 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-            k3 = _key_address(blocks, start + 3 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-            scores = zeros(SIZE)
-            for d in range(head_dim):
-                at = d * block_size
-                scores = fma_rows(scores, load_panels(keys, k0 + at, k1 + at, k2 + at, k3 + at), q, q_at + d, q_stride)
-            store_rows(scratch, 0, CHUNK, scores, PANELS, CHUNK)
+                store(part, at + d, splat(np.float32(0.0)))
+            part[at + width] = -np.inf
+            part[at + width + 1] = 0.0
+        last = min(position + (ROWS - 1) * step, span + SPAN - 1)
+        for start in range(max(span, _first_key(position, window) // CHUNK * CHUNK), last + 1, CHUNK):
+            for p in range(0, CHUNK // LANES, PANELS):
+                key = start + p * LANES
+                # Vectors past the last key read the chunk's first page again, and are masked.
+                k0 = _key_address(blocks, key, start, last, kv_heads, kv_head, head_dim, block_size)
+                k1 = _key_address(blocks, key + LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+                k2 = k3 = k0
+                if PANELS == 4:
+                    k2 = _key_address(blocks, key + 2 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+                    k3 = _key_address(blocks, key + 3 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
+                scores = zeros(SIZE)
+                for d in range(head_dim):
+                    at = d * block_size
+                    panels = load_panels(PANELS, keys, k0 + at, k1 + at, k2 + at, k3 + at)
+                    scores = fma_rows(scores, panels, q, q_at + d, q_stride)
+                store_rows(weights, p * LANES, CHUNK, scores, PANELS, CHUNK)
             for r in range(ROWS):
                 row_position = position + r * step
-                _softmax_step(
-                    scratch, r * CHUNK, total_at + r * width, width, largest_at + 2 * r, scale,
-                    _first_key(row_position, window) - start, row_position + 1 - start,
-                )  # fmt: skip
+                slope = slopes[head + r * head_step] if slopes.size else np.float32(0.0)
+                _adjust_scores(
+                    weights, r * CHUNK, start, last, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size
+                )
+                first, count = _first_key(row_position, window) - start, row_position + 1 - start
+                _softmax_step(weights, r * CHUNK, part, part_at + r * part_stride, width, first, count)
+                if value_scales.size:
+                    for key in range(start, min(start + CHUNK, last + 1)):
+                        page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
+                        weights[r * CHUNK + key - start] *= value_scales.ravel()[page * block_size + key % block_size]
             stop = min(start + CHUNK, last + 1)
-            for d in range(0, width // CHUNK * CHUNK, CHUNK):
-                total = load_rows(ROWS, PANELS, scratch, total_at + d, width)
+            many = PANELS * LANES
+            for d in range(0, width // many * many, many):
+                total = load_rows(ROWS, PANELS, part, part_at + d, part_stride)
                 for key in range(start, stop):
                     at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
-                    total = fma_rows(total, load_tile(PANELS, values, at, LANES), scratch, key - start, CHUNK)
-                store_rows(scratch, total_at + d, width, total, PANELS, CHUNK)
-            for d in range(width // CHUNK * CHUNK, width, LANES):
-                narrow = load_rows(ROWS, 1, scratch, total_at + d, width)
+                    total = fma_rows(total, load_tile(PANELS, values, at, LANES), weights, key - start, CHUNK)
+                store_rows(part, part_at + d, part_stride, total, PANELS, many)
+            for d in range(width // many * many, width, LANES):
+                narrow = load_rows(ROWS, 1, part, part_at + d, part_stride)
                 for key in range(start, stop):
                     at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
-                    narrow = fma_rows(narrow, load_tile(1, values, at, LANES), scratch, key - start, CHUNK)
-                store_rows(scratch, total_at + d, width, narrow, 1, LANES)
-        for r in range(ROWS):
-            inverse = splat(np.float32(1.0) / scratch[largest_at + 2 * r + 1])
-            for d in range(0, head_dim, LANES):
-                answer = load(scratch, total_at + r * width + d) * inverse
-                store_first(out, out_at + r * out_stride + d, answer, head_dim - d)
+                    narrow = fma_rows(narrow, load_tile(1, values, at, LANES), weights, key - start, CHUNK)
+                store_rows(part, part_at + d, part_stride, narrow, 1, LANES)
 
     return tile
 
 
-_query_tile_1, _query_tile_3, _query_tile_4 = _query_tile(1), _query_tile(3), _query_tile(MOST_ROWS)
+_query_tile_1, _query_tile_most = _query_tile(1), _query_tile(MOST_ROWS)
 
 
 @kernel
@@ -132,89 +131,149 @@ def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
 
 
 @kernel
-def _softmax_step(scratch, scores_at, total_at, width, largest_at, scale, first, count):
+def _adjust_scores(weights, at, start, last, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size):
+    """(q · k + slope · key position) · scale of a row's chunk, in place."""
+    for i in range(0, CHUNK, LANES):
+        s = load(weights, at + i)
+        if key_scales.size:
+            s = s * load(key_scales, _key_address(blocks, start + i, start, last, kv_heads, kv_head, 1, block_size))
+        if slope != 0:
+            s = fma(lane_numbers(np.float32(start + i)), splat(slope), s)
+        store(weights, at + i, s * splat(scale))
+
+
+@kernel
+def _softmax_step(weights, at, part, part_at, width, first, count):
     """Turn a row's scores of a chunk into weights, zero outside lanes first..count-1, and shrink its past to match."""
-    scales, minus_infinity = splat(scale), splat(np.float32(-np.inf))
-    s0 = first_lanes(load(scratch, scores_at) * scales, minus_infinity, count)
-    s1 = first_lanes(load(scratch, scores_at + LANES) * scales, minus_infinity, count - LANES)
-    s2 = first_lanes(load(scratch, scores_at + 2 * LANES) * scales, minus_infinity, count - 2 * LANES)
-    s3 = first_lanes(load(scratch, scores_at + 3 * LANES) * scales, minus_infinity, count - 3 * LANES)
+    minus_infinity = splat(np.float32(-np.inf))
+    s0 = first_lanes(load(weights, at), minus_infinity, count)
+    s1 = first_lanes(load(weights, at + LANES), minus_infinity, count - LANES)
+    s2 = first_lanes(load(weights, at + 2 * LANES), minus_infinity, count - 2 * LANES)
+    s3 = first_lanes(load(weights, at + 3 * LANES), minus_infinity, count - 3 * LANES)
     if first > 0:
         s0 = first_lanes(minus_infinity, s0, first)
         s1 = first_lanes(minus_infinity, s1, first - LANES)
         s2 = first_lanes(minus_infinity, s2, first - 2 * LANES)
         s3 = first_lanes(minus_infinity, s3, first - 3 * LANES)
-    before = scratch[largest_at]
+    largest_at = part_at + width
+    before = part[largest_at]
     largest = max(before, max_lane(maximum(maximum(s0, s1), maximum(s2, s3))))
     # Nothing seen yet and nothing here: any finite shift gives weights of zero, where -inf would give nan.
     finite = largest if largest > -np.inf else np.float32(0.0)
     shift = splat(finite)
     p0, p1, p2, p3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
-    store(scratch, scores_at, p0)
-    store(scratch, scores_at + LANES, p1)
-    store(scratch, scores_at + 2 * LANES, p2)
-    store(scratch, scores_at + 3 * LANES, p3)
+    store(weights, at, p0)
+    store(weights, at + LANES, p1)
+    store(weights, at + 2 * LANES, p2)
+    store(weights, at + 3 * LANES, p3)
     if largest > before:
         shrink = np.exp(before - finite)
         for d in range(0, width, LANES):
-            store(scratch, total_at + d, load(scratch, total_at + d) * splat(shrink))
-        scratch[largest_at] = largest
-        scratch[largest_at + 1] *= shrink
-    scratch[largest_at + 1] += sum_lanes((p0 + p1) + (p2 + p3))
+            store(part, part_at + d, load(part, part_at + d) * splat(shrink))
+        part[largest_at] = largest
+        part[largest_at + 1] *= shrink
+    part[largest_at + 1] += sum_lanes((p0 + p1) + (p2 + p3))
+
+
+@kernel
+def _merge(total, total_at, part, part_at, width):
+    """Take a span's part into the total of the spans before it; a part that saw no key changes nothing."""
+    ours, theirs = total[total_at + width], part[part_at + width]
+    if not theirs > -np.inf and part[part_at + width + 1] == 0:
+        return
+    largest = max(ours, theirs)
+    a, b = np.exp(ours - largest), np.exp(theirs - largest)
+    for d in range(0, width, LANES):
+        v = fma(load(part, part_at + d), splat(b), load(total, total_at + d) * splat(a))
+        store(total, total_at + d, v)
+    total[total_at + width] = largest
+    total[total_at + width + 1] = total[total_at + width + 1] * a + part[part_at + width + 1] * b
+
+
+@kernel
+def _answer(total, total_at, width, out, out_at, head_dim):
+    """The weighted mean of the values."""
+    inverse = splat(np.float32(1.0) / total[total_at + width + 1])
+    for d in range(0, head_dim, LANES):
+        store_first(out, out_at + d, load(total, total_at + d) * inverse, head_dim - d)
+
+
+@kernel
+def _span_of_tokens(
+    item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions,
+    scale, window, slopes, parts,
+):  # fmt: skip
+    """Some neighbouring tokens, one key head and one span of keys."""
+    kv_heads, head_dim, row = keys.shape[1], keys.shape[2], values.shape[3] + 2
+    span, i, kv_head = item % spans, item // spans % items, item // spans // items
+    group, tokens = heads // kv_heads, len(positions)
+    weights = np.empty(MOST_ROWS * CHUNK, np.float32)
+    # Later items see more keys: early and late ones alternate, so that every thread's share is fair.
+    m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * ITEM
+    end = min(tokens, m + ITEM)
+    while m < end:
+        run = 1
+        while run < MOST_ROWS and m + run < end and sequence_of[m + run] == sequence_of[m]:
+            run += 1
+        # Several tokens of a prompt are the rows, head by head; of one token the heads are.
+        rows, others, step = (group, 1, 0) if run == 1 else (run, group, 1)
+        q_stride, part_stride = (head_dim, spans * row) if run == 1 else (q_width, heads * spans * row)
+        if span * SPAN > positions[m + run - 1]:
+            others = 0
+        for other in range(others):
+            head = kv_head * group + other
+            q_at, part_at, r = m * q_width + head * head_dim, ((m * heads + head) * spans + span) * row, 0
+            while r < rows:
+                if rows - r >= MOST_ROWS:
+                    _query_tile_most(
+                        q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales,
+                        block_tables[sequence_of[m]], kv_head, positions[m] + r * step, step, window, scale, slopes,
+                        head + r * (1 - step), 1 - step, span * SPAN, parts, part_at + r * part_stride, part_stride,
+                        weights,
+                    )  # fmt: skip
+                    r += MOST_ROWS
+                else:
+                    _query_tile_1(
+                        q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales,
+                        block_tables[sequence_of[m]], kv_head, positions[m] + r * step, step, window, scale, slopes,
+                        head + r * (1 - step), 1 - step, span * SPAN, parts, part_at + r * part_stride, part_stride,
+                        weights,
+                    )  # fmt: skip
+                    r += 1
+        m += run
+
+
+@kernel
+def _merged_spans(item, heads, positions, spans, parts, width, out, head_dim):
+    """One token and one query head: its spans, merged in their order."""
+    first = item * spans * (width + 2)
+    for span in range(1, positions[item // heads] // SPAN + 1):
+        _merge(parts, first, parts, first + span * (width + 2), width)
+    _answer(parts, first, width, out, item * head_dim, head_dim)
 
 
 @parallel_kernel
-def attention(qkv, heads, keys, values, block_tables, sequence_of, positions, scale, window):
-    """softmax(q · kᵀ · scale) · v of every token over its own sequence, up to and including itself.
+def attention(
+    qkv, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions, scale, window, slopes
+):
+    """softmax((q · kᵀ + slope · position) · scale) · v of every token over its own sequence, up to and with itself.
 
-    qkv (tokens, (heads + 2·kv_heads)·head_dim), keys and values as `store_kv` wrote them, block_tables (sequences,
+    qkv (tokens, (heads + 2·kv_heads)·head_dim), the cache as tensor/kv_cache.py wrote it, block_tables (sequences,
     most blocks) int32, sequence_of and positions (tokens,) int64, tokens of a sequence side by side and in order;
-    window: how many keys back a query sees, 0 for all. Query head h reads key head h // (heads // kv_heads), which
-    makes MHA, GQA and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
+    window: how many keys back a query sees, 0 for all; slopes (heads,) of ALiBi, or empty. Query head h reads key head
+    h // (heads // kv_heads), which makes MHA, GQA and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
     """
-    tokens, head_dim, kv_heads = qkv.shape[0], keys.shape[2], keys.shape[1]
-    group, q_width, out_width = heads // kv_heads, qkv.shape[1], heads * head_dim
-    out, q = np.empty((tokens, out_width), np.float32), qkv.ravel()
+    tokens, head_dim, kv_heads, width = qkv.shape[0], keys.shape[2], keys.shape[1], values.shape[3]
+    q, q_width = qkv.ravel(), qkv.shape[1]
+    out = np.empty(tokens * heads * head_dim, np.float32)
+    spans = positions.max() // SPAN + 1
+    parts = np.empty(tokens * heads * spans * (width + 2), np.float32)
     items = (tokens + ITEM - 1) // ITEM
-    for item in prange(kv_heads * items):
-        scratch = np.empty(MOST_ROWS * (CHUNK + values.shape[3] + 2), np.float32)
-        kv_head, i = item // items, item % items
-        # Later items see more keys: early and late ones alternate, so that every thread's share is fair.
-        m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * ITEM
-        end = min(tokens, m + ITEM)
-        while m < end:
-            blocks, position = block_tables[sequence_of[m]], positions[m]
-            run = 1
-            while m + run < end and sequence_of[m + run] == sequence_of[m]:
-                run += 1
-            if run == 1:  # one token: its heads are the rows
-                rows, others, step, row_width, other_width = group, 1, 0, head_dim, 0
-            else:  # several tokens of a prompt: they are the rows, head by head
-                rows, others, step, row_width, other_width = run, group, 1, 0, head_dim
-            q_stride = row_width if row_width else q_width
-            out_stride = row_width if row_width else out_width
-            for other in range(others):
-                column = kv_head * group * head_dim + other * other_width
-                q_at, out_at, r = m * q_width + column, m * out_width + column, 0
-                while r < rows:
-                    q_row, out_row, row_position = q_at + r * q_stride, out_at + r * out_stride, position + r * step
-                    if r + MOST_ROWS <= rows:
-                        _query_tile_4(
-                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
-                            step, window, scale, scratch,
-                        )  # fmt: skip
-                        r += MOST_ROWS
-                    elif r + 3 <= rows:
-                        _query_tile_3(
-                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
-                            step, window, scale, scratch,
-                        )  # fmt: skip
-                        r += 3
-                    else:
-                        _query_tile_1(
-                            q, q_row, q_stride, out, out_row, out_stride, keys, values, blocks, kv_head, row_position,
-                            step, window, scale, scratch,
-                        )  # fmt: skip
-                        r += 1
-            m += run
-    return out
+    for item in prange(kv_heads * items * spans):
+        _span_of_tokens(
+            item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of,
+            positions, scale, window, slopes, parts,
+        )  # fmt: skip
+    for item in prange(tokens * heads):
+        _merged_spans(item, heads, positions, spans, parts, width, out, head_dim)
+    return out.reshape((tokens, heads * head_dim))

@@ -1,12 +1,15 @@
-"""GGUF's simple blocks of 32 weights, widened to float32: Q8_0, and the 4- and 5-bit ones.
+"""GGUF's simple blocks of 32 weights: widened to float32 (Q8_0, and the 4- and 5-bit ones), or repacked as they are.
 
 The layouts are ggml's (`block_q4_0` and so on in ggml-common.h). Larger blocks ("K") are left to the gguf package.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numba import prange
 
-from tinyserve.tensor._jit import parallel_kernel
+from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor.quant import BLOCK, NO_MINIMUMS, PANEL, ZERO_8, Packed, padded
 
 # Where in a block's bytes the fifth bits and the nibbles begin, after one or two float16: scale and minimum.
 _LAYOUT = {"Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (2, 6), "Q5_1": (4, 8)}
@@ -48,3 +51,73 @@ def _dequantize_nibbles(raw, scale, minimum, high, low, out):
                 second |= np.int32((raw[b, high + 2 + i // 8] >> (i % 8)) & 1) << 4
             out[b, i] = np.float32(first) * scale[b] + minimum[b]
             out[b, i + 16] = np.float32(second) * scale[b] + minimum[b]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix as GGUF keeps it: of each row the bytes of its blocks, `raw` (rows, bytes) uint8."""
+
+    quantization: str
+    raw: np.ndarray
+    shape: tuple[int, int]
+
+
+# What repacking keeps bit for bit: bits of a weight, and how many bytes a block of 32 has.
+_REPACKED = {"Q8_0": (8, 34), "Q4_0": (4, 18), "Q4_1": (4, 20)}
+
+
+def repack(blocks: Blocks, most_bits: int) -> Packed | None:
+    """The same integers, scales and minimums as matmul.py reads them; None where it would take more bits or a loss."""
+    bits, size = _REPACKED.get(blocks.quantization, (32, 0))
+    N, K = blocks.shape
+    if bits > most_bits or K % 32:
+        return None
+    panels, groups = padded(N, BLOCK) // PANEL, K // 32
+    raw = np.zeros((panels * PANEL, groups, size), np.uint8)
+    raw[:N] = blocks.raw.reshape(N, groups, size)
+
+    def halves(at: int) -> np.ndarray:
+        values = np.ascontiguousarray(raw[:, :, at : at + 2]).view(np.int16).reshape(panels, PANEL, groups)
+        return np.ascontiguousarray(values.transpose(0, 2, 1))
+
+    if bits == 8:
+        integers = np.empty((panels, K // 4, 4 * PANEL), np.int8)
+        _repack_bytes(raw, integers)
+    else:
+        integers = np.empty((panels, K // 8, 4 * PANEL), np.uint8)
+        _repack_nibbles(raw, size - 16, integers)
+    return Packed(integers, halves(0), halves(2) if blocks.quantization == "Q4_1" else NO_MINIMUMS)
+
+
+@kernel
+def _repack_panel_of_bytes(raw, integers, p):
+    for lane in range(PANEL):
+        for g in range(raw.shape[1]):
+            for i in range(32):
+                byte = np.int32(np.int8(raw[p * PANEL + lane, g, 2 + i])) + ZERO_8
+                integers[p, g * 8 + i // 4, lane * 4 + i % 4] = np.int8(byte)
+
+
+@parallel_kernel
+def _repack_bytes(raw, integers):
+    for p in prange(len(integers)):
+        _repack_panel_of_bytes(raw, integers, p)
+
+
+@kernel
+def _repack_panel_of_nibbles(raw, low, integers, p):
+    for lane in range(PANEL):
+        for g in range(raw.shape[1]):
+            # ggml's byte i holds weights i and i + 16; ours hold neighbouring fours.
+            for i in range(32):
+                byte = np.int32(raw[p * PANEL + lane, g, low + i % 16])
+                nibble = (byte >> (4 * (i // 16))) & 15
+                at = lane * 4 + i % 4
+                before = np.int32(integers[p, g * 4 + i // 8, at]) & 15 if i // 4 % 2 else 0
+                integers[p, g * 4 + i // 8, at] = np.uint8(before | nibble << (4 * (i // 4 % 2)))
+
+
+@parallel_kernel
+def _repack_nibbles(raw, low, integers):
+    for p in prange(len(integers)):
+        _repack_panel_of_nibbles(raw, low, integers, p)

@@ -1,128 +1,242 @@
-"""Matrix products y = x · Wᵀ + bias for weights in float32, bfloat16 and 8 bits.
+"""Matrix products y = x · Wᵀ for every way of keeping W, with what comes before and after in the same pass.
 
-Letters: M tokens, N outputs, K inputs; W is packed in panels of 16 outputs (tensor/quant.py). A register tile is a few
-rows of x by 64 outputs; every row sums its K inputs in the same order whatever tile it is computed in, so a token's
-numbers do not depend on who else is in the batch.
+Letters: M tokens, N outputs, K inputs; W is packed in panels of 16 outputs (tensor/quant.py). Before the product a row
+may be normalised, and it is quantized if the weights are; after it come bias, scale, activation and residual, while
+the numbers are still in the nearest cache. A register tile is a few rows of x by a few panels; every row sums its K
+inputs in the same order whatever tile it is computed in, so a token's numbers do not depend on who else is there.
 """
 
 import numpy as np
 from numba import prange
 
 from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor.activation import gelu_tanh_vector, gelu_vector, silu_vector
+from tinyserve.tensor.norm import norm_row
 from tinyserve.tensor.quant import BLOCK, PANEL, quantize_row
-from tinyserve.tensor.simd import load_first, store_first
-from tinyserve.tensor.tiles import dot_rows, fma_rows, load_tile, scaled_rows, start_rows, store_rows, zeros
+from tinyserve.tensor.simd import LANES, WIDE, load, load_first, splat, store_first
+from tinyserve.tensor.tiles import (
+    PANELS,
+    begin_part,
+    dot_rows,
+    end_part,
+    fma_rows,
+    inputs_per_load,
+    load_tile,
+    scaled_rows,
+    start_rows,
+    store_rows,
+    zeros,
+)
 
-PANELS = BLOCK // PANEL  # panels in a register tile
-DIGITS = 2  # bytes of an activation, high and low
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
+FLOAT_ROWS, FLOAT_PANELS = (6, 4) if WIDE else (3, 2)
+PLAIN, SILU_MUL, GELU, GELU_TANH = 0, 1, 2, 3  # what is done with a product; the second makes one number of two
 
 
 def _float_tile(ROWS):
-    """A kernel for ROWS rows by one block of outputs."""
-
-    SIZE = ROWS * PANELS
+    """A kernel for ROWS rows by one block of outputs, into rows of `out`, BLOCK wide."""
+    SIZE = ROWS * FLOAT_PANELS
 
     @kernel
-    def tile(x, w, y, m, n, K, N):
-        total = zeros(SIZE)
+    def tile(x, m, w, first_panel, out, at):
+        K = w.shape[1]
         panel = PANEL * K
-        for k in range(K):
-            weights = load_tile(PANELS, w, n * K + k * PANEL, panel)
-            total = fma_rows(total, weights, x, m * K + k, K)
-        store_rows(y, m * N + n, N, total, PANELS, N - n)
+        for p in range(0, BLOCK // PANEL, FLOAT_PANELS):
+            total = zeros(SIZE)
+            w_at = (first_panel + p) * panel
+            for k in range(K):
+                weights = load_tile(FLOAT_PANELS, w, w_at + k * PANEL, panel)
+                total = fma_rows(total, weights, x, m * K + k, K)
+            store_rows(out, at + p * PANEL, BLOCK, total, FLOAT_PANELS, BLOCK)
 
     return tile
 
 
-_float_tile_1, _float_tile_6 = _float_tile(1), _float_tile(6)
+_float_tile_1, _float_tile_n = _float_tile(1), _float_tile(FLOAT_ROWS)
+
+
+def _integer_tile(ROWS):
+    """The same for quantized weights and activations of every kind: their types say which."""
+    SIZE = ROWS * PANELS
+
+    @kernel
+    def tile(q, starts, x_scales, x_sums, m, w, w_scales, minimums, first_panel, out, at):
+        groups = w_scales.shape[1]
+        inputs = inputs_per_load(w)
+        group = w.shape[1] // groups * inputs
+        K = groups * group
+        w_stride, scale_stride = 4 * PANEL * w.shape[1], PANEL * groups
+        for p in range(0, BLOCK // PANEL, PANELS):
+            total = zeros(SIZE)
+            w_at, scales_at = (first_panel + p) * w_stride, (first_panel + p) * scale_stride
+            for g in range(groups):
+                sums = start_rows(ROWS, PANELS, q, starts, m * groups + g, groups)
+                for k in range(g * group, (g + 1) * group, 32):
+                    part = begin_part(sums, w, q)
+                    for i in range(k, k + 32, inputs):
+                        part = dot_rows(part, PANELS, w, w_at + 4 * PANEL * (i // inputs), w_stride, q, m * K + i, K)
+                    sums = end_part(sums, part)
+                scales = load_tile(PANELS, w_scales, scales_at + g * PANEL, scale_stride)
+                total = scaled_rows(total, sums, scales, x_scales, m * groups + g, groups)
+                if minimums.size:
+                    offsets = load_tile(PANELS, minimums, scales_at + g * PANEL, scale_stride)
+                    total = fma_rows(total, offsets, x_sums, m * groups + g, groups)
+            store_rows(out, at + p * PANEL, BLOCK, total, PANELS, BLOCK)
+
+    return tile
+
+
+_integer_tile_1, _integer_tile_3 = _integer_tile(1), _integer_tile(3)
 
 
 @kernel
-def _add_bias(y, bias, m, n, rows, N):
-    """y[m : m + rows, n : n + 64] += bias, while the numbers are still in the nearest cache."""
-    for i in range(n, min(n + BLOCK, N), PANEL):
-        b = load_first(bias, i, N - i)
-        for r in range(m, m + rows):
-            store_first(y, r * N + i, load_first(y, r * N + i, N - i) + b, N - i)
+def _outputs(width, activation):
+    """How many rows of W make `width` numbers: gates and what they let through alternate, a panel each."""
+    return (width + PANEL - 1) // PANEL * PANEL * 2 if activation == SILU_MUL else width
+
+
+@kernel
+def _finish(product, rows, y, m, n, bias, scale, activation, residual):
+    """activation(scale · (product + bias)) + residual of the block of outputs from n on, into y[m : m + rows]."""
+    width = y.shape[1]
+    N = _outputs(width, activation)
+    for r in range(rows):
+        for i in range(0, min(BLOCK, N - n), LANES):
+            v = load(product, r * BLOCK + i)
+            at, left = n + i, N - n - i
+            if bias.size:
+                v = v + load_first(bias, at, left)
+            v = v * splat(scale)
+            if activation == SILU_MUL:
+                if i // LANES % 2 == 0:
+                    continue  # a panel of gates: the next one, what they let through, takes them along
+                gate = load(product, r * BLOCK + i - LANES)
+                if bias.size:
+                    gate = gate + load_first(bias, at - LANES, left + LANES)
+                v = silu_vector(gate * splat(scale)) * v
+                at = (at - LANES) // 2
+                left = width - at
+            elif activation == GELU:
+                v = gelu_vector(v)
+            elif activation == GELU_TANH:
+                v = gelu_tanh_vector(v)
+            if residual.size:
+                v = load_first(residual, (m + r) * width + at, left) + v
+            store_first(y, (m + r) * width + at, v, left)
+
+
+@kernel
+def _float_item(item, chunks, h, w, y, bias, scale, activation, residual):
+    """A chunk of rows by a block of outputs."""
+    panel, first = item // chunks * (BLOCK // PANEL), item % chunks * CHUNK
+    rows = min(CHUNK, h.shape[0] - first)
+    product = np.empty(rows * BLOCK, np.float32)
+    r = 0
+    while r + FLOAT_ROWS <= rows:
+        _float_tile_n(h, first + r, w, panel, product, r * BLOCK)
+        r += FLOAT_ROWS
+    while r < rows:
+        _float_tile_1(h, first + r, w, panel, product, r * BLOCK)
+        r += 1
+    _finish(product, rows, y, first, panel * PANEL, bias, scale, activation, residual)
+
+
+@kernel
+def _integer_item(
+    item, chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation, residual
+):
+    """The same for integers."""
+    panel, first = item // chunks * (BLOCK // PANEL), item % chunks * CHUNK
+    rows = min(CHUNK, q.shape[0] - first)
+    product = np.empty(rows * BLOCK, np.float32)
+    r = 0
+    while r + 3 <= rows:
+        _integer_tile_3(q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, product, r * BLOCK)
+        r += 3
+    while r < rows:
+        _integer_tile_1(q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, product, r * BLOCK)
+        r += 1
+    _finish(product, rows, y, first, panel * PANEL, bias, scale, activation, residual)
 
 
 @parallel_kernel
-def matmul_float(x, w, bias, N):
-    """x (M, K) float32, w packed float32 or bfloat16, bias (N,) or empty -> y (M, N) float32."""
+def matmul_float(x, norm, norm_weight, norm_bias, eps, w, width, bias, scale, activation, residual):
+    """activation(scale · (norm(x) · Wᵀ + bias)) + residual, for W in float32 or bfloat16.
+
+    x (M, K) float32; norm NONE, RMS or LAYER (norm.py) with its weight and bias (K,) and eps; w (N/16, K, 16) packed;
+    bias (N,), residual (M, width) or empty; activation PLAIN, GELU, GELU_TANH, or SILU_MUL, which makes one number of
+    two: of W's panels the even ones are gates, each followed by what it lets through. -> y (M, width) float32.
+    """
     M, K = x.shape
-    y = np.empty((M, N), np.float32)
+    if norm:
+        h = np.empty((M, K), np.float32)
+        if M == 1:
+            norm_row(x, norm, norm_weight, norm_bias, eps, h, 0)
+        else:
+            for m in prange(M):
+                norm_row(x, norm, norm_weight, norm_bias, eps, h, m)
+    else:
+        h = x
+    y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
-    items = chunks * (w.shape[0] // PANELS)
-    for item in prange(items):
-        n = item // chunks * BLOCK
-        first = item % chunks * CHUNK
-        last = min(M, first + CHUNK)
-        m = first
-        while m + 6 <= last:
-            _float_tile_6(x, w, y, m, n, K, N)
-            m += 6
-        while m < last:
-            _float_tile_1(x, w, y, m, n, K, N)
-            m += 1
-        if bias.size:
-            _add_bias(y, bias, first, n, last - first, N)
+    for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
+        _float_item(item, chunks, h, w, y, bias, scale, activation, residual)
     return y
 
 
-def _int8_tile(ROWS):
-    """A kernel for ROWS rows, each of high and low bytes, by one block of outputs."""
-
-    SIZE = ROWS * PANELS
-
-    @kernel
-    def tile(q, starts, x_scales, w, w_scales, y, m, n, group, N):
-        groups = x_scales.shape[1]
-        K = groups * group
-        total = zeros(SIZE)
-        for g in range(groups):
-            sums = start_rows(ROWS, DIGITS, PANELS, starts, m * groups + g, groups)
-            at, row = n * K + g * group * PANEL, 2 * m * K + g * group
-            for k in range(group // 4):
-                sums = dot_rows(sums, PANELS, w, at + 64 * k, PANEL * K, q, row + 4 * k, K)
-            scales = load_tile(PANELS, w_scales, n * groups + g * PANEL, PANEL * groups)
-            total = scaled_rows(total, sums, scales, x_scales, m * groups + g, groups)
-        store_rows(y, m * N + n, N, total, PANELS, N - n)
-
-    return tile
-
-
-_int8_tile_1, _int8_tile_3 = _int8_tile(1), _int8_tile(3)
-
-
 @parallel_kernel
-def matmul_int8(x, w, w_scales, bias, N):
-    """x (M, K) float32, w packed 8-bit with its scales, bias (N,) or empty -> y (M, N) float32 ("w8a16")."""
-    M, K = x.shape
+def matmul_integer(
+    x,
+    norm,
+    norm_weight,
+    norm_bias,
+    eps,
+    kind,
+    largest,
+    zero,
+    w,
+    w_scales,
+    minimums,
+    width,
+    bias,
+    scale,
+    activation,
+    residual,
+):
+    """The same for W in 8 or 4 bits and x rounded to 16 or 8: see quant.py for how they are packed.
+
+    `kind` is an empty array of the activations' type, `largest` what they are rounded to, `zero` what the packed
+    weights have been raised by.
+    """
+    M = x.shape[0]
     groups = w_scales.shape[1]
-    group = 4 * w.shape[1] // groups
-    q = np.empty((M, 2, groups * group), np.int8)
+    group = w.shape[1] // groups * inputs_per_load(w)
+    q = np.empty((M, groups * group), kind.dtype)
     starts = np.empty((M, groups), np.int32)
     x_scales = np.empty((M, groups), np.float32)
-    y = np.empty((M, N), np.float32)
+    x_sums = np.empty((M, groups), np.float32)
     if M == 1:
-        quantize_row(x, 0, K, q, starts, x_scales, group)
+        _prepare_row(x, norm, norm_weight, norm_bias, eps, 0, q, starts, x_scales, x_sums, group, largest, zero)
     else:
         for m in prange(M):
-            quantize_row(x, m, K, q, starts, x_scales, group)
+            _prepare_row(x, norm, norm_weight, norm_bias, eps, m, q, starts, x_scales, x_sums, group, largest, zero)
+    y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
-    items = chunks * (w.shape[0] // PANELS)
-    for item in prange(items):
-        n = item // chunks * BLOCK
-        first = item % chunks * CHUNK
-        last = min(M, first + CHUNK)
-        m = first
-        while m + 3 <= last:
-            _int8_tile_3(q, starts, x_scales, w, w_scales, y, m, n, group, N)
-            m += 3
-        while m < last:
-            _int8_tile_1(q, starts, x_scales, w, w_scales, y, m, n, group, N)
-            m += 1
-        if bias.size:
-            _add_bias(y, bias, first, n, last - first, N)
+    for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
+        _integer_item(
+            item, chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation, residual
+        )
     return y
+
+
+@kernel
+def _prepare_row(x, norm, norm_weight, norm_bias, eps, m, q, starts, scales, sums, group, largest, zero):
+    if norm:
+        K = x.shape[1]
+        h = np.empty((1, K), np.float32)
+        norm_row(x[m : m + 1], norm, norm_weight, norm_bias, eps, h, 0)
+        quantize_row(h, 0, q[m : m + 1], starts[m : m + 1], scales[m : m + 1], sums[m : m + 1], group, largest, zero)
+    else:
+        quantize_row(
+            x[m : m + 1], 0, q[m : m + 1], starts[m : m + 1], scales[m : m + 1], sums[m : m + 1], group, largest, zero
+        )

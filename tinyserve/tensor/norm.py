@@ -9,6 +9,8 @@ from numba import prange
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.simd import LANES, first_lanes, fma, load_first, splat, store_first, sum_lanes
 
+NONE, RMS, LAYER = 0, 1, 2  # the norms that a matrix product can begin with
+
 
 @kernel
 def _rms_row(x, weight, eps, y, m):
@@ -63,3 +65,12 @@ def layer_norm(x, weight, bias, eps):
         for m in prange(x.shape[0]):
             _layer_row(x, weight, bias, eps, y, m)
     return y
+
+
+@kernel
+def norm_row(x, norm, weight, bias, eps, y, m):
+    """Row m of x, normalised into row m of y; `norm` is RMS or LAYER."""
+    if norm == RMS:
+        _rms_row(x, weight, eps, y, m)
+    else:
+        _layer_row(x, weight, bias, eps, y, m)

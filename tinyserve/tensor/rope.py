@@ -5,9 +5,8 @@ in are frequencies.
 """
 
 import numpy as np
-from numba import prange
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor._jit import kernel
 from tinyserve.tensor.simd import LANES, fma, load_first, splat, store_first
 
 
@@ -18,7 +17,8 @@ def rope_table(frequencies: np.ndarray, positions: int) -> tuple[np.ndarray, np.
 
 
 @kernel
-def _rotate_row(x, cosines, sines, position, heads, head_dim, m):
+def rotate_row(x, cosines, sines, position, heads, head_dim, m):
+    """Rotate, in place, the first `heads` heads of row m of x (tokens, at least heads · head_dim) float32."""
     half = head_dim // 2
     zero = splat(np.float32(0.0))
     for head in range(heads):
@@ -30,13 +30,3 @@ def _rotate_row(x, cosines, sines, position, heads, head_dim, m):
             a, b = load_first(x, at + d, count), load_first(x, at + half + d, count)
             store_first(x, at + d, fma(a, c, zero - b * s), count)
             store_first(x, at + half + d, fma(b, c, a * s), count)
-
-
-@parallel_kernel
-def apply_rope(x, cosines, sines, positions, heads, head_dim):
-    """Rotate, in place, the first `heads` heads of each row of x (tokens, at least heads · head_dim) float32."""
-    if x.shape[0] == 1:
-        _rotate_row(x, cosines, sines, positions[0], heads, head_dim, 0)
-    else:
-        for m in prange(x.shape[0]):
-            _rotate_row(x, cosines, sines, positions[m], heads, head_dim, m)

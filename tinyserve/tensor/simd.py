@@ -4,6 +4,9 @@ Knows the processor, not what is computed on it. A vector lives in registers; a 
 
     f32x16   16 floats              i32x16   16 integers
     i8x64    64 bytes: what one int8 dot product eats, 4 for each of 16 sums
+    i16x32   32 halves of such sums
+
+In memory a float is float32, bfloat16 kept as uint16 (the upper half of a float32), or float16 kept as int16.
 """
 
 import operator
@@ -11,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
@@ -24,7 +26,11 @@ from tinyserve.tensor import _jit
 LANES = 16
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_ELEMENTS = {"f32": F32, "i32": I32, "i8": I8}
+_ELEMENTS = {"f32": F32, "i32": I32, "i16": I16, "i8": I8}
+
+# Sixteen floats are one register where there are 32 of 64 bytes; elsewhere LLVM makes two or four of them.
+WIDE = _jit.has_feature("avx512f", "avx512bw")
+_HALVES = _jit.has_feature("f16c") or _jit.has_feature("neon")  # float16 is converted by an instruction
 
 
 class Vector(types.Type):
@@ -42,7 +48,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.llvm)
 
 
-f32x16, i32x16, i8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i8", 64)
+f32x16, i32x16, i16x32, i8x64 = Vector("f32", 16), Vector("i32", 16), Vector("i16", 32), Vector("i8", 64)
 
 
 # --- operators on two vectors of one type: + - * ; / on floats; << >> on integers -------------------------------------
@@ -94,14 +100,38 @@ def emit_address(context, builder, array_type, array, index, pointee):
 
 
 def emit_load(context, builder, array_type, array, index):
-    """16 floats from an array of float32, or of bfloat16 kept as uint16 (the upper half of a float32)."""
+    """16 floats from an array of float32, bfloat16, float16 or small integers."""
     if array_type.dtype == types.float32:
         return builder.load(emit_address(context, builder, array_type, array, index, f32x16.llvm), align=1)
+    if array_type.dtype == types.int8:
+        narrow = ir.VectorType(I8, LANES)
+        whole = builder.load(emit_address(context, builder, array_type, array, index, narrow), align=1)
+        return builder.sitofp(builder.sext(whole, i32x16.llvm), f32x16.llvm)
     half = ir.VectorType(I16, LANES)
-    bits = builder.zext(
-        builder.load(emit_address(context, builder, array_type, array, index, half), align=1), i32x16.llvm
-    )
-    return builder.bitcast(builder.shl(bits, emit_constant(16, i32x16)), f32x16.llvm)
+    bits = builder.load(emit_address(context, builder, array_type, array, index, half), align=1)
+    return emit_widen(builder, array_type.dtype, bits)
+
+
+def emit_widen(builder, kept_as, bits):
+    """The float32 of 16-bit floats, a number or a vector: bfloat16 kept as uint16, float16 as int16."""
+    count = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+
+    def shaped(element):
+        return ir.VectorType(element, count) if count else element
+
+    def constant(element, value):
+        return ir.Constant(shaped(element), [value] * count if count else value)
+
+    if kept_as == types.int16 and _HALVES:
+        return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(F32))
+    wide = builder.zext(bits, shaped(I32))
+    if kept_as == types.uint16:
+        return builder.bitcast(builder.shl(wide, constant(I32, 16)), shaped(F32))
+    # float16 has its exponent 112 lower; the product puts denormals right too. Infinities are not kept so.
+    sign = builder.shl(builder.and_(wide, constant(I32, 0x8000)), constant(I32, 16))
+    magnitude = builder.shl(builder.and_(wide, constant(I32, 0x7FFF)), constant(I32, 13))
+    scaled = builder.fmul(builder.bitcast(magnitude, shaped(F32)), constant(F32, 2.0**112))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, shaped(I32)), sign), shaped(F32))
 
 
 def emit_lanes_below(builder, count):
@@ -111,7 +141,7 @@ def emit_lanes_below(builder, count):
 
 
 def _is_float_array(array) -> bool:
-    return isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16)
+    return isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16, types.int16)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -119,7 +149,7 @@ def _is_float_array(array) -> bool:
 
 @intrinsic
 def load(typing_context, array, index):
-    """16 neighbours of a flat index, as f32x16: from float32, or from uint16 that holds bfloat16."""
+    """16 neighbours of a flat index, as f32x16: from float32, bfloat16 or float16."""
     if not _is_float_array(array):
         return None
 
@@ -131,14 +161,82 @@ def load(typing_context, array, index):
 
 @intrinsic
 def as_float(typing_context, number):
-    """One float32 from a float32, or from a uint16 that holds a bfloat16."""
+    """One float32 from a float32, or from the 16 bits of a bfloat16 or float16."""
 
     def codegen(context, builder, sig, args):
-        if sig.args[0] == types.float32:
-            return args[0]
-        return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), F32)
+        return args[0] if sig.args[0] == types.float32 else emit_widen(builder, sig.args[0], args[0])
 
     return types.float32(number), codegen
+
+
+def emit_load_first(context, builder, array_type, array, index, count):
+    """The first `count` of 16 neighbours; the other lanes are zero and their memory is not touched."""
+    pointer = emit_address(context, builder, array_type, array, index, f32x16.llvm)
+    masked = (pointer, ir.Constant(I32, 1), emit_lanes_below(builder, count), emit_constant(0.0))
+    if WIDE:
+        return emit_call(builder, "llvm.masked.load.v16f32.p0", f32x16.llvm, *masked)
+    # Where masks are slow, nearly every vector is a whole one.
+    whole = builder.icmp_signed(">=", count, ir.Constant(count.type, LANES))
+    with builder.if_else(whole, likely=True) as (then, otherwise):
+        with then:
+            all_lanes, after_all = builder.load(pointer, align=1), builder.block
+        with otherwise:
+            some, after_some = emit_call(builder, "llvm.masked.load.v16f32.p0", f32x16.llvm, *masked), builder.block
+    result = builder.phi(f32x16.llvm)
+    result.add_incoming(all_lanes, after_all)
+    result.add_incoming(some, after_some)
+    return result
+
+
+def emit_store_first(context, builder, array_type, array, index, vector, count):
+    """Write the first `count` of 16 floats (all of them when count >= 16)."""
+    pointer = emit_address(context, builder, array_type, array, index, f32x16.llvm)
+
+    def masked():
+        lanes = (ir.Constant(I32, 1), emit_lanes_below(builder, count))
+        emit_call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), vector, pointer, *lanes)
+
+    if WIDE:
+        return masked()
+    whole = builder.icmp_signed(">=", count, ir.Constant(count.type, LANES))
+    with builder.if_else(whole, likely=True) as (then, otherwise):
+        with then:
+            builder.store(vector, pointer, align=1)
+        with otherwise:
+            masked()
+    return None
+
+
+@intrinsic
+def as_kept(typing_context, array, number, inverse):
+    """A float32 as an element of this array: itself, rounded to bfloat16, or number · inverse rounded to int8."""
+
+    def codegen(context, builder, sig, args):
+        _, value, factor = args
+        if array.dtype == types.float32:
+            return value
+        if array.dtype == types.int8:
+            whole = emit_call(builder, "llvm.rint.f32", F32, builder.fmul(value, factor))
+            return builder.fptosi(whole, I8)
+        bits = builder.bitcast(value, I32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
+        # A nan whose upper half alone would be an infinity, or round into one, stays a nan.
+        nan = builder.fcmp_unordered("uno", value, value)
+        kept = builder.select(nan, builder.or_(bits, ir.Constant(I32, 0x00400000)), rounded)
+        return builder.trunc(builder.lshr(kept, ir.Constant(I32, 16)), I16)
+
+    return array.dtype(array, types.float32, types.float32), codegen
+
+
+@intrinsic
+def lane_numbers(typing_context, first):
+    """first, first + 1, ... first + 15 as f32x16."""
+
+    def codegen(context, builder, sig, args):
+        return builder.fadd(emit_splat(builder, args[0]), ir.Constant(f32x16.llvm, [float(i) for i in range(LANES)]))
+
+    return f32x16(types.float32), codegen
 
 
 @intrinsic
@@ -148,11 +246,7 @@ def load_first(typing_context, array, index, count):
         return None
 
     def codegen(context, builder, sig, args):
-        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
-        return emit_call(
-            builder, "llvm.masked.load.v16f32.p0", f32x16.llvm,
-            pointer, ir.Constant(I32, 1), emit_lanes_below(builder, args[2]), emit_constant(0.0),
-        )  # fmt: skip
+        return emit_load_first(context, builder, sig.args[0], *args)
 
     return f32x16(array, types.intp, types.intp), codegen
 
@@ -177,32 +271,10 @@ def store_first(typing_context, array, index, vector, count):
         return None
 
     def codegen(context, builder, sig, args):
-        pointer = emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm)
-        mask = emit_lanes_below(builder, args[3])
-        emit_call(
-            builder,
-            "llvm.masked.store.v16f32.p0",
-            ir.VoidType(),
-            args[2],
-            pointer,
-            ir.Constant(I32, 1),
-            mask,
-        )
+        emit_store_first(context, builder, sig.args[0], *args)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, f32x16, types.intp), codegen
-
-
-@intrinsic
-def store_int8(typing_context, array, index, vector):
-    """Write the low bytes of 16 integers."""
-
-    def codegen(context, builder, sig, args):
-        narrow = builder.trunc(args[2], ir.VectorType(I8, LANES))
-        builder.store(narrow, emit_address(context, builder, sig.args[0], args[0], args[1], narrow.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, i32x16), codegen
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -234,6 +306,7 @@ _F, _I = f32x16, i32x16
 fma = _function((_F, _F, _F), _F, lambda b, x, y, z: emit_call(b, "llvm.fma.v16f32", _F.llvm, x, y, z))
 maximum = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, x, y))
 absolute = _function((_F,), _F, lambda b, x: emit_call(b, "llvm.fabs.v16f32", _F.llvm, x))
+copy_sign = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.copysign.v16f32", _F.llvm, x, y))
 round_to_int = _function((_F,), _I, lambda b, x: b.fptosi(emit_call(b, "llvm.rint.v16f32", _F.llvm, x), _I.llvm))
 to_float = _function((_I,), _F, lambda b, x: b.sitofp(x, _F.llvm))
 # The order of a sum is part of the result: pairwise over the lanes, by shuffles, the same on every processor.
@@ -290,23 +363,3 @@ def _emit_exp(builder, x):
 
 
 exp = _function((_F,), _F, _emit_exp)
-
-
-# --- the int8 dot product -----------------------------------------------------------------------------------------
-
-DOT_PRODUCT = "avx512-vnni" if _jit.has_feature("avx512f", "avx512bw", "avx512vnni") else "plain"
-
-
-def emit_dot(builder, total, unsigned, signed):
-    """total[i] + sum over j < 4 of unsigned[4i+j] · signed[4i+j], exactly, in 32-bit integers."""
-    if DOT_PRODUCT == "avx512-vnni":
-        if llvm_version_info < (22,):  # which took the bytes as the integers that they are packed in
-            unsigned, signed = builder.bitcast(unsigned, i32x16.llvm), builder.bitcast(signed, i32x16.llvm)
-        return emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.llvm, total, unsigned, signed)
-    for j in range(4):
-        # Byte j of each 32-bit lane: moved to the top, then down again with zeros or with its sign.
-        up, down = emit_constant(24 - 8 * j, i32x16), emit_constant(24, i32x16)
-        u = builder.lshr(builder.shl(builder.bitcast(unsigned, i32x16.llvm), up), down)
-        s = builder.ashr(builder.shl(builder.bitcast(signed, i32x16.llvm), up), down)
-        total = builder.add(total, builder.mul(u, s))
-    return total

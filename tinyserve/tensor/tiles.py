@@ -10,22 +10,27 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from tinyserve.tensor import dot_product
 from tinyserve.tensor.simd import (
     F32,
     I32,
     LANES,
+    WIDE,
     Vector,
     emit_address,
     emit_call,
     emit_constant,
-    emit_dot,
-    emit_lanes_below,
     emit_load,
     emit_splat,
+    emit_store_first,
     f32x16,
     i8x64,
+    i16x32,
     i32x16,
 )
+
+# How many panels of 16 a tile of three rows has, so that its sums fill the registers and do not spill.
+PANELS = 4 if WIDE else 1
 
 
 def _tile(vector: Vector, count: int) -> types.UniTuple:
@@ -86,43 +91,17 @@ def fma_rows(typing_context, tile, panels, x, index, stride):
 
 
 @intrinsic
-def dot_rows(typing_context, tile, panels, w, w_index, w_stride, x, index, stride):
-    """tile[r, p] + the int8 dot products of w's panel p with row r of x: four inputs, for every row r and panel p.
-
-    `panels` is the (literal) number of panels; w is unsigned and has 64 bytes a panel at w_index + p·w_stride,
-    x is signed and has 4 bytes at index + r·stride, used for all 16 outputs of a panel.
-    """
-    count = _length(panels)
+def load_panels(typing_context, count, array, first, second, third, fourth):
+    """A tile of two or four f32x16 from flat indices of their own: neighbours that live in different pages."""
+    tile = _tile(f32x16, _length(count))
 
     def codegen(context, builder, sig, args):
-        sums = list(cgutils.unpack_tuple(builder, args[0]))
-        at, weights = args[3], []
-        for _ in range(count):
-            pointer = emit_address(context, builder, sig.args[2], args[2], at, i8x64.llvm)
-            weights.append(builder.load(pointer, align=1))
-            at = builder.add(at, args[4])
-        at = args[6]
-        for row in range(len(sums) // count):
-            four = builder.load(emit_address(context, builder, sig.args[5], args[5], at, I32), align=1)
-            inputs = builder.bitcast(emit_splat(builder, four), i8x64.llvm)
-            for p, weight in enumerate(weights):
-                sums[row * count + p] = emit_dot(builder, sums[row * count + p], weight, inputs)
-            at = builder.add(at, args[7])
-        return context.make_tuple(builder, sig.return_type, sums)
+        places = args[2 : 2 + tile.count]
+        return context.make_tuple(
+            builder, tile, [emit_load(context, builder, sig.args[1], args[1], at) for at in places]
+        )
 
-    return tile(tile, panels, w, types.intp, types.intp, x, types.intp, types.intp), codegen
-
-
-@intrinsic
-def load_panels(typing_context, array, first, second, third, fourth):
-    """A tile of four f32x16 from four flat indices: neighbours that live in different pages."""
-    tile = _tile(f32x16, 4)
-
-    def codegen(context, builder, sig, args):
-        vectors = [emit_load(context, builder, sig.args[0], args[0], at) for at in args[1:]]
-        return context.make_tuple(builder, tile, vectors)
-
-    return tile(array, types.intp, types.intp, types.intp, types.intp), codegen
+    return tile(count, array, types.intp, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -155,40 +134,105 @@ def store_rows(typing_context, y, index, stride, tile, panels, count):
         for r in range(len(vectors) // per_row):
             for p in range(per_row):
                 offset = ir.Constant(at.type, p * LANES)
-                pointer = emit_address(context, builder, sig.args[0], args[0], builder.add(at, offset), f32x16.llvm)
-                mask = emit_lanes_below(builder, builder.sub(args[5], offset))
-                value = vectors[r * per_row + p]
-                emit_call(
-                    builder,
-                    "llvm.masked.store.v16f32.p0",
-                    ir.VoidType(),
-                    value,
-                    pointer,
-                    ir.Constant(I32, 1),
-                    mask,
-                )
+                place, left = builder.add(at, offset), builder.sub(args[5], offset)
+                emit_store_first(context, builder, sig.args[0], args[0], place, vectors[r * per_row + p], left)
             at = builder.add(at, args[2])
         return context.get_dummy_value()
 
     return types.void(y, types.intp, types.intp, tile, panels, types.intp), codegen
 
 
+# --- products of integers: dot_product.py says what one step is -------------------------------------------------------
+
+
 @intrinsic
-def start_rows(typing_context, rows, digits, panels, starts, index, stride):
-    """An i32x16 tile of rows · digits rows: row r's lowest digit holds starts[index + r·stride], the others zero."""
-    digit_count, per_row = _length(digits), _length(panels)
-    tile = _tile(i32x16, _length(rows) * digit_count * per_row)
+def start_rows(typing_context, rows, panels, q, starts, index, stride):
+    """An i32x16 tile of each row's sums for q's activations: row r's last one holds starts[index + r·stride]."""
+    sums, per_row = dot_product.sums_per_row(q), _length(panels)
+    tile = _tile(i32x16, _length(rows) * sums * per_row)
 
     def codegen(context, builder, sig, args):
         at, vectors = args[4], []
         for _ in range(_length(rows)):
             pointer = emit_address(context, builder, sig.args[3], args[3], at, I32)
-            vectors += [emit_constant(0, i32x16)] * (per_row * (digit_count - 1))
+            vectors += [emit_constant(0, i32x16)] * (per_row * (sums - 1))
             vectors += [emit_splat(builder, builder.load(pointer))] * per_row
             at = builder.add(at, args[5])
         return context.make_tuple(builder, tile, vectors)
 
-    return tile(rows, digits, panels, starts, types.intp, types.intp), codegen
+    return tile(rows, panels, q, starts, types.intp, types.intp), codegen
+
+
+@intrinsic
+def inputs_per_load(typing_context, w):
+    """How many inputs of 16 outputs are in 64 bytes of w."""
+    inputs = 4 if w.dtype == types.int8 else 8
+    return types.intp(w), lambda context, builder, sig, args: ir.Constant(ir.IntType(64), inputs)
+
+
+@intrinsic
+def begin_part(typing_context, sums, w, q):
+    """The tile that 32 inputs are added to: the sums themselves, or 16-bit zeros where that is faster."""
+    narrow = dot_product.sums_in_16_bits(w, q)
+    part = _tile(i16x32, sums.count) if narrow else sums
+
+    def codegen(context, builder, sig, args):
+        return context.make_tuple(builder, part, [emit_constant(0, i16x32)] * part.count) if narrow else args[0]
+
+    return part(sums, w, q), codegen
+
+
+@intrinsic
+def end_part(typing_context, sums, part):
+    """The sums with those 32 inputs."""
+
+    def codegen(context, builder, sig, args):
+        if sums == part:
+            return args[1]
+        pairs = zip(*(cgutils.unpack_tuple(builder, tile) for tile in args), strict=True)
+        return context.make_tuple(builder, sums, [dot_product.emit_end(builder, *pair) for pair in pairs])
+
+    return sums(sums, part), codegen
+
+
+@intrinsic
+def dot_rows(typing_context, tile, panels, w, w_index, w_stride, q, index, stride):
+    """tile[r, p] + the products of 64 bytes of w's panel p with the same inputs of row r of q.
+
+    `panels` is a literal; a panel's bytes are at w_index + p·w_stride, a row's activations at index + r·stride.
+    """
+    count, sums = _length(panels), dot_product.sums_per_row(q)
+    words = 1 if q.dtype == types.int8 else 2  # of 32 bits, for four inputs
+
+    def codegen(context, builder, sig, args):
+        totals = list(cgutils.unpack_tuple(builder, args[0]))
+        at, operands = args[3], []
+        for _ in range(count):
+            pointer = emit_address(context, builder, sig.args[2], args[2], at, i8x64.llvm)
+            unpacked = dot_product.emit_unpack(builder, w, builder.load(pointer, align=1))
+            operands.append([dot_product.emit_widen(builder, w, q, operand) for operand in unpacked])
+            at = builder.add(at, args[4])
+        steps = len(operands[0])
+        at = args[6]
+        for row in range(len(totals) // (count * sums)):
+            address = emit_address(context, builder, sig.args[5], args[5], at, I32)
+            for step in range(steps):
+                inputs = [
+                    emit_splat(
+                        builder, builder.load(builder.gep(address, [ir.Constant(I32, step * words + i)]), align=1)
+                    )
+                    for i in range(words)
+                ]
+                for p in range(count):
+                    places = [(row * sums + digit) * count + p for digit in range(sums)]
+                    old = [totals[place] for place in places]
+                    new = dot_product.emit_dot(builder, w, q, old, operands[p][step], inputs)
+                    for place, total in zip(places, new, strict=True):
+                        totals[place] = total
+            at = builder.add(at, args[7])
+        return context.make_tuple(builder, sig.return_type, totals)
+
+    return tile(tile, panels, w, types.intp, types.intp, q, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -204,25 +248,19 @@ def scaled_rows(typing_context, tile, sums, panels, x_scale, index, stride):
         w_scales = cgutils.unpack_tuple(builder, args[2])
         count, at = len(w_scales), args[4]
         rows = len(totals) // count
-        bytes_per_input = len(integers) // len(totals)
+        digits = len(integers) // len(totals)
         for r in range(rows):
             pointer = emit_address(context, builder, sig.args[3], args[3], at, F32)
             scale = emit_splat(builder, builder.load(pointer))
             for p in range(count):
-                value = integers[r * bytes_per_input * count + p]
-                if bytes_per_input == 2:
+                value = integers[r * digits * count + p]
+                if digits == 2:
                     low = integers[(2 * r + 1) * count + p]
                     value = builder.add(builder.shl(value, emit_constant(8, i32x16)), low)
                 both = builder.fmul(w_scales[p], scale)
                 i = r * count + p
-                totals[i] = emit_call(
-                    builder,
-                    "llvm.fma.v16f32",
-                    f32x16.llvm,
-                    builder.sitofp(value, f32x16.llvm),
-                    both,
-                    totals[i],
-                )
+                converted = builder.sitofp(value, f32x16.llvm)
+                totals[i] = emit_call(builder, "llvm.fma.v16f32", f32x16.llvm, converted, both, totals[i])
             at = builder.add(at, args[5])
         return context.make_tuple(builder, sig.return_type, totals)
 

@@ -9,21 +9,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tinyserve.errors import CheckpointError
+from tinyserve.tensor.gguf_blocks import Blocks
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point."""
+    """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point.
+
+    `blocks` brings a matrix as the quantized blocks that its file keeps, where it does.
+    """
 
     shape: tuple[int, ...]
     file: str
     read: Callable[[], Array]
+    blocks: Callable[[], Blocks] | None = None
 
     def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
         """The same tensor with `change` applied when it is read, which gives it another shape."""
-        return replace(self, shape=shape, read=lambda: change(self.read()))
+        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None)
+
+    def reordered(self, change: Callable[[Array], Array]) -> "LazyTensor":
+        """The same tensor with its rows in another order: `change` takes (rows, anything), be it numbers or blocks."""
+        blocks = self.blocks
+        changed = None if blocks is None else lambda: (b := blocks()) and replace(b, raw=change(b.raw))
+        return replace(self, read=lambda: change(self.read()), blocks=changed)
 
     def transposed(self) -> "LazyTensor":
         """The same matrix the other way round."""

@@ -172,7 +172,10 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
             f"download it again."
         )
     raw = data[at : at + size].reshape(rows, columns // block * block_bytes)
-    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape))
+    blocks = None
+    if len(shape) == 2 and quantization.name in gguf_blocks.FAST:
+        blocks = partial(gguf_blocks.Blocks, quantization.name, raw, shape)
+    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape), blocks)
 
 
 def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:

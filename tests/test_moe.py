@@ -1,0 +1,118 @@
+"""The routing of a mixture of experts against its NumPy twin, against torch, and against itself in other batches."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyserve.tensor import _jit, moe
+from tinyserve.tensor import reference_mamba2 as reference
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request):
+    _jit.set_threads(request.param)
+    yield request.param
+    _jit.set_threads(None)
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (1, 64, 6), (9, 5, 5), (40, 32, 8), (3, 100, 20)])
+@pytest.mark.parametrize("hidden", [1, 24, 64])
+def test_every_kernel_is_its_twin(tokens, experts, k, hidden):
+    logits, x = random(1, tokens, experts), random(2, tokens, hidden)
+    ids, weights = moe.route(logits, k)
+    expected_ids, expected_weights = reference.route(logits, k)
+    assert (ids.dtype, weights.dtype) == (np.int64, np.float32)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
+    order, offsets = moe.group_by_expert(ids, experts)
+    expected_order, expected_offsets = reference.group_by_expert(ids, experts)
+    np.testing.assert_array_equal(order, expected_order)
+    np.testing.assert_array_equal(offsets, expected_offsets)
+    rows = moe.gather_rows(x, order)
+    np.testing.assert_array_equal(rows, reference.gather_rows(x, order))
+    y = moe.combine(rows, order, weights)
+    np.testing.assert_allclose(y, reference.combine(rows, order, weights), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)  # the weights sum to one
+
+
+def test_of_equal_logits_the_lower_expert_comes_first():
+    logits = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2]], np.float32)
+    ids, weights = moe.route(logits, 4)
+    np.testing.assert_array_equal(ids, [[1, 2, 4, 0], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(weights[1], 0.25)
+
+
+def test_an_expert_that_nobody_goes_to_has_no_rows():
+    order, offsets = moe.group_by_expert(np.array([[3, 1], [1, 3]]), 5)
+    np.testing.assert_array_equal(offsets, [0, 0, 2, 2, 4, 4])
+    np.testing.assert_array_equal(order, [1, 2, 0, 3])
+
+
+def experts_of(x, logits, k, matrices):
+    """A whole mixture, its experts as plain as can be: a function of a row's own numbers, whoever stands beside it."""
+    ids, weights = moe.route(logits, k)
+    order, offsets = moe.group_by_expert(ids, len(matrices))
+    rows = moe.gather_rows(x, order)
+    for e, matrix in enumerate(matrices):
+        for row in range(offsets[e], offsets[e + 1]):
+            rows[row] = matrix @ rows[row]
+    return moe.combine(rows, order, weights)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.integers(2, 30), k=st.integers(1, 6), hidden=st.sampled_from([16, 24]), seed=st.integers(0, 9))
+def test_a_token_does_not_depend_on_its_batch(tokens, k, hidden, seed):
+    """Bit for bit: its rows are added by rank, not by the order in which experts happen to be computed."""
+    x, logits, matrices = random(seed, tokens, hidden), random(seed + 1, tokens, 6), random(seed + 2, 6, hidden, hidden)
+    together = experts_of(x, logits, k, matrices)
+    for m in range(tokens):
+        alone = experts_of(x[m : m + 1].copy(), logits[m : m + 1].copy(), k, matrices)
+        np.testing.assert_array_equal(alone[0], together[m])
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_what_is_not_a_number_is_not_hidden(damage):
+    logits = random(1, 3, 10)
+    logits[1, 7] = damage
+    ids, weights = moe.route(logits, 2)
+    assert ids[1, 0] == 7
+    assert np.isnan(weights[1]).any()
+    assert np.isfinite(weights[[0, 2]]).all()
+    order, _ = moe.group_by_expert(ids, 10)
+    y = moe.combine(random(2, 6, 20), order, weights)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+
+
+def test_a_mixture_is_that_of_transformers():
+    import torch
+    from transformers import GraniteMoeHybridConfig
+    from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMoE
+
+    torch.manual_seed(0)
+    config = GraniteMoeHybridConfig(
+        hidden_size=32, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, mamba_n_heads=4
+    )
+    block = GraniteMoeHybridMoE(config).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 11, 32)
+    with torch.no_grad():
+        expected = block(x)[0].numpy()
+        logits = (x[0] @ block.router.weight.T).numpy()
+    gate_up, down = block.experts.gate_up_proj.detach().numpy(), block.experts.down_proj.detach().numpy()
+    ids, weights = moe.route(logits, 3)
+    order, offsets = moe.group_by_expert(ids, 8)
+    rows = moe.gather_rows(x[0].numpy(), order)
+    for e in range(8):
+        mine = slice(offsets[e], offsets[e + 1])
+        gate, up = np.split(rows[mine] @ gate_up[e].T, 2, axis=1)
+        rows[mine] = (reference.silu(gate) * up) @ down[e].T
+    np.testing.assert_allclose(
+        moe.combine(rows, order, weights), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )

@@ -1,0 +1,134 @@
+"""`tinyserve eval`: what a dtype costs in accuracy, on a text of the user's.
+
+Knows how to read a file and to print; the measuring is in tinyserve/evaluate.py.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyserve import __version__, presets
+from tinyserve.cli._options import Model, Threads
+from tinyserve.errors import UserError
+
+if TYPE_CHECKING:
+    from tinyserve.evaluate import Row
+    from tinyserve.llm import LLM
+
+NO_REFERENCE = "none"
+
+
+def evaluate(
+    model: Model = presets.DEFAULT,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text, in UTF-8. Must be given.")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, bfloat16, or int8 (also called w8a16), which auto means; can be given several times.  "
+            "[default: auto]",
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(metavar="DTYPE", help="The dtype to compare with; none leaves the comparison out.")
+    ] = "float32",
+    window: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens that are read at once.")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many tokens of the text.")
+    ] = None,
+    threads: Threads = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Measure what a dtype costs in accuracy on a text.
+
+    The text is cut into windows, and each token but the first is predicted from those before it in its window.
+    Printed are the perplexity; bits per byte, which is the cross entropy of the predicted tokens in bits over the
+    UTF-8 bytes they stand for, special tokens having none; and, against float32 on the same weights, the change of
+    perplexity, the mean of KL(float32 ‖ dtype) in nats a token, and how often both find the same token likeliest.
+    Two models are in memory at a time, or one with --against none.
+
+    \b
+    Examples:
+      tinyserve eval smollm2-135m --text book.txt
+      tinyserve eval gpt2 --text book.txt --dtype int8 --dtype bfloat16 --json
+      tinyserve eval ./model.gguf --text book.txt --tokens 5000 --against none
+    """
+    content = _read(text)
+    from tinyserve import evaluate as measure
+    from tinyserve.cli._answer import load
+    from tinyserve.cli._progress import TokenBar
+    from tinyserve.model_files import open_model
+    from tinyserve.quantize import resolve_dtype
+    from tinyserve.tensor._jit import cpu_name
+
+    reference = None if against == NO_REFERENCE else resolve_dtype(against)
+    dtypes = [resolve_dtype(name) for name in dtype or ["auto"]]
+    files = open_model(model)
+    passage = measure.Text.encode(files, content.decode(), tokens)
+    window = min(window, files.config.max_position_embeddings)
+
+    def load_in(dtype: str) -> "LLM":
+        nonlocal threads
+        llm, _ = load(model, dtype, threads, max_num_seqs=1, max_model_len=max(2, window))
+        threads = llm.num_threads  # what there are: that some are missing is said once
+        return llm
+
+    with TokenBar() as bar:
+        rows = list(measure.run(load_in, passage, dtypes, reference, window, bar))
+    assert text is not None and files.path is not None
+    sha256 = hashlib.sha256(content).hexdigest()
+    recipe = {
+        "tinyserve": __version__,
+        "processor": cpu_name(),
+        "threads": threads,
+        "model": files.name,
+        "weights": files.path.name,
+        "text": text.name,
+        "text_sha256": sha256,
+        "text_bytes": passage.num_bytes,
+        "tokens": len(passage.token_ids) - 1,
+        "window": window,
+        "against": reference,
+    }
+    if json_:
+        print(json.dumps({**recipe, "results": [asdict(row) for row in rows]}))
+        return
+    print(
+        f"{files.name} ({files.path.name}) on {text.name} (sha256 {sha256[:16]}): "
+        f"{recipe['tokens']} tokens predicted in windows of {window}"
+    )
+    _print_table(rows, reference)
+
+
+def _read(text: Path | None) -> bytes:
+    """The bytes of a file of UTF-8 text; raises UserError that says what is wrong with it."""
+    if text is None:
+        raise UserError(
+            "There is no text to evaluate on: give a file in UTF-8 with --text FILE, best some thousand words of the "
+            "kind that the model is for."
+        )
+    try:
+        content = text.read_bytes()
+        if not content.decode().strip():
+            raise UserError(f"{text} is empty: give a file with some text.")
+    except OSError as error:
+        raise UserError(f"{text} cannot be read ({error.strerror}): give --text a file of UTF-8 text.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 text (at byte {error.start}): convert it first.") from None
+    return content
+
+
+def _print_table(rows: "list[Row]", reference: str | None) -> None:
+    """A line for each dtype; the columns of a comparison only where there is one."""
+    compared = any(row.kl is not None for row in rows)
+    differences = f"{'change':>11}{'KL, nats':>11}{'top-1 equal':>14}   against {reference}" if compared else ""
+    print(f"{'dtype':<10}{'perplexity':>12}{'bits/byte':>12}{differences}")
+    for row in rows:
+        line = f"{row.dtype:<10}{row.perplexity:>12.3f}{row.bits_per_byte:>12.4f}"
+        if row.perplexity_change is not None and row.kl is not None and row.top1 is not None:
+            line += f"{row.perplexity_change * 100:>+9.2f} %{row.kl:>11.5f}{row.top1 * 100:>12.2f} %"
+        print(line)
