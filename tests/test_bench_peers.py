@@ -64,7 +64,7 @@ def test_the_table_has_medians_and_ratios_of_rounds_without_the_first(bench_peer
         "|---|---:|---|",
         "| tinyserve int8 | 200 |  |",
         "| tinyserve int4 | not measured |  |",
-        "| llama.cpp Q8_0 | 50 | **4.00 ×** (2.00 to 4.00) |",
+        "| llama.cpp Q8_0 | 50.0 | **4.00 ×** (2.00 to 4.00) |",
         "| ctranslate2 int8 | 25.0 | **4.00 ×** (4.00 to 4.00) |",
         "",
         "- Not measured: tinyserve int4: there is no such dtype",

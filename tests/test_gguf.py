@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.errors import CheckpointError, ConfigError, UserError
+from tinyserve.tensor import gguf_blocks, quant, reference
 from tinyserve.weights.gguf import config_from_gguf, open_gguf
 
 RAW = checkpoints.CONFIGS["llama-grouped"]
@@ -50,6 +51,26 @@ def same_as_gguf(path: Path) -> None:
         assert got.dtype == np.float32 and not got.flags.writeable
         assert got.shape == ours.tensors[tensor.name].shape == shape
         np.testing.assert_array_equal(got, expected.reshape(shape), err_msg=tensor.name)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
+@pytest.mark.parametrize("rows", [1, 64, 70])
+def test_blocks_are_repacked_without_a_loss(kind: Type, rows: int) -> None:
+    """What the kernels read stands for the very numbers that the gguf package finds in the blocks."""
+    raw = random_blocks(kind, rows, 3)
+    blocks = gguf_blocks.Blocks(kind.name, raw, (rows, 96))
+    packed = gguf_blocks.repack(blocks, most_bits=8)
+    assert packed is not None and packed.holds((rows, 96))
+    expected = gguf.quants.dequantize(raw, kind)
+    np.testing.assert_array_equal(reference.unpack(*packed, rows, 96), expected)
+    ids = np.array([rows - 1, 0])
+    np.testing.assert_array_equal(quant.take_rows_integer(*packed, ids, 96), expected[ids])
+    assert (gguf_blocks.repack(blocks, most_bits=4) is None) == (kind == Type.Q8_0)
+
+
+def test_other_blocks_are_not_repacked() -> None:
+    raw = random_blocks(Type.Q5_0, 4, 3)
+    assert gguf_blocks.repack(gguf_blocks.Blocks("Q5_0", raw, (4, 96)), most_bits=8) is None
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

@@ -93,3 +93,86 @@ def test_threads_are_bounded_and_the_environment_is_left_alone() -> None:
     assert _jit.set_threads(1) == numba.get_num_threads() == 1
     assert _jit.set_threads(None) == min(_jit.usable_cores(), numba.config.NUMBA_NUM_THREADS)
     assert dict(os.environ) == before
+
+
+# --- the dot product of other processors --------------------------------------------------------------------------
+
+ASSEMBLY = """
+from numba import types
+from tinyserve.tensor import dot_product, probe
+for weights, activations in ((types.int8, types.int16), (types.uint8, types.int8)):
+    arrays = (types.Array(t, 1, "C") for t in (weights, types.float32, activations, types.float32))
+    probe.dot_32.compile(tuple(arrays))
+print(dot_product.PATH)
+print(*(probe.dot_32.inspect_asm(signature) for signature in probe.dot_32.signatures))
+"""
+X86 = "+avx,+avx2,+fma,+f16c"
+VNNI = f"{X86},+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "path", "instructions"),
+    [
+        ("znver5", VNNI, "avx512-vnni", ["vpdpbusd\t%zmm"]),
+        ("alderlake", f"{X86},+avxvnni", "avx-vnni", ["vpdpbusd\t%ymm"]),
+        ("haswell", X86, "avx2", ["vpmaddwd\t", "vpmaddubsw\t"]),
+    ],
+)
+def test_each_path_is_its_instruction(
+    cpu: str, features: str, path: str, instructions: list[str], tmp_path: Path
+) -> None:
+    """Machine code for processors that this one need not be: compiled and read, not run."""
+    told = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "TINYSERVE_DOT_PRODUCT": path}
+    out = python(ASSEMBLY, **told, TINYSERVE_CACHE=str(tmp_path))
+    assert out.startswith(path)
+    for instruction in instructions:
+        assert instruction in out.replace("(%", "%")
+
+
+NEON = """
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from tinyserve.tensor import dot_product
+from tinyserve.tensor.simd import i8x64, i32x16
+module = ir.Module("neon")
+function = ir.Function(module, ir.FunctionType(i32x16.llvm, [i32x16.llvm, i32x16.llvm, i8x64.llvm, i32x16.llvm]), "dot")
+builder = ir.IRBuilder(function.append_basic_block())
+total, high, weights, inputs = function.args
+w, q = types.Array(types.int8, 1, "C"), types.Array(types.int16, 1, "C")
+widened = dot_product.emit_widen(builder, w, q, weights)
+a, b = dot_product.emit_dot(builder, w, q, [high, total], widened, [inputs, inputs])
+builder.ret(builder.add(a, b))
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
+parsed = llvm.parse_assembly(str(module))
+parsed.verify()
+print(machine.emit_assembly(parsed))
+"""
+
+
+def test_neon_has_its_instruction(tmp_path: Path) -> None:
+    """For ARM's processors the IR is built, checked and compiled: two digits of 16 outputs are eight sdot."""
+    assembly = python(NEON, TINYSERVE_DOT_PRODUCT="neon", TINYSERVE_CACHE=str(tmp_path))
+    assert assembly.count("sdot\tv") == 8
+    assert "eor\tv" in assembly  # unsigned weights become signed
+
+
+def test_an_instruction_that_kills_its_process_is_not_taken(tmp_path: Path) -> None:
+    """The probe's verdict is remembered, and a path that died falls back to the next one."""
+    code = """
+from tinyserve.tensor import _jit
+kill = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+print(_jit.runs("dies", kill, {}), _jit.runs("lives", "pass", {}), _jit.runs("dies", "pass", {}))
+for path in ("avx512-vnni", "avx-vnni", "avx2"):
+    (_jit.cache_folder() / f"dot-{path}.runs").write_text("no")
+from tinyserve.tensor import dot_product
+print(dot_product.PATH)
+"""
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)).split() == ["False", "True", "False", "plain"]
+
+
+def test_the_probe_of_the_path_in_use_passes() -> None:
+    python("from tinyserve.tensor import probe; probe.check()")

@@ -158,7 +158,7 @@ def test_bytes_of_one_matrix_by_dtype() -> None:
     matrix = shapes.TensorShape("x.weight", (10, 100), "mlp", 0)
     assert shapes.tensor_bytes(matrix, "float32") == 4000
     assert shapes.tensor_bytes(matrix, "bfloat16") == 2000
-    assert shapes.tensor_bytes(matrix, "int8") == 10 * (100 + 2 * 4)  # two groups of up to 64
+    assert shapes.tensor_bytes(matrix, "int8") == 10 * (100 + 2 * 2)  # two groups of up to 64
     assert shapes.tensor_bytes(matrix, "int4") == 10 * (50 + 4 * 2)  # four groups of up to 32
     head = shapes.TensorShape("lm_head.weight", (10, 100), "head")
     assert shapes.tensor_bytes(head, "int4") == shapes.tensor_bytes(head, "int8")

@@ -97,9 +97,11 @@ class LLM:
 
         if not isinstance(model, str | PathLike) or not str(model):
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
-        self.dtype = resolve_dtype(dtype)
-        self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
+        resolve_dtype(dtype)  # before anything is downloaded
+        resolve_kv_cache_dtype(kv_cache_dtype, dtype)
         files = open_model(str(model), load_format, progress=True)
+        self.dtype = resolve_dtype(dtype, files.packed_dtype)
+        self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.num_threads = _jit.set_threads(num_threads)

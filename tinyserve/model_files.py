@@ -30,6 +30,12 @@ class ModelFiles:
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     eos_token_ids: frozenset[int]
+    raw_config: dict[str, Any]
+
+    @property
+    def packed_dtype(self) -> str | None:
+        """The dtype that `tinyserve quantize` packed the weights in; None for an ordinary checkpoint."""
+        return (self.raw_config.get("quantization_config") or {}).get("dtype")
 
 
 def open_model(model: str | Path, load_format: str = "auto", progress: bool = True) -> ModelFiles:
@@ -58,7 +64,9 @@ def _synthetic(name: str, raw: dict[str, Any] | None) -> ModelFiles:
         raw = read_json(folder / "config.json")
     config = parse_config(raw, name)
     check_supported(config)
-    return ModelFiles(name, None, config, synthetic_checkpoint(config), None, None, frozenset(config.eos_token_ids))
+    return ModelFiles(
+        name, None, config, synthetic_checkpoint(config), None, None, frozenset(config.eos_token_ids), raw
+    )
 
 
 def _from_folder(name: str, folder: Path) -> ModelFiles:
@@ -66,32 +74,40 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not the folder of a Hugging Face checkpoint.")
-    config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    config = parse_config(raw, str(folder / "config.json"))
     check_supported(config)
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     eos = generation.get("eos_token_id")
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     tokenizer = Tokenizer.from_folder(folder)
-    return _assemble(name, folder, config, open_safetensors(folder), tokenizer, ends)
+    return _assemble(name, folder, config, open_safetensors(folder), tokenizer, ends, raw)
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:
     from tinyserve.weights.gguf import hf_config, open_gguf
 
     file = open_gguf(path)
-    config = parse_config(hf_config(file), str(path))
+    raw = hf_config(file)
+    config = parse_config(raw, str(path))
     check_supported(config)
     tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-    return _assemble(name, path, config, file.tensors, tokenizer, set())
+    return _assemble(name, path, config, file.tensors, tokenizer, set(), raw)
 
 
 def _assemble(
-    name: str, path: Path, config: ModelConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, ends: set[int]
+    name: str,
+    path: Path,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    ends: set[int],
+    raw: dict[str, Any],
 ) -> ModelFiles:
     source = tokenizer.chat_template
     template = ChatTemplate(source, tokenizer.special_tokens, name) if source else None
     eos = frozenset(config.eos_token_ids) | ends | tokenizer.eos_token_ids | tokenizer.end_tokens()
-    return ModelFiles(name, path, config, checkpoint, tokenizer, template, eos)
+    return ModelFiles(name, path, config, checkpoint, tokenizer, template, eos, raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:

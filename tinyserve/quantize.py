@@ -24,9 +24,13 @@ _EMPTY.flags.writeable = False
 _EMPTY_ROWS = np.empty((0, 0), np.float32)  # writable, as residuals are
 
 
-def resolve_dtype(name: str) -> str:
-    """A dtype's own name; raises UserError that lists the dtypes."""
+def resolve_dtype(name: str, packed: str | None = None) -> str:
+    """A dtype's own name; raises UserError that lists the dtypes, or says what a `packed` checkpoint can be read as."""
+    if packed and name == "auto":
+        name = packed
     dtype = ALIASES.get(name, name) if isinstance(name, str) else ""
+    if packed and dtype in DTYPES and not (is_integer(dtype) and bits_of(dtype)[0] == bits_of(packed)[0]):
+        raise UserError(f"The weights are packed as {packed}, which do not run as {dtype}: quantize the original.")
     if dtype in DTYPES:
         return dtype
     nearest = difflib.get_close_matches(str(name), (*DTYPES, *ALIASES), n=1)
@@ -144,21 +148,17 @@ def pack(weight: Array, dtype: str) -> Matrix:
         return FloatMatrix(weight, bfloat16=dtype == "bfloat16")
     bits, activation_bits = bits_of(dtype)
     packed = quant.pack_bytes(weight, GROUP[0]) if bits == 8 else quant.pack_nibbles(weight, GROUP[1])
-    if not np.isfinite(packed.scales.view(np.float16)).all():
+    if not packed.is_finite():
         raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
     return IntegerMatrix(weight.shape, packed, activation_bits)
 
 
-def pack_blocks(blocks: gguf_blocks.Blocks, dtype: str) -> Matrix | None:
-    """The same from GGUF's blocks, without going through floats and without loss; None where that cannot be.
+def repack(blocks: gguf_blocks.Blocks, dtype: str) -> quant.Packed | None:
+    """GGUF's blocks as this dtype's kernels read them, without going through floats; None where that cannot be.
 
     8 bits are "at most 8": a file's 4 bits stay what they are.
     """
-    if not is_integer(dtype):
-        return None
-    bits, activation_bits = bits_of(dtype)
-    packed = gguf_blocks.repack(blocks, most_bits=bits)
-    return None if packed is None else IntegerMatrix(blocks.shape, packed, activation_bits)
+    return gguf_blocks.repack(blocks, most_bits=bits_of(dtype)[0]) if is_integer(dtype) else None
 
 
 def at_least_8_bits(dtype: str) -> str:

@@ -60,7 +60,7 @@ TORCH = "'torch==2.13.0' 'transformers>=5'"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("tinyserve", "tinyserve_engine", (), ("int8",), "", ("tinyserve", "numba")),
+        Peer("tinyserve", "tinyserve_engine", (), ("int8",), "", ("numba",)),
         Peer(
             "llama.cpp", "llama_cpp_engine", ("llama_cpp",), ("Q8_0", "Q4_0", "Q4_1", "bf16"),
             "pip install llama-cpp-python", ("llama-cpp-python",),

@@ -16,7 +16,8 @@ def prepare(model: str, format: str, workdir: Path) -> str:
         try:
             ctranslate2.converters.TransformersConverter(str(folder)).convert(str(target), quantization=format)
         except (ValueError, NotImplementedError) as error:
-            raise NotMeasured(f"CTranslate2 cannot convert it: {str(error).splitlines()[0]}") from error
+            reason = str(error).partition(" (supported")[0]
+            raise NotMeasured(f"CTranslate2 cannot convert it: {reason}") from error
 
     return str(models.built(workdir / model / f"ctranslate2-{format}", convert))
 

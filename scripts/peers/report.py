@@ -35,7 +35,7 @@ def _table(run: dict[str, Any], work: str) -> list[str]:
         "|---|---:|" + "---|" * len(firsts),
     ]
     for engine, own in rates.items():
-        rate = f"{statistics.median(own.values()):.{0 if max(own.values()) >= 100 else 1}f}" if own else "not measured"
+        rate = _rounded(statistics.median(own.values())) if own else "not measured"
         ratios = [_ratio(rates[first], own) if first != engine else "" for first in firsts]
         lines.append(f"| {engine} | {rate} |" + "".join(f" {ratio} |" for ratio in ratios))
     return lines
@@ -47,6 +47,10 @@ def _rates(run: dict[str, Any], work: str, engine: str) -> Rates:
         for m in run["measurements"]
         if m["work"] == work and m["engine"] == engine and m["round"] > 0
     }
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def _ratio(first: Rates, other: Rates) -> str:

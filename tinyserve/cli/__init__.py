@@ -19,6 +19,7 @@ from tinyserve.cli.eval_ import evaluate
 from tinyserve.cli.inspect_config import inspect_config
 from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
+from tinyserve.cli.quantize import quantize
 from tinyserve.cli.rm import rm
 from tinyserve.cli.warmup import warmup
 from tinyserve.errors import TinyserveError, UserError
@@ -34,7 +35,7 @@ class Commands(typer.core.TyperGroup):
         return [name for name in _ORDER if name in self.commands]
 
 
-_ORDER = ("ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup")
+_ORDER = ("ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize")
 
 app = typer.Typer(
     name="tinyserve",
@@ -78,6 +79,7 @@ app.command("pull")(pull)
 app.command("list")(list_models)
 app.command("rm")(rm)
 app.command("warmup")(warmup)
+app.command("quantize")(quantize)
 
 
 def main() -> None:

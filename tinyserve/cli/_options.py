@@ -21,7 +21,8 @@ MinP = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes a random answer repeatable.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
 Dtype = Annotated[
-    str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or int8 (also called w8a16), which auto means.")
+    str,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8."),
 ]
 Threads = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Threads; by default the cores this process may use.")

@@ -29,7 +29,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="DTYPE",
-            help="float32, bfloat16, or int8 (also called w8a16), which auto means; can be given several times.  "
+            help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 or w4a8; can be given several times.  "
             "[default: auto]",
         ),
     ] = None,

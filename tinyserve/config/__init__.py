@@ -16,6 +16,7 @@ from tinyserve.errors import ConfigError
 __all__ = [
     "ATTENTION",
     "MAMBA",
+    "PACKED",
     "SUPPORTED_MODEL_TYPES",
     "FalconConfig",
     "GPT2Config",
@@ -38,6 +39,7 @@ _FAMILIES: dict[str, type[GPT2Config | FalconConfig | LlamaConfig | GraniteConfi
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
+PACKED = "tinyserve"  # the quant_method of checkpoints that `tinyserve quantize` writes
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
@@ -53,8 +55,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
 def _refuse_unsupported(fields: Fields) -> None:
     """Refuse what no architecture here can load: quantized checkpoints, and classifiers."""
     quantization = fields.raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if quantization and method != PACKED:
         fields.refuse(
             f"'quantization_config' has the method {method!r}, which is not supported; take the model's "
             "float16, bfloat16 or float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."

@@ -12,7 +12,8 @@ from tinyserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinyserve.models.base import Model
-    from tinyserve.weights.checkpoint import Checkpoint
+    from tinyserve.quantize import Matrix
+    from tinyserve.weights.checkpoint import Array, Checkpoint
 
 _HOMES = {"gpt2": ("gpt2", "GPT2"), "llama": ("llama", "Llama"), "mistral": ("llama", "Llama")}
 
@@ -32,8 +33,11 @@ def build_model(
     dtype: str,
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
+    built: "dict[str, Matrix | Array] | None" = None,
 ) -> "Model":
     """Load a model's weights in this dtype; `progress` hears (numbers packed, numbers in all).
+
+    `built` receives every matrix and array of the model under the names it was built from.
 
     Raises ConfigError for an unsupported architecture, CheckpointError for a missing or misshapen tensor.
     """
@@ -44,4 +48,6 @@ def build_model(
     module: Any = import_module(f"tinyserve.models.{module_name}")
     loader = Loader(config, module.sanitize(checkpoint, config), dtype, max_model_len, progress)
     model: Model = getattr(module, class_name)(config, loader)
+    if built is not None:
+        built.update(loader.built)
     return model

@@ -4,7 +4,8 @@ Knows no architecture by name; `models/__init__.py` keeps that table.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -14,12 +15,12 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.models.layers import Embedding, LayerNorm, Linear, RMSNorm
-from tinyserve.quantize import Matrix, at_least_8_bits, no_bias, pack, pack_blocks
+from tinyserve.quantize import IntegerMatrix, Matrix, at_least_8_bits, bits_of, no_bias, pack, repack
 from tinyserve.shapes import tensor_shapes
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
-from tinyserve.tensor.quant import PANEL
-from tinyserve.weights.checkpoint import Checkpoint
+from tinyserve.tensor.quant import PANEL, Packed
+from tinyserve.weights.checkpoint import Checkpoint, LazyTensor
 
 Array = np.ndarray
 
@@ -59,9 +60,12 @@ class Loader:
         self.nbytes = 0
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
+        self.built: dict[str, Matrix | Array] = {}
         shapes = {tensor.name: tensor.shape for tensor in tensor_shapes(config)}
+        packed = {f"{name}.weight" for key in checkpoint if key.endswith(f".{_INTEGERS}") for name in _names(key)}
         for name, shape in shapes.items():
-            checkpoint.check(name, shape)
+            if name not in packed:
+                checkpoint.check(name, shape)
             self._total += math.prod(shape)
         self._shapes = shapes
 
@@ -70,22 +74,21 @@ class Loader:
         array = np.ascontiguousarray(self._read(name))
         self.nbytes += array.nbytes
         array.flags.writeable = False
+        self.built[name] = array
         return array
 
     def linear(self, *names: str, transposed: bool = False, activation: int = PLAIN) -> Linear:
         """The layers `names` as one, outputs one after the other; `transposed` where the file has (inputs, outputs)."""
-        bias = np.concatenate(biases) if (biases := self._biases(names)) else no_bias()
-        bias.flags.writeable = False
+        bias = self._bias(names, _one_after_the_other)
         return Linear(self._matrix(names, self.dtype, _one_after_the_other, transposed), bias, activation)
 
     def gated(self, gate: str, up: str) -> Linear:
         """silu(gate(x)) · up(x) as one product: a panel of gates, the panel that they let through, and so on."""
-        bias = no_bias()
-        if biases := self._biases((gate, up)):
-            bias = _panel_by_panel([b[:, None] for b in biases])[:, 0].copy()
-            bias.flags.writeable = False
+        names = (gate, up)
         width = self._shapes[f"{gate}.weight"][0]
-        return Linear(self._matrix((gate, up), self.dtype, _panel_by_panel), bias, SILU_MUL, width)
+        return Linear(
+            self._matrix(names, self.dtype, _panel_by_panel), self._bias(names, _panel_by_panel), SILU_MUL, width
+        )
 
     def head(self, name: str) -> Linear:
         """A head that is no embedding; like one, it keeps 8 bits."""
@@ -95,34 +98,91 @@ class Loader:
         """A token embedding, which serves as the head of a model that ties them."""
         return Embedding(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other))
 
+    def _bias(self, names: Sequence[str], arrange: "_Arrange") -> Array:
+        biases = [self.array(f"{name}.bias") for name in names if f"{name}.bias" in self._shapes]
+        if not biases:
+            return no_bias()
+        total, places = arrange([len(bias) for bias in biases])
+        whole = np.zeros(total, np.float32)
+        for place, bias in zip(places, biases, strict=True):
+            whole[place] = bias
+        whole.flags.writeable = False
+        return whole
+
     def _matrix(self, names: Sequence[str], dtype: str, arrange: "_Arrange", transposed: bool = False) -> Matrix:
-        """The weights `names`, their rows arranged as one matrix, packed: from the file's own blocks if it has any."""
-        tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
-        matrix = None
-        if not transposed and all(tensor.blocks for tensor in tensors):
-            blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
-            if len({one.quantization for one in blocks}) == 1:
-                raw = arrange([one.raw for one in blocks])
-                whole = Blocks(blocks[0].quantization, raw, (len(raw), blocks[0].shape[1]))
-                matrix = pack_blocks(whole, dtype)
-        if matrix is not None:
-            for name in names:
-                self._advance(math.prod(self._shapes[f"{name}.weight"]))
+        """The weights of `names` as one matrix: as the file has it packed, or from its own blocks, or from floats."""
+        key = "+".join(names)
+        shapes = [self._shapes[f"{name}.weight"][:: -1 if transposed else 1] for name in names]
+        rows, places = arrange([shape[0] for shape in shapes])
+        shape = rows, shapes[0][1]
+        matrix: Matrix | None
+        if f"{key}.{_INTEGERS}" in self.checkpoint:
+            matrix = self._packed(key, shape, dtype)
         else:
-            # Parts are read one by one and forgotten when they are in their place.
-            parts = (self._read(f"{name}.weight") for name in names)
-            whole_floats = arrange([part.T for part in parts] if transposed else list(parts))
-            try:
-                matrix = pack(whole_floats, dtype)
-            except OverflowError as error:
-                raise CheckpointError(
-                    f"{tensors[0].file}: tensor {names[0] + '.weight'!r} cannot be {dtype}: its {error}; use bfloat16."
-                ) from None
+            tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
+            matrix = None if transposed else self._from_blocks(tensors, shape, places, dtype)
+        if matrix is None:
+            matrix = self._from_floats(names, shape, places, dtype, transposed)
+        else:
+            self._advance(sum(math.prod(part) for part in shapes))
         self.nbytes += matrix.nbytes
+        self.built[key] = matrix
         return matrix
 
-    def _biases(self, names: Iterable[str]) -> list[Array]:
-        return [self.array(f"{name}.bias") for name in names if f"{name}.bias" in self._shapes]
+    def _packed(self, key: str, shape: tuple[int, int], dtype: str) -> Matrix:
+        """A matrix that `tinyserve quantize` wrote: mapped, not read; raises CheckpointError for another layout."""
+        found: dict[str, Array] = {}
+        for part in Packed._fields:
+            tensor = self.checkpoint.tensors.get(f"{key}.{part}")
+            if tensor is not None and tensor.stored is not None:
+                found[part] = tensor.stored()
+        packed = Packed(**found) if {"integers", "scales"} <= found.keys() else None
+        if packed is None or not packed.holds(shape):
+            shapes = {part: list(array.shape) for part, array in found.items()}
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {key!r} is packed as {shapes}, which is no matrix of {list(shape)}: write "
+                f"the checkpoint again with this version's `tinyserve quantize`."
+            )
+        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+
+    def _from_blocks(
+        self, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: "_Places", dtype: str
+    ) -> Matrix | None:
+        """A matrix from GGUF's blocks without a loss; None where they are of several kinds, or do not fit the dtype."""
+        blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
+        if len(blocks) < len(tensors) or len({one.quantization for one in blocks}) > 1:
+            return None
+        raw = np.zeros((shape[0], blocks[0].raw.shape[1]), np.uint8)
+        for place, one in zip(places, blocks, strict=True):
+            raw[place] = one.raw
+        packed = repack(Blocks(blocks[0].quantization, raw, shape), dtype)
+        if packed is None:
+            return None
+        if not packed.is_finite():
+            raise CheckpointError(
+                f"{tensors[0].file}: a tensor of {shape[0]} by {shape[1]} weights holds scales that are no numbers: "
+                f"the weights are damaged, download them again."
+            )
+        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+
+    def _from_floats(
+        self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
+    ) -> Matrix:
+        if len(names) == 1:
+            weight = self._read(f"{names[0]}.weight")
+            whole = weight.T if transposed else weight
+        else:
+            # Each part is forgotten before the next one is read: the peak is the whole and one part.
+            whole = np.zeros(shape, np.float32)
+            for name, place in zip(names, places, strict=True):
+                part = self._read(f"{name}.weight")
+                whole[place] = part.T if transposed else part
+        try:
+            return pack(whole, dtype)
+        except OverflowError as error:
+            name = f"{names[0]}.weight"
+            file = self.checkpoint.tensors[name].file
+            raise CheckpointError(f"{file}: tensor {name!r} cannot be {dtype}: {error}; use bfloat16.") from None
 
     def rms_norm(self, name: str, eps: float) -> RMSNorm:
         return RMSNorm(self.array(f"{name}.weight"), eps)
@@ -147,21 +207,24 @@ class Loader:
         self._progress(self._done, self._total)
 
 
-_Arrange = Callable[[list[Array]], Array]
+_INTEGERS = Packed._fields[0]
+_Places = Sequence[slice | Array]
+_Arrange = Callable[[Sequence[int]], tuple[int, _Places]]
 
 
-def _one_after_the_other(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _names(key: str) -> list[str]:
+    """The layers that are one matrix under this name in a packed checkpoint."""
+    return key.removesuffix(f".{_INTEGERS}").split("+")
 
 
-def _panel_by_panel(parts: list[Array]) -> Array:
-    """Parts of equal shape (rows, anything): a panel of each in turn, the last ones filled with zeros."""
-    rows, rest = parts[0].shape
-    panels = -(-rows // PANEL)
-    whole = np.zeros((panels, len(parts), PANEL, rest), parts[0].dtype)
-    for i, part in enumerate(parts):
-        full = rows // PANEL
-        whole[:full, i] = part[: full * PANEL].reshape(full, PANEL, rest)
-        if full < panels:
-            whole[full, i, : rows - full * PANEL] = part[full * PANEL :]
-    return whole.reshape(-1, rest)
+def _one_after_the_other(rows: Sequence[int]) -> tuple[int, _Places]:
+    """How many rows parts of so many rows come to, and which ones each part's are."""
+    ends = list(accumulate(rows))
+    return ends[-1], [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
+
+
+def _panel_by_panel(rows: Sequence[int]) -> tuple[int, _Places]:
+    """The same for parts of equal size, a panel of each in turn; the last panels are filled up with zeros."""
+    row, parts = np.arange(rows[0]), len(rows)
+    places = [(row // PANEL * parts + i) * PANEL + row % PANEL for i in range(parts)]
+    return -(-rows[0] // PANEL) * PANEL * parts, places

@@ -79,6 +79,24 @@ class Packed(NamedTuple):
     scales: np.ndarray  # (N/16, K/group, 16) float16 kept as int16
     minimums: np.ndarray = NO_MINIMUMS  # the same, or empty
 
+    def is_finite(self) -> bool:
+        """Whether all scales and minimums are numbers."""
+        return all(np.isfinite(halves.view(np.float16)).all() for halves in (self.scales, self.minimums))
+
+    def holds(self, shape: tuple[int, int]) -> bool:
+        """Whether these are arrays of an (N, K) matrix as the kernels read it."""
+        inputs = {np.dtype(np.int8): 4, np.dtype(np.uint8): 8}.get(self.integers.dtype)
+        if inputs is None or self.integers.ndim != 3 or self.scales.ndim != 3 or self.scales.dtype != np.int16:
+            return False
+        panels, loads, width = self.integers.shape
+        groups = self.scales.shape[1]
+        return (
+            (panels, width) == (padded(shape[0], BLOCK) // PANEL, 4 * PANEL)
+            and self.scales.shape == (panels, groups, PANEL)
+            and self.minimums.shape in ((0, 0, 0), self.scales.shape)
+            and any(padded(shape[1], group) == loads * inputs == groups * group for group in (32, 64))
+        )
+
 
 def pack_bytes(w: np.ndarray, group: int) -> Packed:
     """(N, K) float32 -> 8 bits, a group's largest weight at most 127 steps."""

@@ -69,6 +69,14 @@ class Tokenizer:
 
         return cls(**load_gguf(metadata, source))
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `from_folder` makes the same tokenizer again."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        templates = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
+        config = {**self.special_tokens, "chat_template": self.chat_template if len(templates) < 2 else templates}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's default chat template, if it has one; `chat_templates` has them all by name."""

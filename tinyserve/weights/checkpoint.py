@@ -18,17 +18,19 @@ Array = np.ndarray
 class LazyTensor:
     """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point.
 
-    `blocks` brings a matrix as the quantized blocks that its file keeps, where it does.
+    `blocks` brings a matrix as the quantized blocks that its file keeps, where it does; `stored` brings integers as
+    they are in the file, mapped and not read.
     """
 
     shape: tuple[int, ...]
     file: str
     read: Callable[[], Array]
     blocks: Callable[[], Blocks] | None = None
+    stored: Callable[[], Array] | None = None
 
     def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
         """The same tensor with `change` applied when it is read, which gives it another shape."""
-        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None)
+        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None, stored=None)
 
     def reordered(self, change: Callable[[Array], Array]) -> "LazyTensor":
         """The same tensor with its rows in another order: `change` takes (rows, anything), be it numbers or blocks."""
@@ -55,6 +57,9 @@ class Checkpoint(Mapping[str, Array]):
         array = tensor.read()
         array.flags.writeable = False
         return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

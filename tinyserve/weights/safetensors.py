@@ -80,7 +80,10 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
             name,
             path,
         )
-        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read)
+        stored = None
+        if kept_as := _STORED.get(entry["dtype"]):
+            stored = partial(_stored, data[start + first : start + last], tuple(entry["shape"]), kept_as)
+        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read, stored=stored)
     return tensors
 
 
@@ -98,6 +101,13 @@ def _read(
             f"(a quantized checkpoint needs its unquantized original)."
         )
     return convert(np.ascontiguousarray(data)).reshape(shape)
+
+
+_STORED = {"I8": np.int8, "U8": np.uint8, "I16": np.int16}
+
+
+def _stored(data: Array, shape: tuple[int, ...], kept_as: type) -> Array:
+    return np.asarray(data).view(kept_as).reshape(shape)
 
 
 def _widen_bfloat16(data: Array) -> Array:

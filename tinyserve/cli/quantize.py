@@ -1,0 +1,46 @@
+"""`tinyserve quantize`: a model packed for the kernels, as a folder that loads in the time of reading it.
+
+Knows how to print; the packing is in tinyserve/packing.py.
+"""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder to write, which must not exist yet.")],
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="int8 (w8a16), w8a8, int4 (w4a16) or w4a8.")] = "int8",
+) -> None:
+    """Write a model with its weights packed.
+
+    The folder has everything the model needs: packed weights as safetensors, config, tokenizer, chat template. It is
+    named like any other folder (tinyserve ask OUT "..."), loads by memory map, and gives the very answers that
+    --dtype gives on the original. A folder of int8 runs as w8a8 too, and one of int4 as w4a8.
+
+    \b
+    Examples:
+      tinyserve quantize smollm2-135m ./smollm2-int4 --dtype int4
+      tinyserve ask ./smollm2-int4 "What is the capital of France?"
+    """
+    from tinyserve import packing
+    from tinyserve.cli._progress import StartLine
+    from tinyserve.quantize import resolve_dtype
+    from tinyserve.tensor import _jit
+
+    start, compiled = perf_counter(), 0
+    with StartLine(model) as line:
+
+        def report(kernel: str) -> None:
+            nonlocal compiled
+            compiled += 1
+            line(f"compile {kernel}", compiled, 0)
+
+        with _jit.on_compile(report), _jit.one_at_a_time(_jit.usable_cores()):
+            nbytes, files = packing.write(model, out, dtype, lambda done, total: line("load", done, total))
+    seconds = perf_counter() - start
+    several = f" in {files} files" if files > 1 else ""
+    print(f"{out} has {model} in {resolve_dtype(dtype)}: {nbytes / 1e6:.0f} MB of weights{several} ({seconds:.1f} s).")
