@@ -36,20 +36,22 @@ CHUNK = 4 * LANES  # keys that one step of the running softmax takes in
 SPAN = 8 * CHUNK  # keys that one work item goes through
 # Queries that share the keys they load, and vectors of keys: as many sums as fit the registers, and no more.
 MOST_ROWS, PANELS = (4, 4) if WIDE else (3, 2)
-ITEM = 4 * MOST_ROWS  # tokens of a work item
+ITEM = 48  # tokens of a work item, at most
+UNPACK = 8  # neighbouring tokens for which a span is made float32 first, and its pages one
 
 
 def _query_tile(ROWS):
     """A kernel for ROWS queries and one span of keys: each query stands `step` positions after the one before.
 
-    Into `part`, a row each `part_stride`: the weighted values (padded head_dim), the largest score, the sum of weights.
+    Positions and keys are counted from position `before`. Into `part`, a row each `part_stride`: the weighted values
+    (padded head_dim), the largest score, the sum of weights.
     """
     SIZE = ROWS * PANELS
 
     @kernel
     def tile(
         q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
-        slopes, head, head_step, span, part, part_at, part_stride, weights,
+        slopes, head, head_step, span, before, part, part_at, part_stride, weights,
     ):  # fmt: skip
         kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
         for r in range(ROWS):
@@ -79,8 +81,9 @@ def _query_tile(ROWS):
                 row_position = position + r * step
                 slope = slopes[head + r * head_step] if slopes.size else np.float32(0.0)
                 _adjust_scores(
-                    weights, r * CHUNK, start, last, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size
-                )
+                    weights, r * CHUNK, start, last, before, scale, slope, key_scales, blocks, kv_head, kv_heads,
+                    block_size,
+                )  # fmt: skip
                 first, count = _first_key(row_position, window) - start, row_position + 1 - start
                 _softmax_step(weights, r * CHUNK, part, part_at + r * part_stride, width, first, count)
                 if value_scales.size:
@@ -131,14 +134,14 @@ def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
 
 
 @kernel
-def _adjust_scores(weights, at, start, last, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size):
+def _adjust_scores(weights, at, start, last, before, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size):
     """(q · k + slope · key position) · scale of a row's chunk, in place."""
     for i in range(0, CHUNK, LANES):
         s = load(weights, at + i)
         if key_scales.size:
             s = s * load(key_scales, _key_address(blocks, start + i, start, last, kv_heads, kv_head, 1, block_size))
         if slope != 0:
-            s = fma(lane_numbers(np.float32(start + i)), splat(slope), s)
+            s = fma(lane_numbers(np.float32(before + start + i)), splat(slope), s)
         store(weights, at + i, s * splat(scale))
 
 
@@ -199,47 +202,95 @@ def _answer(total, total_at, width, out, out_at, head_dim):
 
 
 @kernel
+def _rows_of_tiles(
+    rows, q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
+    slopes, head, span, before, parts, part_at, part_stride, weights,
+):  # fmt: skip
+    """`rows` queries and one span: neighbouring tokens of one head (step 1), or neighbouring heads of one token."""
+    r = 0
+    while r < rows:
+        if rows >= MOST_ROWS:
+            r = min(r, rows - MOST_ROWS)  # the last tile does some rows again: they come to the same
+            _query_tile_most(
+                q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
+                position + r * step, step, window, scale, slopes, head + r * (1 - step), 1 - step, span, before, parts,
+                part_at + r * part_stride, part_stride, weights,
+            )  # fmt: skip
+            r += MOST_ROWS
+        else:
+            _query_tile_1(
+                q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
+                position + r * step, step, window, scale, slopes, head + r * (1 - step), 1 - step, span, before, parts,
+                part_at + r * part_stride, part_stride, weights,
+            )  # fmt: skip
+            r += 1
+
+
+@kernel
+def _unpack(keys, values, key_scales, value_scales, blocks, kv_head, first, count, flat):
+    """`count` keys from `first` on as float32 in one page each of keys and values; scales as they are."""
+    flat_keys, flat_values, flat_key_scales, flat_value_scales = flat
+    kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
+    last = first + count - 1
+    for key in range(0, count, LANES):
+        at = _key_address(blocks, first + key, first, last, kv_heads, kv_head, head_dim, block_size)
+        for d in range(head_dim):
+            store(flat_keys, d * SPAN + key, load(keys, at + d * block_size))
+        if key_scales.size:
+            at = _key_address(blocks, first + key, first, last, kv_heads, kv_head, 1, block_size)
+            store(flat_key_scales, key, load(key_scales, at))
+            store(flat_value_scales, key, load(value_scales, at))
+    for key in range(count):
+        at = _value_address(blocks, first + key, kv_heads, kv_head, block_size, width)
+        for d in range(0, width, LANES):
+            store(flat_values, key * width + d, load(values, at + d))
+
+
+@kernel
 def _span_of_tokens(
-    item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions,
-    scale, window, slopes, parts,
+    item, per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of,
+    positions, scale, window, slopes, parts,
 ):  # fmt: skip
     """Some neighbouring tokens, one key head and one span of keys."""
-    kv_heads, head_dim, row = keys.shape[1], keys.shape[2], values.shape[3] + 2
+    kv_heads, head_dim, width = keys.shape[1], keys.shape[2], values.shape[3]
     span, i, kv_head = item % spans, item // spans % items, item // spans // items
-    group, tokens = heads // kv_heads, len(positions)
+    group, tokens, row = heads // kv_heads, len(positions), width + 2
     weights = np.empty(MOST_ROWS * CHUNK, np.float32)
     # Later items see more keys: early and late ones alternate, so that every thread's share is fair.
-    m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * ITEM
-    end = min(tokens, m + ITEM)
+    m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * per_item
+    end, first = min(tokens, m + per_item), span * SPAN
     while m < end:
         run = 1
-        while run < MOST_ROWS and m + run < end and sequence_of[m + run] == sequence_of[m]:
+        while m + run < end and sequence_of[m + run] == sequence_of[m]:
             run += 1
-        # Several tokens of a prompt are the rows, head by head; of one token the heads are.
-        rows, others, step = (group, 1, 0) if run == 1 else (run, group, 1)
-        q_stride, part_stride = (head_dim, spans * row) if run == 1 else (q_width, heads * spans * row)
-        if span * SPAN > positions[m + run - 1]:
-            others = 0
-        for other in range(others):
-            head = kv_head * group + other
-            q_at, part_at, r = m * q_width + head * head_dim, ((m * heads + head) * spans + span) * row, 0
-            while r < rows:
-                if rows - r >= MOST_ROWS:
-                    _query_tile_most(
-                        q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales,
-                        block_tables[sequence_of[m]], kv_head, positions[m] + r * step, step, window, scale, slopes,
-                        head + r * (1 - step), 1 - step, span * SPAN, parts, part_at + r * part_stride, part_stride,
-                        weights,
-                    )  # fmt: skip
-                    r += MOST_ROWS
-                else:
-                    _query_tile_1(
-                        q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales,
-                        block_tables[sequence_of[m]], kv_head, positions[m] + r * step, step, window, scale, slopes,
-                        head + r * (1 - step), 1 - step, span * SPAN, parts, part_at + r * part_stride, part_stride,
-                        weights,
-                    )  # fmt: skip
-                    r += 1
+        last = positions[m + run - 1]
+        blocks, head = block_tables[sequence_of[m]], kv_head * group
+        q_at, part_at = m * q_width + head * head_dim, ((m * heads + head) * spans + span) * row
+        if first > last:
+            pass  # none of them sees this span
+        elif run < UNPACK:
+            for j in range(run):  # token by token, the heads that share keys as rows
+                _rows_of_tiles(
+                    group, q, q_at + j * q_width, head_dim, keys, values, key_scales, value_scales, blocks, kv_head,
+                    positions[m] + j, 0, window, scale, slopes, head, first, 0, parts,
+                    part_at + j * heads * spans * row, spans * row, weights,
+                )  # fmt: skip
+        else:
+            one_page, many = np.zeros(1, np.int32), SPAN if key_scales.size else 0
+            flat = (
+                np.empty((1, 1, head_dim, SPAN), np.float32),
+                np.empty((1, 1, SPAN, width), np.float32),
+                np.empty((1, 1, many), np.float32),
+                np.empty((1, 1, many), np.float32),
+            )
+            count = min(SPAN, last + 1 - first)
+            _unpack(keys, values, key_scales, value_scales, blocks, kv_head, first, count, flat)
+            for j in range(group):  # head by head, the tokens as rows
+                _rows_of_tiles(
+                    run, q, q_at + j * head_dim, q_width, flat[0], flat[1], flat[2], flat[3], one_page, 0,
+                    positions[m] - first, 1, window, scale, slopes, head + j, 0, first, parts,
+                    part_at + j * spans * row, heads * spans * row, weights,
+                )  # fmt: skip
         m += run
 
 
@@ -268,12 +319,13 @@ def attention(
     out = np.empty(tokens * heads * head_dim, np.float32)
     spans = positions.max() // SPAN + 1
     parts = np.empty(tokens * heads * spans * (width + 2), np.float32)
-    items = (tokens + ITEM - 1) // ITEM
+    per_item = max(1, min(ITEM, tokens // 8))
+    items = (tokens + per_item - 1) // per_item
     for item in prange(kv_heads * items * spans):
         _span_of_tokens(
-            item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of,
-            positions, scale, window, slopes, parts,
+            np.int64(item), per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales,
+            block_tables, sequence_of, positions, scale, window, slopes, parts,
         )  # fmt: skip
     for item in prange(tokens * heads):
-        _merged_spans(item, heads, positions, spans, parts, width, out, head_dim)
+        _merged_spans(np.int64(item), heads, positions, spans, parts, width, out, head_dim)
     return out.reshape((tokens, heads * head_dim))

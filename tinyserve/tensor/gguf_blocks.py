@@ -101,7 +101,7 @@ def _repack_panel_of_bytes(raw, integers, p):
 @parallel_kernel
 def _repack_bytes(raw, integers):
     for p in prange(len(integers)):
-        _repack_panel_of_bytes(raw, integers, p)
+        _repack_panel_of_bytes(raw, integers, np.int64(p))
 
 
 @kernel
@@ -120,4 +120,4 @@ def _repack_panel_of_nibbles(raw, low, integers, p):
 @parallel_kernel
 def _repack_nibbles(raw, low, integers):
     for p in prange(len(integers)):
-        _repack_panel_of_nibbles(raw, low, integers, p)
+        _repack_panel_of_nibbles(raw, low, integers, np.int64(p))

@@ -64,11 +64,11 @@ def rotate_and_store(
     if qkv.shape[0] == 1:
         _rotate_and_store(
             qkv, cosines, sines, positions[0], heads, kv_heads, head_dim, slots[0], keys, values, key_scales,
-            value_scales, 0,
+            value_scales, np.int64(0),
         )  # fmt: skip
     else:
         for m in prange(qkv.shape[0]):
             _rotate_and_store(
                 qkv, cosines, sines, positions[m], heads, kv_heads, head_dim, slots[m], keys, values, key_scales,
-                value_scales, m,
+                value_scales, np.int64(m),
             )  # fmt: skip

@@ -302,5 +302,5 @@ def gated_rms_norm(y, gate, weight, eps, groups):
         _gated_row(y, gate, weight, eps, groups, out, 0)
     else:
         for m in prange(y.shape[0]):
-            _gated_row(y, gate, weight, eps, groups, out, m)
+            _gated_row(y, gate, weight, eps, groups, out, np.int64(m))
     return out

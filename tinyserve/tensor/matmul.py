@@ -132,7 +132,8 @@ def _float_item(item, chunks, h, w, y, bias, scale, activation, residual):
     rows = min(CHUNK, h.shape[0] - first)
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
-    while r + FLOAT_ROWS <= rows:
+    while rows >= FLOAT_ROWS and r < rows:
+        r = min(r, rows - FLOAT_ROWS)  # the last tile does some rows again: they come to the same
         _float_tile_n(h, first + r, w, panel, product, r * BLOCK)
         r += FLOAT_ROWS
     while r < rows:
@@ -150,7 +151,8 @@ def _integer_item(
     rows = min(CHUNK, q.shape[0] - first)
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
-    while r + 3 <= rows:
+    while rows >= 3 and r < rows:
+        r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
         _integer_tile_3(q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, product, r * BLOCK)
         r += 3
     while r < rows:
@@ -171,16 +173,16 @@ def matmul_float(x, norm, norm_weight, norm_bias, eps, w, width, bias, scale, ac
     if norm:
         h = np.empty((M, K), np.float32)
         if M == 1:
-            norm_row(x, norm, norm_weight, norm_bias, eps, h, 0)
+            norm_row(x, norm, norm_weight, norm_bias, eps, h, np.int64(0))
         else:
             for m in prange(M):
-                norm_row(x, norm, norm_weight, norm_bias, eps, h, m)
+                norm_row(x, norm, norm_weight, norm_bias, eps, h, np.int64(m))
     else:
         h = x
     y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
     for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
-        _float_item(item, chunks, h, w, y, bias, scale, activation, residual)
+        _float_item(np.int64(item), chunks, h, w, y, bias, scale, activation, residual)
     return y
 
 
@@ -216,16 +218,21 @@ def matmul_integer(
     x_scales = np.empty((M, groups), np.float32)
     x_sums = np.empty((M, groups), np.float32)
     if M == 1:
-        _prepare_row(x, norm, norm_weight, norm_bias, eps, 0, q, starts, x_scales, x_sums, group, largest, zero)
+        _prepare_row(
+            x, norm, norm_weight, norm_bias, eps, np.int64(0), q, starts, x_scales, x_sums, group, largest, zero
+        )
     else:
         for m in prange(M):
-            _prepare_row(x, norm, norm_weight, norm_bias, eps, m, q, starts, x_scales, x_sums, group, largest, zero)
+            _prepare_row(
+                x, norm, norm_weight, norm_bias, eps, np.int64(m), q, starts, x_scales, x_sums, group, largest, zero
+            )
     y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
     for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
         _integer_item(
-            item, chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation, residual
-        )
+            np.int64(item), chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation,
+            residual,
+        )  # fmt: skip
     return y
 
 

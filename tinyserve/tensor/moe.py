@@ -47,7 +47,7 @@ def route(logits, top_k):
         _route_token(logits, ids, weights, 0)
     else:
         for m in prange(logits.shape[0]):
-            _route_token(logits, ids, weights, m)
+            _route_token(logits, ids, weights, np.int64(m))
     return ids, weights
 
 
@@ -123,5 +123,5 @@ def combine(y_rows, order, weights):
         _combine_token(y_rows, row_of, weights, y, 0)
     else:
         for m in prange(weights.shape[0]):
-            _combine_token(y_rows, row_of, weights, y, m)
+            _combine_token(y_rows, row_of, weights, y, np.int64(m))
     return y

@@ -33,7 +33,7 @@ def rms_norm(x, weight, eps):
         _rms_row(x, weight, eps, y, 0)
     else:
         for m in prange(x.shape[0]):
-            _rms_row(x, weight, eps, y, m)
+            _rms_row(x, weight, eps, y, np.int64(m))
     return y
 
 
@@ -63,7 +63,7 @@ def layer_norm(x, weight, bias, eps):
         _layer_row(x, weight, bias, eps, y, 0)
     else:
         for m in prange(x.shape[0]):
-            _layer_row(x, weight, bias, eps, y, m)
+            _layer_row(x, weight, bias, eps, y, np.int64(m))
     return y
 
 

@@ -135,7 +135,7 @@ def _largest_of_panel(w, largest, group, p):
 @parallel_kernel
 def _largest_of_groups(w, largest, group):
     for p in prange((w.shape[0] + PANEL - 1) // PANEL):
-        _largest_of_panel(w, largest, group, p)
+        _largest_of_panel(w, largest, group, np.int64(p))
 
 
 @kernel
@@ -155,7 +155,7 @@ def _pack_panel_of_bytes(w, packed, scales, group, p):
 @parallel_kernel
 def _pack_bytes(w, packed, scales, group):
     for p in prange((w.shape[0] + PANEL - 1) // PANEL):
-        _pack_panel_of_bytes(w, packed, scales, group, p)
+        _pack_panel_of_bytes(w, packed, scales, group, np.int64(p))
 
 
 def pack_nibbles(w: np.ndarray, group: int) -> Packed:
@@ -208,7 +208,7 @@ def _scales_of_panel(w, scales, group, p):
 @parallel_kernel
 def _scales_of_nibbles(w, scales, group):
     for p in prange((w.shape[0] + PANEL - 1) // PANEL):
-        _scales_of_panel(w, scales, group, p)
+        _scales_of_panel(w, scales, group, np.int64(p))
 
 
 @kernel
@@ -229,7 +229,7 @@ def _pack_panel_of_nibbles(w, packed, scales, group, p):
 @parallel_kernel
 def _pack_nibbles(w, packed, scales, group):
     for p in prange((w.shape[0] + PANEL - 1) // PANEL):
-        _pack_panel_of_nibbles(w, packed, scales, group, p)
+        _pack_panel_of_nibbles(w, packed, scales, group, np.int64(p))
 
 
 # --- activations --------------------------------------------------------------------------------------------------

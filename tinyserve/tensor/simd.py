@@ -140,8 +140,8 @@ def emit_lanes_below(builder, count):
     return builder.icmp_signed("<", lanes, emit_splat(builder, builder.trunc(count, I32)))
 
 
-def _is_float_array(array) -> bool:
-    return isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16, types.int16)
+def _is_loadable(array) -> bool:
+    return isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16, types.int16, types.int8)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def _is_float_array(array) -> bool:
 
 @intrinsic
 def load(typing_context, array, index):
-    """16 neighbours of a flat index, as f32x16: from float32, bfloat16 or float16."""
-    if not _is_float_array(array):
+    """16 neighbours of a flat index, as f32x16: from float32, bfloat16, float16 or small integers."""
+    if not _is_loadable(array):
         return None
 
     def codegen(context, builder, sig, args):
