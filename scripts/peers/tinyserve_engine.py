@@ -1,4 +1,8 @@
-"""tinyserve, through its public API; `format` is a dtype."""
+"""tinyserve, through its public API; `format` is a dtype.
+
+Of the real model 4-bit dtypes take the file as shipped, whose bits they keep, and others its float32 widening: int8
+would keep 4 bits as well, which is no match for 8.
+"""
 
 from pathlib import Path
 from time import perf_counter
@@ -8,7 +12,8 @@ from tinyserve import LLM, SamplingParams, TinyserveError
 
 
 def prepare(model: str, format: str, workdir: Path) -> str:
-    return str(models.shipped_gguf() if model == models.REAL else models.checkpoint(model, workdir))
+    keeps_bits = model == models.REAL and format in ("int4", "w4a16", "w4a8")
+    return str(models.shipped_gguf() if keeps_bits else models.checkpoint(model, workdir))
 
 
 class Engine:

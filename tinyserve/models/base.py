@@ -120,7 +120,7 @@ class Loader:
             matrix = self._packed(key, shape, dtype)
         else:
             tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
-            matrix = None if transposed else self._from_blocks(tensors, shape, places, dtype)
+            matrix = None if transposed else self._from_blocks(key, tensors, shape, places, dtype)
         if matrix is None:
             matrix = self._from_floats(names, shape, places, dtype, transposed)
         else:
@@ -146,7 +146,7 @@ class Loader:
         return IntegerMatrix(shape, packed, bits_of(dtype)[1])
 
     def _from_blocks(
-        self, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: "_Places", dtype: str
+        self, key: str, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: "_Places", dtype: str
     ) -> Matrix | None:
         """A matrix from GGUF's blocks without a loss; None where they are of several kinds, or do not fit the dtype."""
         blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
@@ -160,8 +160,8 @@ class Loader:
             return None
         if not packed.is_finite():
             raise CheckpointError(
-                f"{tensors[0].file}: a tensor of {shape[0]} by {shape[1]} weights holds scales that are no numbers: "
-                f"the weights are damaged, download them again."
+                f"{tensors[0].file}: the weights of {key!r} hold scales that are no numbers: they are damaged, "
+                f"download them again."
             )
         return IntegerMatrix(shape, packed, bits_of(dtype)[1])
 

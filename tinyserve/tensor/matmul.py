@@ -13,7 +13,7 @@ from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.activation import gelu_tanh_vector, gelu_vector, silu_vector
 from tinyserve.tensor.norm import norm_row
 from tinyserve.tensor.quant import BLOCK, PANEL, quantize_row
-from tinyserve.tensor.simd import LANES, WIDE, load, load_first, splat, store_first
+from tinyserve.tensor.simd import LANES, WIDE, load, load_first, prefetch, splat, store_first
 from tinyserve.tensor.tiles import (
     PANELS,
     begin_part,
@@ -28,45 +28,47 @@ from tinyserve.tensor.tiles import (
     zeros,
 )
 
+AHEAD = 4096  # bytes of weights that a single row asks for ahead of their use
+FINE = 2  # panels of a work item for a single row, where a block would leave a thread waiting for another's last
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
 FLOAT_ROWS, FLOAT_PANELS = (6, 4) if WIDE else (3, 2)
 PLAIN, SILU_MUL, GELU, GELU_TANH = 0, 1, 2, 3  # what is done with a product; the second makes one number of two
 
 
-def _float_tile(ROWS):
-    """A kernel for ROWS rows by one block of outputs, into rows of `out`, BLOCK wide."""
-    SIZE = ROWS * FLOAT_PANELS
+def _float_tile(ROWS, PANELS):
+    """A kernel for ROWS rows by some panels of outputs, into rows of `out`, BLOCK wide."""
+    SIZE = ROWS * PANELS
 
     @kernel
-    def tile(x, m, w, first_panel, out, at):
+    def tile(x, m, w, first_panel, panels, out, at):
         K = w.shape[1]
         panel = PANEL * K
-        for p in range(0, BLOCK // PANEL, FLOAT_PANELS):
+        for p in range(0, panels, PANELS):
             total = zeros(SIZE)
             w_at = (first_panel + p) * panel
             for k in range(K):
-                weights = load_tile(FLOAT_PANELS, w, w_at + k * PANEL, panel)
+                weights = load_tile(PANELS, w, w_at + k * PANEL, panel)
                 total = fma_rows(total, weights, x, m * K + k, K)
-            store_rows(out, at + p * PANEL, BLOCK, total, FLOAT_PANELS, BLOCK)
+            store_rows(out, at + p * PANEL, BLOCK, total, PANELS, BLOCK)
 
     return tile
 
 
-_float_tile_1, _float_tile_n = _float_tile(1), _float_tile(FLOAT_ROWS)
+_float_tile_1, _float_tile_n = _float_tile(1, FINE), _float_tile(FLOAT_ROWS, FLOAT_PANELS)
 
 
-def _integer_tile(ROWS):
+def _integer_tile(ROWS, PANELS):
     """The same for quantized weights and activations of every kind: their types say which."""
     SIZE = ROWS * PANELS
 
     @kernel
-    def tile(q, starts, x_scales, x_sums, m, w, w_scales, minimums, first_panel, out, at):
+    def tile(q, starts, x_scales, x_sums, m, w, w_scales, minimums, first_panel, panels, out, at):
         groups = w_scales.shape[1]
         inputs = inputs_per_load(w)
         group = w.shape[1] // groups * inputs
         K = groups * group
         w_stride, scale_stride = 4 * PANEL * w.shape[1], PANEL * groups
-        for p in range(0, BLOCK // PANEL, PANELS):
+        for p in range(0, panels, PANELS):
             total = zeros(SIZE)
             w_at, scales_at = (first_panel + p) * w_stride, (first_panel + p) * scale_stride
             for g in range(groups):
@@ -74,6 +76,8 @@ def _integer_tile(ROWS):
                 for k in range(g * group, (g + 1) * group, 32):
                     part = begin_part(sums, w, q)
                     for i in range(k, k + 32, inputs):
+                        if ROWS == 1:
+                            prefetch(w, w_at + 4 * PANEL * (i // inputs) + AHEAD)
                         part = dot_rows(part, PANELS, w, w_at + 4 * PANEL * (i // inputs), w_stride, q, m * K + i, K)
                     sums = end_part(sums, part)
                 scales = load_tile(PANELS, w_scales, scales_at + g * PANEL, scale_stride)
@@ -86,7 +90,7 @@ def _integer_tile(ROWS):
     return tile
 
 
-_integer_tile_1, _integer_tile_3 = _integer_tile(1), _integer_tile(3)
+_integer_tile_1, _integer_tile_3 = _integer_tile(1, min(PANELS, FINE)), _integer_tile(3, PANELS)
 
 
 @kernel
@@ -96,12 +100,12 @@ def _outputs(width, activation):
 
 
 @kernel
-def _finish(product, rows, y, m, n, bias, scale, activation, residual):
-    """activation(scale · (product + bias)) + residual of the block of outputs from n on, into y[m : m + rows]."""
+def _finish(product, rows, y, m, n, outputs, bias, scale, activation, residual):
+    """activation(scale · (product + bias)) + residual of some outputs from n on, into y[m : m + rows]."""
     width = y.shape[1]
     N = _outputs(width, activation)
     for r in range(rows):
-        for i in range(0, min(BLOCK, N - n), LANES):
+        for i in range(0, min(outputs, N - n), LANES):
             v = load(product, r * BLOCK + i)
             at, left = n + i, N - n - i
             if bias.size:
@@ -126,39 +130,43 @@ def _finish(product, rows, y, m, n, bias, scale, activation, residual):
 
 
 @kernel
-def _float_item(item, chunks, h, w, y, bias, scale, activation, residual):
-    """A chunk of rows by a block of outputs."""
-    panel, first = item // chunks * (BLOCK // PANEL), item % chunks * CHUNK
+def _float_item(item, chunks, panels, h, w, y, bias, scale, activation, residual):
+    """A chunk of rows by some panels of outputs."""
+    panel, first = item // chunks * panels, item % chunks * CHUNK
     rows = min(CHUNK, h.shape[0] - first)
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
     while rows >= FLOAT_ROWS and r < rows:
         r = min(r, rows - FLOAT_ROWS)  # the last tile does some rows again: they come to the same
-        _float_tile_n(h, first + r, w, panel, product, r * BLOCK)
+        _float_tile_n(h, first + r, w, panel, panels, product, r * BLOCK)
         r += FLOAT_ROWS
     while r < rows:
-        _float_tile_1(h, first + r, w, panel, product, r * BLOCK)
+        _float_tile_1(h, first + r, w, panel, panels, product, r * BLOCK)
         r += 1
-    _finish(product, rows, y, first, panel * PANEL, bias, scale, activation, residual)
+    _finish(product, rows, y, first, panel * PANEL, panels * PANEL, bias, scale, activation, residual)
 
 
 @kernel
 def _integer_item(
-    item, chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation, residual
+    item, chunks, panels, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation, residual
 ):
     """The same for integers."""
-    panel, first = item // chunks * (BLOCK // PANEL), item % chunks * CHUNK
+    panel, first = item // chunks * panels, item % chunks * CHUNK
     rows = min(CHUNK, q.shape[0] - first)
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
     while rows >= 3 and r < rows:
         r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
-        _integer_tile_3(q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, product, r * BLOCK)
+        _integer_tile_3(
+            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, panels, product, r * BLOCK
+        )
         r += 3
     while r < rows:
-        _integer_tile_1(q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, product, r * BLOCK)
+        _integer_tile_1(
+            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, panels, product, r * BLOCK
+        )
         r += 1
-    _finish(product, rows, y, first, panel * PANEL, bias, scale, activation, residual)
+    _finish(product, rows, y, first, panel * PANEL, panels * PANEL, bias, scale, activation, residual)
 
 
 @parallel_kernel
@@ -181,8 +189,9 @@ def matmul_float(x, norm, norm_weight, norm_bias, eps, w, width, bias, scale, ac
         h = x
     y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
-    for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
-        _float_item(np.int64(item), chunks, h, w, y, bias, scale, activation, residual)
+    panels = FINE if M == 1 else BLOCK // PANEL
+    for item in prange(chunks * (w.shape[0] // panels)):
+        _float_item(np.int64(item), chunks, panels, h, w, y, bias, scale, activation, residual)
     return y
 
 
@@ -228,10 +237,11 @@ def matmul_integer(
             )
     y = np.empty((M, width), np.float32)
     chunks = (M + CHUNK - 1) // CHUNK
-    for item in prange(chunks * (w.shape[0] * PANEL // BLOCK)):
+    panels = FINE if M == 1 else BLOCK // PANEL
+    for item in prange(chunks * (w.shape[0] // panels)):
         _integer_item(
-            np.int64(item), chunks, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale, activation,
-            residual,
+            np.int64(item), chunks, panels, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale,
+            activation, residual,
         )  # fmt: skip
     return y
 
