@@ -39,7 +39,7 @@ def test_the_hybrid_in_numbers() -> None:
     assert sum(report["parameters_by_component"].values()) == report["parameters"]
     assert report["layer_types"].count("mamba") == 28
     assert report["attention_kind"] == "GQA"
-    assert report["kv_bytes_per_token"] == {"float32": 8192, "bfloat16": 4096}
+    assert report["kv_bytes_per_token"] == {"float32": 8192, "bfloat16": 4096, "int8": 4 * 2 * 4 * (64 + 4)}
     assert report["kv_bytes_full_context"]["float32"] == 8192 * 32768
     assert report["state_bytes_per_sequence"] == 22_622_208
     assert report["weight_bytes"]["float32"] == 4 * 340_332_224

@@ -11,6 +11,7 @@ import pytest
 from conftest import DTYPES
 
 from tinyserve import LLM, SamplingParams
+from tinyserve.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = list(checkpoints.CONFIGS)
@@ -199,6 +200,32 @@ def test_company_changes_no_bit(
             assert one.prompt_token_ids == many.prompt_token_ids
             assert one.outputs[0].token_ids == many.outputs[0].token_ids
             np.testing.assert_array_equal(recorder.of(one), other.of(many))
+
+
+@pytest.mark.parametrize(("kept", "bound"), [("bfloat16", 0.05), ("int8", 0.15)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_narrow_cache_is_near_and_changes_no_bit(
+    name: str, kept: str, bound: float, folder_of: Callable[[str], Path]
+) -> None:
+    """Fewer bits cost these untrained, sensitive models a little: the same in one chunk, in many, and one by one."""
+    ids = checkpoints.token_ids(100, seed=6)
+    exact = LLM(folder_of(name), dtype="float32")
+    narrow = LLM(folder_of(name), dtype="float32", kv_cache_dtype=kept)
+    assert narrow._runner.cache.layers[0].keys.dtype != np.float32
+    logits = narrow.logits(ids)
+    assert 0 < error(logits, exact.logits(ids)) <= bound
+    for chunk, threads in ((1, 2), (7, 1), (64, 2)):
+        other = LLM(
+            folder_of(name), dtype="float32", kv_cache_dtype=kept, max_num_batched_tokens=chunk, num_threads=threads
+        )
+        np.testing.assert_array_equal(other.logits(ids), logits)
+
+
+def test_the_default_cache_is_as_exact_as_the_weights(folder_of: Callable[[str], Path]) -> None:
+    assert LLM(folder_of("gpt2"), dtype="float32").kv_cache_dtype == "float32"
+    assert LLM(folder_of("gpt2"), dtype="int8").kv_cache_dtype == "bfloat16"
+    with pytest.raises(UserError, match="kv_cache_dtype 'fp8' does not exist"):
+        LLM(folder_of("gpt2"), kv_cache_dtype="fp8")
 
 
 def test_the_sliding_window_slides(folder_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -205,5 +205,5 @@ def test_unknown_dtypes_are_refused_with_the_known() -> None:
     config = presets.get("gpt2").config
     with pytest.raises(UserError, match=r"'int3'.*float32, bfloat16, int8, int4"):
         shapes.weight_bytes(config, "int3")
-    with pytest.raises(UserError, match=r"'int8'.*float32, bfloat16"):
-        shapes.kv_bytes_per_token(config, "int8")
+    with pytest.raises(UserError, match=r"'float16'.*float32, bfloat16, int8"):
+        shapes.kv_bytes_per_token(config, "float16")

@@ -24,7 +24,7 @@ COMPONENTS: Final = (
     "head",
 )
 WEIGHT_DTYPES: Final = ("float32", "bfloat16", "int8", "int4")
-KV_DTYPES: Final = ("float32", "bfloat16")
+KV_DTYPES: Final = ("float32", "bfloat16", "int8")
 
 _SHORT: Final = {"w8a16": "int8", "w8a8": "int8", "w4a16": "int4", "w4a8": "int4"}
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
@@ -269,8 +269,9 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int:
     """The bytes of keys and values one token leaves in the cache: attention layers only."""
     if dtype not in KV_DTYPES:
         raise UserError(f"there is no KV cache dtype {dtype!r}; take one of {', '.join(KV_DTYPES)}.")
-    row = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_attention_layers * row * _BYTES[dtype]
+    # int8 has a float32 scale for each head's keys and values of a token.
+    head = config.head_dim + _BYTES["float32"] if dtype == "int8" else config.head_dim * _BYTES[dtype]
+    return 2 * config.num_attention_layers * config.num_key_value_heads * head
 
 
 def state_bytes_per_sequence(config: ModelConfig) -> int:
