@@ -16,7 +16,7 @@ from command_line import Shell, Terminal, run
 from tinyserve import __version__, cli, hub, presets
 from tinyserve.cli.ask import FAMILIES
 
-COMMANDS = ["ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup"]
+COMMANDS = ["ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize"]
 FolderOf = Callable[[str], Path]
 
 
@@ -250,50 +250,6 @@ def test_warmup(shell: Shell, folder_of: FolderOf) -> None:
     result = shell("warmup", folder_of("gpt2"), "--dtype", "float32")
     assert result.code == 0
     assert re.fullmatch(r".*gpt2 is ready in float32 on \d+ threads \(\d+\.\d s\)\.\n", result.out)
-
-
-def test_bench_in_json(shell: Shell, folder_of: FolderOf) -> None:
-    lengths = ("--prefill", "16", "--prefill", "40", "--decode", "8", "--repetitions", "2")
-    result = shell("bench", folder_of("gpt2"), *lengths, "--json")
-    assert result.code == 0, result.err
-    report = json.loads(result.out)
-    assert (report["dtype"], report["weights"]) == ("w8a16", "auto")
-    assert report["weight_bytes"] > 0 and report["threads"] >= 1 and report["processor"]
-    assert [(row["work"], row["tokens"]) for row in report["results"]] == [
-        ("prefill", 16), ("prefill", 40), ("decode", 8),
-    ]  # fmt: skip
-    for row in report["results"]:
-        assert len(row["rates"]) == 2
-        assert min(row["rates"]) <= row["median"] <= max(row["rates"])
-        assert row["mean"] > 0 <= row["deviation"]
-
-
-def test_bench_with_synthetic_weights_needs_a_config_only(shell: Shell, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(checkpoints.CONFIGS["llama"]))
-    result = shell("bench", tmp_path, "--load-format", "dummy", "--prefill", "16", "--decode", "4", "-r", "1")
-    assert result.code == 0, result.err
-    title, heading, prefill, decode = result.out.splitlines()
-    assert title.startswith(f"{tmp_path} in w8a16, synthetic weights; ")
-    assert heading.split() == ["work", "tokens", "tokens/s"]
-    assert re.fullmatch(r"prefill +16 +[\d.]+ ± 0\.0", prefill)
-    assert re.fullmatch(r"decode +4 +[\d.]+ ± 0\.0", decode)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--prefill", "1000"), "--prefill is 1000; it must be 1 to 127"),
-        (("--prefill", "0"), "--prefill is 0; it must be 1 to 127"),
-        (("--load-format", "dumy"), "load_format 'dumy'"),
-        (("--threads", "0"), "--threads is 0"),
-    ],
-)
-def test_bench_refuses_what_it_cannot_measure(
-    shell: Shell, folder_of: FolderOf, options: tuple[str, str], says: str
-) -> None:
-    result = shell("bench", folder_of("gpt2"), *options)
-    assert result.code == 2
-    assert says in result.sentence
 
 
 def test_pull_list_and_rm_of_a_local_cache(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

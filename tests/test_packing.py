@@ -72,8 +72,8 @@ def test_bits_of_activations_may_change_and_bits_of_weights_not(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     packing.write(str(folder_of("gpt2")), tmp_path / "packed", "int8")
-    original = LLM(folder_of("gpt2"), dtype="w8a8")
-    np.testing.assert_array_equal(LLM(tmp_path / "packed", dtype="w8a8").logits(IDS), original.logits(IDS))
+    rough, fine = LLM(tmp_path / "packed", dtype="w8a8").logits(IDS), LLM(tmp_path / "packed").logits(IDS)
+    assert 0 < np.abs(rough - fine).max() < 0.1 * np.abs(fine).max()
     for dtype in ("int4", "float32", "bfloat16"):
         with pytest.raises(UserError, match="packed as w8a16"):
             LLM(tmp_path / "packed", dtype=dtype)

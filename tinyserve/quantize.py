@@ -15,7 +15,8 @@ from tinyserve.tensor import dot_product, gguf_blocks, matmul, norm, quant
 
 Array = np.ndarray
 
-GROUP = 64, 32  # inputs that share a scale in weights of 8 and of 4 bits
+# Inputs that share a scale: activations of 8 bits want theirs finer, and 4-bit weights do.
+GROUP = {"w8a16": 64, "w8a8": 32, "w4a16": 32, "w4a8": 32}
 DTYPES = ("float32", "bfloat16", "w8a16", "w8a8", "w4a16", "w4a8")
 ALIASES = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "float32", "bf16": "bfloat16"}
 _ONE = np.float32(1.0)
@@ -147,7 +148,7 @@ def pack(weight: Array, dtype: str) -> Matrix:
     if not is_integer(dtype):
         return FloatMatrix(weight, bfloat16=dtype == "bfloat16")
     bits, activation_bits = bits_of(dtype)
-    packed = quant.pack_bytes(weight, GROUP[0]) if bits == 8 else quant.pack_nibbles(weight, GROUP[1])
+    packed = (quant.pack_bytes if bits == 8 else quant.pack_nibbles)(weight, GROUP[dtype])
     if not packed.is_finite():
         raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
     return IntegerMatrix(weight.shape, packed, activation_bits)

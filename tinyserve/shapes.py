@@ -28,7 +28,7 @@ KV_DTYPES: Final = ("float32", "bfloat16", "int8")
 
 _SHORT: Final = {"w8a16": "int8", "w8a8": "int8", "w4a16": "int4", "w4a8": "int4"}
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
-_INT8_GROUP, _INT4_GROUP, _SCALE_BYTES = 64, 32, 2  # a float16 scale for so many inputs of an output
+_INT8_GROUP, _INT4_GROUP, _SCALE_BYTES = 64, 32, 2  # a float16 scale for so many inputs; w8a8 has one for 32
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """The selective scan of Mamba2, from the obvious loop to the kernel that tinyserve runs: each checked, each timed.
 
     python scripts/kernels/mamba2.py
-    python scripts/kernels/mamba2.py --tokens 512 --heads 48 --d-head 64 --threads 1
+    python scripts/kernels/mamba2.py --tokens 512 --heads 48 --d-head 64
 
 One sequence and one group of heads; the shape is granite-4.0-h-350m's unless told otherwise. Letters as in
 tinyserve/tensor/mamba2.py, whose kernel is the last of the table. What was learned is said in each version's first
-lines. Milliseconds are the shortest of several runs; compare them within one table only.
+lines, and in docs/kernels.md with figures.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -24,6 +24,9 @@ from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.mamba2 import broadcast, selective_scan
 from tinyserve.tensor.simd import LANES, exp, fma, load, splat, store, sum_lanes
 from tinyserve.tensor.tiles import fma_rows, load_rows, load_tile, store_rows
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _workshop
 
 Array = np.ndarray
 ROWS = 4  # of a register tile
@@ -208,58 +211,78 @@ def v5_products_in_chunks(x, dt, A, B, C, D, states):
     return y
 
 
-def tinyserves(x, dt, A, B, C, D, states):
+def v6_tinyserves(xBC, raw, A, D, dt_bias, states):
     """v4 for any shape, with softplus, several sequences and groups: tinyserve.tensor.mamba2.selective_scan."""
-    raw = np.ascontiguousarray(np.log(np.expm1(dt)).T)  # what softplus turns into dt
-    starts, slots = np.array([0, len(x)]), np.array([0])
-    xBC = np.concatenate([x, B, C], axis=1)
-    begin = time.perf_counter()
-    y = selective_scan(xBC, raw, A, D, np.zeros_like(A), (0.0, np.inf), 1, states[None], starts, slots)
-    tinyserves.seconds = time.perf_counter() - begin
-    return y
+    starts, slots = np.array([0, len(xBC)]), np.array([0])
+    return selective_scan(xBC, raw, A, D, dt_bias, (0.0, np.inf), 1, states, starts, slots)
 
 
-VERSIONS: list[Callable[..., Array]] = [
-    v1_obvious_loop,
-    v2_lanes_of_d_state,
-    v3_lanes_of_d_head,
-    v4_rows_in_registers,
-    v5_products_in_chunks,
-    tinyserves,
+# --- from x, dt, A, B, C, D and a state (heads, d_head, d_state) to a version's arguments, the state last -----------
+
+
+def as_in_the_paper(x, dt, A, B, C, D, state):
+    return x, dt, A, B, C, D, state.copy()
+
+
+def transposed(x, dt, A, B, C, D, state):
+    return x, dt, A, B, C, D, np.ascontiguousarray(state.transpose(0, 2, 1))
+
+
+def as_layers_have_them(x, dt, A, B, C, D, state):
+    """x, B and C side by side, and what softplus turns into dt."""
+    raw = np.ascontiguousarray(np.log(np.expm1(dt)).T)
+    states = np.ascontiguousarray(state.transpose(0, 2, 1))[None]
+    return np.concatenate([x, B, C], axis=1), raw, A, D, np.zeros_like(A), states
+
+
+class Version(NamedTuple):
+    function: Callable[..., Array]
+    pack: Callable[..., tuple[Array, ...]]
+    threads: int = 1
+    whole_chunks: bool = False
+
+
+VERSIONS = [
+    Version(v1_obvious_loop, as_in_the_paper),
+    Version(v2_lanes_of_d_state, as_in_the_paper),
+    Version(v3_lanes_of_d_head, transposed),
+    Version(v4_rows_in_registers, transposed),
+    Version(v5_products_in_chunks, transposed, whole_chunks=True),
+    Version(v6_tinyserves, as_layers_have_them),
+    Version(v6_tinyserves, as_layers_have_them, threads=2),
 ]
 
 
-def main() -> None:
-    args = arguments()
-    _jit.set_threads(args.threads)
-    x, dt, A, B, C, D, start = inputs(args.tokens, args.heads, args.d_head, args.d_state)
-    expected_states = start.transpose(0, 2, 1)[None].copy()
+class Shape(NamedTuple):
+    tokens: int
+    heads: int
+    d_head: int
+    d_state: int
+
+
+ODD = Shape(tokens=71, heads=3, d_head=16, d_state=48)
+
+
+def check(version: Version, shape: Shape = ODD) -> None:
+    """Raise AssertionError unless the version computes what tensor/reference_mamba2.py does."""
+    if version.whole_chunks:
+        shape = shape._replace(tokens=2 * CHUNK)
+    numbers = inputs(shape)
+    arguments = version.pack(*numbers)
+    _jit.set_threads(version.threads)
+    y = version.function(*arguments)
+    S = arguments[-1].transpose(0, 2, 1) if version.pack is as_in_the_paper else arguments[-1]
+    xBC, raw, A, D, dt_bias, expected_S = as_layers_have_them(*numbers)
     expected = reference_mamba2.selective_scan(
-        np.concatenate([x, B, C], axis=1), np.log(np.expm1(dt)).T, A, D, np.zeros_like(A), (0.0, np.inf), 1,
-        expected_states, np.array([0, len(x)]), np.array([0]),
-    )  # fmt: skip
-    products = 3 * args.tokens * start.size  # a token's for one number of the state: decay, B·x, C
-    print(f"{args.tokens} tokens, {args.heads} heads × {args.d_head}, d_state {args.d_state}")
-    print(f"{'version':24} {'ms':>8} {'10⁹ products/s':>15} {'error of y':>11} {'of S':>8}")
-    for version in VERSIONS:
-        transposed = version not in (v1_obvious_loop, v2_lanes_of_d_state)
-        seconds = []
-        for _ in range(args.runs + 1):  # the first compiles
-            states = np.ascontiguousarray(start.transpose(0, 2, 1)) if transposed else start.copy()
-            begin = time.perf_counter()
-            y = version(x, dt, A, B, C, D, states)
-            seconds.append(time.perf_counter() - begin if version is not tinyserves else tinyserves.seconds)
-        best = min(seconds[1:])
-        S = states if transposed else states.transpose(0, 2, 1)
-        errors = error(y, expected), error(S, expected_states[0])
-        assert max(errors) < 1e-5, f"{version.__name__} is wrong"
-        print(
-            f"{version.__name__:24} {1e3 * best:8.2f} {products / best / 1e9:15.1f} {errors[0]:11.1e} {errors[1]:8.1e}"
-        )
+        xBC, raw, A, D, dt_bias, (0.0, np.inf), 1, expected_S, np.array([0, shape.tokens]), np.array([0])
+    )
+    difference = max(_workshop.error(y, expected), _workshop.error(S.reshape(expected_S.shape), expected_S))
+    assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e}"
 
 
-def inputs(tokens: int, heads: int, d_head: int, d_state: int) -> tuple[Array, ...]:
+def inputs(shape: Shape) -> tuple[Array, ...]:
     """x, dt, A, B, C, D and a state to begin with, of the sizes that a trained layer has."""
+    tokens, heads, d_head, d_state = shape
     generator = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
@@ -273,22 +296,38 @@ def inputs(tokens: int, heads: int, d_head: int, d_state: int) -> tuple[Array, .
     )  # fmt: skip
 
 
-def error(got: Array, expected: Array) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
+def climb(shape: Shape) -> None:
+    """Time every version on one shape; the state goes on from run to run, and stays of its size."""
+    tokens, heads, d_head, d_state = shape
+    products = 3 * tokens * heads * d_head * d_state  # a token's for one number of the state: decay, B·x, C
+    title = f"{tokens} tokens, {heads} heads × {d_head}, d_state {d_state}"
+    table = _workshop.Table(title, products, "% of peak")
+    numbers = inputs(shape)
+    for version in VERSIONS:
+        arguments = version.pack(*numbers)
+        call = lambda version=version, arguments=arguments: version.function(*arguments)  # noqa: E731
+        seconds = _workshop.shortest([call], version.threads)
+        table.row(_workshop.name(version), seconds, products / _workshop.float_peak() / version.threads)
 
 
-def arguments() -> argparse.Namespace:
+def main() -> None:
+    shape = arguments()
+    for version in VERSIONS:
+        check(version)  # also compiles it
+    _workshop.describe_machine()
+    climb(shape)
+
+
+def arguments() -> Shape:
     parser = argparse.ArgumentParser(description="Time the selective scan from the obvious loop to tinyserve's kernel.")
     parser.add_argument("--tokens", type=int, default=512, help=f"a multiple of {CHUNK}")
     parser.add_argument("--heads", type=int, default=48)
     parser.add_argument("--d-head", type=int, default=32, help=f"a multiple of {LANES}")
     parser.add_argument("--d-state", type=int, default=128, help=f"a multiple of {LANES}")
-    parser.add_argument("--threads", type=int, help="all usable cores unless told otherwise")
-    parser.add_argument("--runs", type=int, default=10)
     args = parser.parse_args()
     if args.tokens % CHUNK or args.d_head % LANES or args.d_state % LANES:
         parser.error(f"tokens must be a multiple of {CHUNK}, d_head and d_state of {LANES}")
-    return args
+    return Shape(args.tokens, args.heads, args.d_head, args.d_state)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class StartLine:
         self._compiled = 0
         self._last_shown = 0.0
         self._shown = ""
+        self._doing = "reading the prompt"
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +49,13 @@ class StartLine:
         elif stage == "wait":
             self._say("another process is compiling the kernels: waiting for it")
         elif self._terminal and (perf_counter() - self._last_shown > 0.1 or done == total):
-            self._write(f"loading {self.model}: {share}" if stage == "load" else f"reading the prompt: {share}")
+            self._write(f"loading {self.model}: {share}" if stage == "load" else f"{self._doing}: {share}")
+
+    def show(self, doing: str) -> None:
+        """On a terminal, say what is done now; of long prompts it is told from now on how far they are read."""
+        self._doing = doing
+        if self._terminal:
+            self._write(doing)
 
     def clear(self) -> None:
         """Remove the line from the terminal."""

@@ -1,29 +1,67 @@
-"""`tinyserve bench`: prefill and decode speed of a model on this machine.
+"""`tinyserve bench`: how fast a model is on this machine, beside what the machine can do.
 
 Knows how to print; the measuring is in tinyserve/bench.py.
 """
 
+import csv
+import importlib.util
 import json
+import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from tinyserve import bench as measure
 from tinyserve import presets
 from tinyserve.cli._options import Dtype, Model, Threads
 from tinyserve.errors import UserError
+
+if TYPE_CHECKING:
+    from tinyserve.bench import Limits, Measurement, Plan, Work
+
+STDOUT = Path("-")
 
 
 def bench(
     model: Model = presets.DEFAULT,
     prefill: Annotated[
         list[int] | None,
-        typer.Option(metavar="TOKENS", help="Prompt length; can be given several times.  [default: 128 and 512]"),
+        typer.Option(
+            min=1, metavar="TOKENS", help="Prompt length; can be given several times.  [default: 128, 512 and 2048]"
+        ),
     ] = None,
-    decode: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Tokens to decode, one sequence.")] = 128,
+    depth: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Tokens that come before those decoded; can be given several times.  [default: 0, 512 and 4096]",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=measure.MOST_SEQUENCES,
+            metavar="NUMBER",
+            help="Sequences that decode at once; can be given several times.  [default: 1, 8 and 32]",
+        ),
+    ] = None,
+    decode: Annotated[
+        int, typer.Option(min=2, metavar="TOKENS", help="Tokens that a repetition decodes for each sequence.")
+    ] = measure.DECODE,
     repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, metavar="NUMBER", help="Counted runs of each.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            "--repetitions", "-r", min=1, metavar="NUMBER", help="Counted runs of each.  [default: 5; 3 with --quick]"
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short version: prefill of 512 tokens; decode at depth 0, batch 1.")
+    ] = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
     load_format: Annotated[
@@ -34,51 +72,180 @@ def bench(
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    csv_: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write a line for each measurement; - prints them, and no table."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the table, with the limits.")] = None,
 ) -> None:
     """Measure prefill and decode speed on this machine.
 
-    Prints the mean ± standard deviation of the counted runs. Presets are not downloaded: one that is not on this
-    disk gets synthetic weights, which are as fast.
+    Prints the mean ± standard deviation of the counted runs, the median time to the first token, and how much memory
+    a second is read and how many operations are done, with their share of what this machine was measured to read and
+    multiply. Weights that a cache holds are read faster than memory. What the model's context or memory does not hold
+    is skipped, and said. Presets are not downloaded: one that is not on this disk gets synthetic weights, which are
+    as fast.
 
     \b
     Examples:
-      tinyserve bench smollm2-135m
-      tinyserve bench gpt2 --prefill 512 --dtype float32 --json
+      tinyserve bench smollm2-135m --quick
+      tinyserve bench llama-7b --dtype int4 --prefill 512 --depth 0 --depth 2048 --batch 1
+      tinyserve bench gpt2 --csv gpt2.csv --plot gpt2.png
     """
-    from tinyserve import bench as measure
+    if json_ and csv_ == STDOUT:
+        raise UserError("--json and --csv - both print to standard output: give --csv a file.")
+    for option, path in (("--csv", csv_), ("--plot", plot)):
+        if path is not None and path != STDOUT:
+            _check_writable(option, path)
+    if plot is not None:
+        _check_plot(plot)
     from tinyserve import hub
     from tinyserve.cli._answer import load
-    from tinyserve.tensor._jit import cpu_name
+    from tinyserve.model_files import open_model
+    from tinyserve.model_runner import available_memory
+    from tinyserve.quantize import resolve_dtype
 
+    repetitions = repetitions or (measure.QUICK_REPETITIONS if quick else measure.REPETITIONS)
+    wanted = measure.works(
+        prefill or (measure.QUICK_PREFILL if quick else measure.PREFILL),
+        depth or (measure.QUICK_DEPTHS if quick else measure.DEPTHS),
+        batch or (measure.QUICK_BATCHES if quick else measure.BATCHES),
+        decode,
+    )
     if load_format is None:
         load_format = "dummy" if presets.find(model) and not hub.is_cached(model) else "auto"
-    llm, line = load(model, dtype, threads, load_format=load_format)
-    if wrong := [length for length in prefill or () if not 1 <= length < llm.max_model_len]:
-        raise UserError(
-            f"--prefill is {wrong[0]}; it must be 1 to {llm.max_model_len - 1}, since the context of {llm.name} holds "
-            f"{llm.max_model_len} tokens and one is for the answer."
-        )
+    kept_as = resolve_dtype(dtype)
+    files = open_model(model, load_format)
+    plan = measure.plan(files.config, kept_as, wanted, repetitions, available_memory(), synthetic=files.path is None)
+    _check_asked_for(plan, prefill or (), depth or ())
+    llm, line = load(model, dtype, threads, load_format=load_format, **plan.options)
+    line.show("measuring what this machine can do")
+    limits = measure.measure_limits(llm)
+    results = list(measure.run(llm, plan.works, repetitions, line.show))
+    line.clear()
+    recipe = {
+        "model": llm.name,
+        "dtype": llm.dtype,
+        "weights": load_format,
+        "weight_bytes": llm.model.nbytes,
+        "threads": llm.num_threads,
+        **measure.machine(llm.dtype),
+        "bandwidth": limits.bandwidth,
+        "peak": limits.operations,
+    }
+    rows = [result.row(limits) for result in results]
+    if csv_ is not None:
+        _write_csv(csv_, recipe, rows)
+    if plot is not None:
+        from tinyserve.cli._plot import draw
 
-    def show(work: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[2Kmeasuring {work}", end="", file=sys.stderr, flush=True)
-
-    results = list(measure.run(llm, prefill or [128, 512], decode, repetitions, show))
-    if sys.stderr.isatty():
-        print("\r\x1b[2K", end="", file=sys.stderr)
+        draw(plot, _heading(recipe), results, limits)
     if json_:
-        rows = [{**vars(r), "mean": r.mean, "median": r.median, "deviation": r.deviation} for r in results]
-        machine = {"processor": cpu_name(), "threads": llm.num_threads}
-        report = {
-            "model": llm.name,
-            "dtype": llm.dtype,
-            "weights": load_format,
-            "weight_bytes": llm.model.nbytes,
-        }
-        print(json.dumps({**report, **machine, "load_seconds": line.seconds, "results": rows}))
+        skipped = [{**_named(skip.work), "reason": skip.reason} for skip in plan.skipped]
+        report = {**recipe, "load_seconds": line.seconds, "repetitions": repetitions}
+        print(json.dumps({**report, "results": rows, "skipped": skipped}))
         return
-    weights = "synthetic weights" if load_format == "dummy" else f"{llm.model.nbytes / 1e6:.0f} MB of weights"
-    print(f"{llm.name} in {llm.dtype}, {weights}; {llm.num_threads} threads of {cpu_name()}")
-    print(f"{'work':<8}{'tokens':>8}{'tokens/s':>18}")
-    for r in results:
-        print(f"{r.work:<8}{r.tokens:>8}{f'{r.mean:.1f} ± {r.deviation:.1f}':>18}")
+    if csv_ != STDOUT:
+        print(_heading(recipe))
+        _print_table(results, limits)
+    for skip in plan.skipped:
+        print(f"skipped: {skip.reason}", file=sys.stderr if csv_ == STDOUT else sys.stdout)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Raise UserError, before anything is measured, for a file that could not be written after."""
+    if path.is_dir():
+        raise UserError(f"{option} is {path}, which is a folder: give the name of a file.")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} is {path}, whose folder does not exist: make it, or give another one.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} is {path}, which cannot be written: give another file.")
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--plot is {path}; it writes PNG files: give a name that ends with .png.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'tinyserve[plot]'.")
+
+
+def _check_asked_for(plan: "Plan", prefill: Sequence[int], depths: Sequence[int]) -> None:
+    """Raise UserError where nothing is left to measure, or what was named on the command line is beyond the context."""
+    for skip in plan.skipped:
+        asked = skip.work.tokens in prefill if skip.work.kind == "prefill" else skip.work.depth in depths
+        same = [work for work in plan.works if (work.kind, work.depth) == (skip.work.kind, skip.work.depth)]
+        if skip.by_context and asked and not (same and skip.work.kind == "decode"):
+            raise UserError(f"{skip.reason}: give a smaller --{'prefill' if skip.work.kind == 'prefill' else 'depth'}.")
+    if not plan.works:
+        raise UserError(f"Nothing is left to measure: {plan.skipped[0].reason}.")
+
+
+def _named(work: "Work") -> dict[str, Any]:
+    return {"work": work.kind, "tokens": work.tokens, "depth": work.depth, "batch": work.batch}
+
+
+def _heading(recipe: dict[str, Any]) -> str:
+    """What was measured, and with what."""
+    weights = f"{recipe['weight_bytes'] / 1e6:.0f} MB of {'synthetic ' * (recipe['weights'] == 'dummy')}weights"
+    threads = f"{recipe['threads']} thread{'s' * (recipe['threads'] != 1)}"
+    return (
+        f"{recipe['model']} in {recipe['dtype']}, {weights}; {threads} of {recipe['processor']}, dot product "
+        f"{recipe['dot_product']}\n"
+        f"measured here: reads {recipe['bandwidth'] / 1e9:.1f} GB/s, multiplies and adds "
+        f"{recipe['peak'] / 1e12:.3g} TOPS in {recipe['dtype']}"
+    )
+
+
+def _print_table(results: "Sequence[Measurement]", limits: "Limits") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("work", no_wrap=True)
+    shares = f"% of {_short(limits.bandwidth / 1e9)}", f"% of {_short(limits.operations / 1e9)}"
+    for title in ("tokens", "depth", "batch", "tokens/s", "each", "first", "GB/s", shares[0], "GOPS", shares[1]):
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, result in enumerate(results):
+        work, first, decodes = result.work, result.time_to_first_token, result.work.kind == "decode"
+        table.add_row(
+            work.kind,
+            str(work.tokens),
+            str(work.depth) if decodes else "",
+            str(work.batch) if decodes else "",
+            f"{_short(result.mean)} ± {_short(result.deviation, result.mean)}",
+            _short(result.mean / work.batch) if decodes else "",
+            "" if first is None else _seconds(first),
+            _short(result.bytes_per_second / 1e9),
+            f"{100 * result.bytes_per_second / limits.bandwidth:.0f}",
+            _short(result.operations_per_second / 1e9),
+            f"{100 * result.operations_per_second / limits.operations:.0f}",
+            end_section=i + 1 < len(results) and work.kind != results[i + 1].work.kind,
+        )
+    # A file or a pipe has no width that anything would have to fit into.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _short(number: float, beside: float | None = None) -> str:
+    """A number in three digits or more; with as many decimals as the one it stands beside."""
+    size = number if beside is None else beside
+    return f"{number:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def _write_csv(path: Path, recipe: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A line for each row, with the recipe before it; lists are left to --json."""
+    if path == STDOUT:
+        _csv_lines(sys.stdout, recipe, rows)
+        return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        _csv_lines(file, recipe, rows)
+
+
+def _csv_lines(file: TextIO, recipe: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    lines = [{**recipe, **{key: value for key, value in row.items() if not isinstance(value, list)}} for row in rows]
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)

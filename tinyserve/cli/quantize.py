@@ -19,7 +19,7 @@ def quantize(
 
     The folder has everything the model needs: packed weights as safetensors, config, tokenizer, chat template. It is
     named like any other folder (tinyserve ask OUT "..."), loads by memory map, and gives the very answers that
-    --dtype gives on the original. A folder of int8 runs as w8a8 too, and one of int4 as w4a8.
+    --dtype gives on the original. A folder of int8 also runs as w8a8, and one of int4 as w4a8.
 
     \b
     Examples:

@@ -15,7 +15,7 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.models.layers import Embedding, LayerNorm, Linear, RMSNorm
-from tinyserve.quantize import IntegerMatrix, Matrix, at_least_8_bits, bits_of, no_bias, pack, repack
+from tinyserve.quantize import IntegerMatrix, Matrix, at_least_8_bits, bits_of, is_integer, no_bias, pack, repack
 from tinyserve.shapes import tensor_shapes
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
@@ -120,7 +120,10 @@ class Loader:
             matrix = self._packed(key, shape, dtype)
         else:
             tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
-            matrix = None if transposed else self._from_blocks(key, tensors, shape, places, dtype)
+            if is_integer(dtype) and (make := tensors[0].packed):
+                matrix = IntegerMatrix(shape, make(shape, dtype), bits_of(dtype)[1])
+            else:
+                matrix = None if transposed else self._from_blocks(key, tensors, shape, places, dtype)
         if matrix is None:
             matrix = self._from_floats(names, shape, places, dtype, transposed)
         else:

@@ -94,15 +94,19 @@ def _query_tile(ROWS):
             many = PANELS * LANES
             for d in range(0, width // many * many, many):
                 total = load_rows(ROWS, PANELS, part, part_at + d, part_stride)
-                for key in range(start, stop):
-                    at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
-                    total = fma_rows(total, load_tile(PANELS, values, at, LANES), weights, key - start, CHUNK)
+                for first in range(start, stop, LANES):  # neighbours of a page
+                    at = _value_address(blocks, first, kv_heads, kv_head, block_size, width) + d
+                    for key in range(first, min(first + LANES, stop)):
+                        total = fma_rows(total, load_tile(PANELS, values, at, LANES), weights, key - start, CHUNK)
+                        at += width
                 store_rows(part, part_at + d, part_stride, total, PANELS, many)
             for d in range(width // many * many, width, LANES):
                 narrow = load_rows(ROWS, 1, part, part_at + d, part_stride)
-                for key in range(start, stop):
-                    at = _value_address(blocks, key, kv_heads, kv_head, block_size, width) + d
-                    narrow = fma_rows(narrow, load_tile(1, values, at, LANES), weights, key - start, CHUNK)
+                for first in range(start, stop, LANES):
+                    at = _value_address(blocks, first, kv_heads, kv_head, block_size, width) + d
+                    for key in range(first, min(first + LANES, stop)):
+                        narrow = fma_rows(narrow, load_tile(1, values, at, LANES), weights, key - start, CHUNK)
+                        at += width
                 store_rows(part, part_at + d, part_stride, narrow, 1, LANES)
 
     return tile

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinyserve.errors import CheckpointError
 from tinyserve.tensor.gguf_blocks import Blocks
+from tinyserve.tensor.quant import Packed
 
 Array = np.ndarray
 
@@ -19,7 +20,7 @@ class LazyTensor:
     """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point.
 
     `blocks` brings a matrix as the quantized blocks that its file keeps, where it does; `stored` brings integers as
-    they are in the file, mapped and not read.
+    they are in the file, mapped and not read; `packed` makes a whole matrix of any shape (N, K), as a dtype has it.
     """
 
     shape: tuple[int, ...]
@@ -27,10 +28,11 @@ class LazyTensor:
     read: Callable[[], Array]
     blocks: Callable[[], Blocks] | None = None
     stored: Callable[[], Array] | None = None
+    packed: Callable[[tuple[int, int], str], Packed] | None = None
 
     def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
         """The same tensor with `change` applied when it is read, which gives it another shape."""
-        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None, stored=None)
+        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None, stored=None, packed=None)
 
     def reordered(self, change: Callable[[Array], Array]) -> "LazyTensor":
         """The same tensor with its rows in another order: `change` takes (rows, anything), be it numbers or blocks."""
