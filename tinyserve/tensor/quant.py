@@ -26,10 +26,12 @@ from tinyserve.tensor.simd import (
     load_first,
     max_lane,
     maximum,
+    minimum,
     round_to_int,
     splat,
     sum_lanes,
     sum_lanes_int,
+    to_float,
 )  # fmt: skip
 from tinyserve.tensor.tiles import inputs_per_load
 
@@ -182,23 +184,27 @@ CANDIDATES = 9  # of scales tried for a group of 4-bit weights
 def _scales_of_panel(w, scales, group, p):
     """One panel."""
     N, K = w.shape
+    zero, lowest, highest = splat(np.float32(0.0)), splat(np.float32(-8.0)), splat(np.float32(7.0))
     for lane in range(min(PANEL, N - p * PANEL)):
-        row = w[p * PANEL + lane]
+        at = (p * PANEL + lane) * K
         for g in range(scales.shape[1]):
             first, last = g * group, min(K, (g + 1) * group)
-            extreme = np.float32(0.0)
-            for k in range(first, last):
-                if abs(row[k]) > abs(extreme):
-                    extreme = row[k]
+            positive = negative = zero
+            for k in range(first, last, LANES):
+                v = load_first(w, at + k, K - k)
+                positive, negative = maximum(positive, v), maximum(negative, zero - v)
+            most, least = max_lane(positive), -max_lane(negative)
+            extreme = most if most >= -least else least
             best = np.float32(-1.0)
             for c in range(CANDIDATES):
                 step = extreme / np.float32(-8.4 + 0.2 * c)  # from -8.4, which clips, to -6.8
-                inverse = np.float32(1.0) / step if step != 0 else np.float32(0.0)
-                wq = qq = np.float32(0.0)
-                for k in range(first, last):
-                    q = min(np.float32(7.0), max(np.float32(-8.0), np.rint(row[k] * inverse)))
-                    wq += row[k] * q
-                    qq += q * q
+                inverse = splat(np.float32(1.0) / step if step != 0 else np.float32(0.0))
+                products = squares = zero
+                for k in range(first, last, LANES):
+                    v = load_first(w, at + k, K - k)
+                    q = to_float(round_to_int(minimum(highest, maximum(lowest, v * inverse))))
+                    products, squares = fma(v, q, products), fma(q, q, squares)
+                wq, qq = sum_lanes(products), sum_lanes(squares)
                 # With these integers the best scale is wq / qq, and this is how much of Σw² it explains.
                 if qq > 0 and wq * wq > best * qq:
                     best = wq * wq / qq
@@ -212,18 +218,25 @@ def _scales_of_nibbles(w, scales, group):
 
 
 @kernel
+def _nibble(w, n, k, inverse):
+    """Weight (n, k) as an integer of 4 bits; zero past the last input."""
+    if k >= w.shape[1]:
+        return ZERO_4
+    return np.int32(min(np.float32(7.0), max(np.float32(-8.0), np.rint(w[n, k] * inverse)))) + ZERO_4
+
+
+@kernel
 def _pack_panel_of_nibbles(w, packed, scales, group, p):
     """One panel."""
-    N, K = w.shape
-    for lane in range(min(PANEL, N - p * PANEL)):
-        row = w[p * PANEL + lane]
+    for lane in range(min(PANEL, w.shape[0] - p * PANEL)):
+        n = p * PANEL + lane
         for g in range(scales.shape[1]):
             scale = scales[p, g, lane]
             inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-            for k in range(g * group, min(K, (g + 1) * group)):
-                q = np.int32(min(np.float32(7.0), max(np.float32(-8.0), np.rint(row[k] * inverse)))) + ZERO_4
-                at, shift = lane * 4 + k % 4, 4 * (k // 4 % 2)
-                packed[p, k // 8, at] = np.uint8((np.int32(packed[p, k // 8, at]) & (240 >> shift)) | (q << shift))
+            for k in range(g * group, (g + 1) * group, 8):
+                for j in range(4):
+                    low, high = _nibble(w, n, k + j, inverse), _nibble(w, n, k + 4 + j, inverse)
+                    packed[p, k // 8, lane * 4 + j] = np.uint8(low | high << 4)
 
 
 @parallel_kernel
