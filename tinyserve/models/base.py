@@ -171,15 +171,14 @@ class Loader:
     def _from_floats(
         self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
     ) -> Matrix:
+        turn = np.transpose if transposed else np.asarray
         if len(names) == 1:
-            weight = self._read(f"{names[0]}.weight")
-            whole = weight.T if transposed else weight
+            whole = turn(self._read(f"{names[0]}.weight"))
         else:
-            # Each part is forgotten before the next one is read: the peak is the whole and one part.
+            # Each part is forgotten when it is in its place: the peak is the whole and one part.
             whole = np.zeros(shape, np.float32)
             for name, place in zip(names, places, strict=True):
-                part = self._read(f"{name}.weight")
-                whole[place] = part.T if transposed else part
+                whole[place] = turn(self._read(f"{name}.weight"))
         try:
             return pack(whole, dtype)
         except OverflowError as error:
