@@ -16,6 +16,7 @@ from tinyserve.sampling_params import SamplingParams
 from tinyserve.shapes import (
     attention_flops_per_position,
     matmul_flops_per_token,
+    state_bytes_per_sequence,
     weight_bytes,
     weight_bytes_per_token,
 )
@@ -108,12 +109,14 @@ def plan(
     budget = max(0, memory - weights) // 2
     fitting, skipped = [], []
     for work in wanted:
-        tokens, need = work.most_tokens(repetitions), _cache_bytes(config, dtype, work, repetitions)
+        tokens = work.most_tokens(repetitions)
+        need = _cache_bytes(config, dtype, work, repetitions) + _state_bytes(config, [work])
         if tokens > config.max_position_embeddings:
             reason = f"{work} comes to {tokens} tokens, and the context holds {config.max_position_embeddings}"
             skipped.append(Skipped(work, reason, by_context=True))
         elif need > budget:
-            reason = f"{work} takes {need / 1e9:.1f} GB of keys and values, and there is room for {budget / 1e9:.1f} GB"
+            kept = "keys, values and states" if config.state_shapes else "keys and values"
+            reason = f"{work} takes {need / 1e9:.1f} GB of {kept}, and there is room for {budget / 1e9:.1f} GB"
             skipped.append(Skipped(work, reason, by_context=False))
         else:
             fitting.append(work)
@@ -122,7 +125,8 @@ def plan(
     options = {
         "max_num_seqs": max(work.batch for work in fitting),
         "max_model_len": max(2, *(work.most_tokens(repetitions) for work in fitting)),
-        "kv_cache_memory": max(_cache_bytes(config, dtype, work, repetitions) for work in fitting),
+        "kv_cache_memory": max(_cache_bytes(config, dtype, work, repetitions) for work in fitting)
+        + _state_bytes(config, fitting),
         "max_num_batched_tokens": STEP,
         "block_size": BLOCK,
     }
@@ -135,6 +139,12 @@ def _cache_bytes(config: ModelConfig, dtype: str, work: Work, repetitions: int) 
 
     blocks = work.batch * math.ceil(work.most_tokens(repetitions) / BLOCK)
     return blocks * KVCache.block_nbytes(config, BLOCK, resolve_kv_cache_dtype("auto", dtype))
+
+
+def _state_bytes(config: ModelConfig, works: Sequence[Work]) -> int:
+    from tinyserve.model_runner import state_nbytes
+
+    return state_nbytes(config, max(work.batch for work in works))
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
@@ -151,11 +161,12 @@ class Cost:
 def decode_cost(config: ModelConfig, weights: float, kv: float, batch: int, context: float) -> Cost:
     """One step for `batch` sequences that look at `context` tokens each.
 
-    `weights` are the bytes that a step reads of them, whatever the batch; `kv` those of a token's keys and values.
+    `weights` are the bytes that a step reads of them, whatever the batch; `kv` those of a token's keys and values. A
+    recurrent state is read and written.
     """
     seen = min(context, _window(config))
     per_token = matmul_flops_per_token(config) + seen * attention_flops_per_position(config)
-    return Cost(weights + batch * seen * kv, batch * per_token)
+    return Cost(weights + batch * (seen * kv + 2 * state_bytes_per_sequence(config)), batch * per_token)
 
 
 def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, step: int = STEP) -> Cost:
@@ -165,7 +176,8 @@ def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, st
     pairs = sum(min(position, window) for position in range(1, tokens + 1))
     operations = tokens * (matmul_flops_per_token(config) - head) + head + pairs * attention_flops_per_position(config)
     ends = [*range(step, tokens, step), tokens]
-    return Cost(sum(weights + min(end, window + step) * kv for end in ends), operations)
+    states = 2 * state_bytes_per_sequence(config)
+    return Cost(sum(weights + min(end, window + step) * kv + states for end in ends), operations)
 
 
 def _window(config: ModelConfig) -> float:

@@ -40,6 +40,7 @@ class Engine:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._free_slots = deque(range(max_num_seqs))
         self._ids = count()
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
@@ -83,7 +84,7 @@ class Engine:
         return grown
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence, wherever it is, and give its blocks back; ending one twice does nothing."""
+        """End a sequence, wherever it is, and give back its blocks and its slot; ending one twice does nothing."""
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
@@ -91,6 +92,7 @@ class Engine:
         sequence.block_table = []
         if sequence in self.running:
             self.running.remove(sequence)
+            self._free_slots.append(sequence.state_slot)
         else:
             self.waiting.remove(sequence)
 
@@ -103,6 +105,7 @@ class Engine:
             if not self.blocks.can_allocate(self._most_tokens(sequence)):
                 break
             sequence.block_table = self.blocks.allocate(self._most_tokens(sequence))
+            sequence.state_slot = self._free_slots.popleft()
             sequence.metrics.first_scheduled = perf_counter()
             self.running.append(self.waiting.popleft())
         budget = self.max_num_batched_tokens

@@ -67,7 +67,7 @@ class LLM:
             "w4a16" (also "int4"); "w4a8".
         max_model_len: tokens of prompt and answer together; by default the model's own limit, or what memory holds.
         max_num_seqs, max_num_batched_tokens: how many requests run at once, and how many tokens one step computes.
-        kv_cache_memory: bytes for keys and values; by default at most half of what is free.
+        kv_cache_memory: bytes for keys, values and states; by default at most half of what is free.
         kv_cache_dtype: "float32", "bfloat16", "int8", or "auto": bfloat16 unless dtype is float32.
         block_size: tokens in a block of the cache, a multiple of 16.
         num_threads: by default the cores this process may use.
@@ -114,7 +114,9 @@ class LLM:
             load = partial(self._progress, "load")
             with _jit.one_at_a_time(self.num_threads):
                 self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
-            self._runner = ModelRunner(self.model, num_blocks, block_size, self.num_threads, self.kv_cache_dtype)
+            self._runner = ModelRunner(
+                self.model, num_blocks, block_size, self.num_threads, self.kv_cache_dtype, max_num_seqs
+            )
             self._runner.compile_kernels(
                 f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
                 waiting=lambda: self._progress("wait", 0, 0),

@@ -16,7 +16,7 @@ from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KV_DTYPES, KVCache
 from tinyserve.sequence import Sampled, Scheduled, Sequence
-from tinyserve.shapes import weight_bytes
+from tinyserve.shapes import state_bytes_per_sequence, weight_bytes
 from tinyserve.tensor import _jit
 from tinyserve.tensor.sampling import log_probabilities, sample
 
@@ -33,10 +33,12 @@ class ModelRunner:
         block_size: int,
         num_threads: int | None = None,
         kv_cache_dtype: str = "float32",
+        max_num_seqs: int = 1,
     ):
         self.model = model
         self.num_threads = _jit.set_threads(num_threads)
-        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype)
+        # A state for each running sequence, whose slots are 0 .. max_num_seqs - 1, and one for `logits`.
+        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, max_num_seqs + 1)
         self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
@@ -53,7 +55,8 @@ class ModelRunner:
 
     def logits(self, token_ids: list[int], chunk: int) -> Array:
         """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
-        sequence = _Scratch(token_ids, list(range(-(-len(token_ids) // self.cache.block_size))))
+        blocks = list(range(-(-len(token_ids) // self.cache.block_size)))
+        sequence = _Scratch(token_ids, blocks, state_slot=self.cache.num_slots - 1)
         rows = []
         with _jit.one_at_a_time(self.num_threads):
             while sequence.num_computed < len(token_ids):
@@ -91,6 +94,9 @@ class ModelRunner:
 
     def _batch(self, work: "Iterable[tuple[_Tokens, int]]") -> Batch:
         work, block_size = list(work), self.cache.block_size
+        for sequence, _ in work:
+            if sequence.num_computed == 0:
+                self.cache.reset_slot(sequence.state_slot)
         counts = [num_tokens for _, num_tokens in work]
         starts = [sequence.num_computed for sequence, _ in work]
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
@@ -100,7 +106,8 @@ class ModelRunner:
             tables[row, : len(sequence.block_table)] = sequence.block_table
         sequence_of = np.repeat(np.arange(len(work)), counts)
         slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        return Batch(token_ids, positions, slots, sequence_of, tables)
+        state_slots = np.array([sequence.state_slot for sequence, _ in work])
+        return Batch(token_ids, positions, slots, sequence_of, tables, np.cumsum([0, *counts]), state_slots)
 
     def _sample(self, sequence: Sequence, logits: Array) -> Sampled:
         params = sequence.params
@@ -119,13 +126,14 @@ class _Tokens(Protocol):
     token_ids: list[int]
     num_computed: int
     block_table: list[int]
+    state_slot: int
 
 
 class _Scratch:
     """The part of a sequence that a batch is made from."""
 
-    def __init__(self, token_ids: list[int], block_table: list[int]):
-        self.token_ids, self.block_table, self.num_computed = token_ids, block_table, 0
+    def __init__(self, token_ids: list[int], block_table: list[int], state_slot: int):
+        self.token_ids, self.block_table, self.state_slot, self.num_computed = token_ids, block_table, state_slot, 0
 
 
 def plan_cache(
@@ -140,7 +148,8 @@ def plan_cache(
     """How many blocks the cache has, and how many tokens a sequence may come to.
 
     Enough for `max_num_seqs` full sequences, or what the memory holds: `kv_cache_memory`, or half of what is free
-    beside the weights. Raises UserError, with the numbers, when that is too little for one sequence.
+    beside the weights; states of recurrent layers come first. Raises UserError, with the numbers, when that is too
+    little for one sequence.
     """
     limit = config.max_position_embeddings
     if max_model_len is not None and not 2 <= max_model_len <= limit:
@@ -148,9 +157,18 @@ def plan_cache(
     budget = kv_cache_memory
     if budget is None:
         budget = max(0, available_memory() - weight_bytes(config, dtype)) // 2
+    states = state_nbytes(config, max_num_seqs)
+    if states > budget:
+        raise UserError(
+            f"{budget / 1e6:.1f} MB are too little for the states of {max_num_seqs} sequences, which take "
+            f"{states / 1e6:.1f} MB: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
+        )
+    budget -= states
     block = KVCache.block_nbytes(config, block_size, kv_cache_dtype)
     wanted = max_model_len or limit
-    num_blocks = min(max_num_seqs * -(-wanted // block_size), budget // block)
+    num_blocks = max_num_seqs * -(-wanted // block_size)
+    if block:  # a model with no attention has no keys and values
+        num_blocks = min(num_blocks, budget // block)
     tokens = num_blocks * block_size
     if tokens < (max_model_len or 2):
         need = block * -(-(max_model_len or 2) // block_size)
@@ -159,6 +177,11 @@ def plan_cache(
             f"{need / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
     return num_blocks, min(wanted, tokens)
+
+
+def state_nbytes(config: ModelConfig, max_num_seqs: int) -> int:
+    """Bytes that a runner keeps for recurrent layers: a state for each sequence, and one for `logits`."""
+    return (max_num_seqs + 1) * state_bytes_per_sequence(config)
 
 
 def resolve_kv_cache_dtype(name: str, dtype: str) -> str:

@@ -49,6 +49,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
+    state_slot: int = -1  # while it runs: which row of the recurrent layers' memory is its own
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None

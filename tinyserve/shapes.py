@@ -276,11 +276,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int:
 
 def state_bytes_per_sequence(config: ModelConfig) -> int:
     """The float32 bytes of a sequence's Mamba layers, whatever its length: SSM states, conv windows."""
-    if not isinstance(config, GraniteConfig):
-        return 0
-    ssm = config.mamba_intermediate_size * config.mamba_d_state  # (heads, d_head, d_state)
-    window = config.mamba_conv_dim * max(config.mamba_d_conv - 1, 0)
-    return config.num_mamba_layers * (ssm + window) * _BYTES["float32"]
+    return config.num_mamba_layers * sum(map(math.prod, config.state_shapes)) * _BYTES["float32"]
 
 
 def matmul_flops_per_token(config: ModelConfig) -> int:

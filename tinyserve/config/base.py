@@ -56,6 +56,11 @@ class ModelConfig:
         """How many layers keep a recurrent state."""
         return self.layer_types.count(MAMBA)
 
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The float32 arrays that one recurrent layer keeps for a sequence; none where no layer is recurrent."""
+        return ()
+
 
 class Fields:
     """The keys of one config.json: a reader per kind of value, which refuses by file, key and value.
@@ -161,6 +166,13 @@ class Fields:
                 "and there is no 'head_dim' to say how wide a head is."
             )
         return hidden_size // heads
+
+    def check_rotary(self, head_dim: int) -> None:
+        """Refuse heads that RoPE cannot turn."""
+        if head_dim % 2:
+            self.refuse(
+                f"'head_dim' is {head_dim}, but rotary positions turn the two halves of a head: it must be even."
+            )
 
     def rope(self, max_position_embeddings: int, default_theta: float = 10000.0) -> RopeParameters:
         """Read RoPE in either dialect: `rope_theta` and `rope_scaling`, or both in `rope_parameters`."""

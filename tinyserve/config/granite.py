@@ -57,6 +57,14 @@ class GraniteConfig(ModelConfig):
         """The channels of the convolution: x, and B and C of each group."""
         return self.mamba_intermediate_size + 2 * self.mamba_n_groups * self.mamba_d_state
 
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The inputs that the convolution still sees, and the SSM state, transposed as tensor/mamba2.py keeps it."""
+        if not self.num_mamba_layers:
+            return ()
+        window = (self.mamba_d_conv - 1, self.mamba_conv_dim)
+        return window, (self.mamba_n_heads, self.mamba_d_state, self.mamba_d_head)
+
     @classmethod
     def parse(cls, fields: Fields, model_type: str) -> Self:
         """Read a config.json of any Granite; defaults are those of transformers' three classes."""
@@ -67,6 +75,10 @@ class GraniteConfig(ModelConfig):
         layers = fields.integer("num_hidden_layers")
         hybrid = model_type == "granitemoehybrid"
         layer_types = _layer_types(fields, layers) if hybrid else (ATTENTION,) * layers
+        head_dim = fields.heads(hidden_size, heads, kv_heads)
+        rotates = not hybrid or _rotates(fields)
+        if rotates:
+            fields.check_rotary(head_dim)
         extra: dict[str, Any] = {}
         if model_type != "granite":
             extra |= _experts(fields, minimum=0 if hybrid else 1)
@@ -81,7 +93,7 @@ class GraniteConfig(ModelConfig):
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=fields.heads(hidden_size, heads, kv_heads),
+            head_dim=head_dim,
             intermediate_size=fields.integer("intermediate_size"),
             max_position_embeddings=positions,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
@@ -96,7 +108,7 @@ class GraniteConfig(ModelConfig):
             hidden_act=fields.choice("hidden_act", ("silu",), default="silu"),
             attention_bias=fields.boolean("attention_bias", default=False),
             mlp_bias=model_type == "granite" and fields.boolean("mlp_bias", default=False),
-            rope=fields.rope(positions) if not hybrid or _rotates(fields) else None,
+            rope=fields.rope(positions) if rotates else None,
             **extra,
         )
 

@@ -19,3 +19,5 @@ class Batch:
     slots: Array  # (tokens,) int64: where its keys and values go, block · block_size + offset
     sequence_of: Array  # (tokens,) int64: row of block_tables
     block_tables: Array  # (sequences, most blocks) int32
+    starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
+    state_slots: Array  # (sequences,) int64: which row of a recurrent layer's memory is whose
