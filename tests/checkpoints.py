@@ -41,6 +41,16 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_GRANITE = _LLAMA | {
+    "model_type": "granite", "embedding_multiplier": 6.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5,
+    "logits_scaling": 3.0,
+}  # fmt: skip
+_EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 77}
+_HYBRID = _GRANITE | {
+    "model_type": "granitemoehybrid", "tie_word_embeddings": True, "num_local_experts": 0, "num_experts_per_tok": 0,
+    "shared_intermediate_size": 157, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 10, "mamba_d_head": 24, "mamba_d_state": 16, "mamba_d_conv": 3, "mamba_n_groups": 2,
+}  # fmt: skip
 
 # "bare" is no key of transformers: the checkpoint is a GPT2Model's, without "transformer." before its names.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -55,6 +65,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-linear": _LLAMA | {"rope_parameters": _LINEAR},
     "llama-biases": _LLAMA | _GROUPED | {"attention_bias": True, "mlp_bias": True},
     "mistral": _LLAMA | _GROUPED | {"model_type": "mistral", "sliding_window": 5},
+    "granite": _GRANITE,
+    "granite-grouped": _GRANITE | _GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "granite-moe": _GRANITE | _EXPERTS | {"model_type": "granitemoe"},
+    "granite-hybrid": _HYBRID,
+    "granite-hybrid-moe": _HYBRID
+    | _EXPERTS
+    | {"shared_intermediate_size": 61, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    "granite-hybrid-rope": _HYBRID
+    | {"position_embedding_type": "rope", "num_key_value_heads": 1, "attention_bias": True, "mamba_proj_bias": True}
+    | {"mamba_conv_bias": False, "mamba_n_groups": 1, "mamba_d_conv": 4, "time_step_limit": [0.25, 1.0]},
 }
 
 
@@ -107,6 +127,13 @@ def write_tokenizer(folder: Path) -> None:
 
 # --- with torch and transformers ----------------------------------------------------------------------------------
 
+# Granite's experts, as transformers has them in memory and in files.
+_SAVED_AS = {
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
+    "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
+}
+
 
 def transformers_model(raw: Mapping[str, Any]) -> Any:
     """transformers' own model of this config, with the recipe's weights."""
@@ -118,6 +145,8 @@ def transformers_model(raw: Mapping[str, Any]) -> Any:
     model = (AutoModel if raw.get("bare") else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            for here, saved in _SAVED_AS.items():
+                name = name.replace(here, saved)
             parameter.copy_(torch.from_numpy(tensor(name, tuple(parameter.shape))))
     return model.eval()
 
@@ -138,6 +167,8 @@ def transformers_logits(folder: Path, ids: list[int], **options: Any) -> Array:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # Experts one by one, as torch's grouped product takes no rows of odd sizes.
+    options = {"experts_implementation": "eager"} | options
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         logits: Array = model(torch.tensor([ids])).logits[0].numpy()

@@ -117,7 +117,7 @@ def test_an_unknown_model(shell: Shell, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["ask", "chat", "bench", "warmup"])
-@pytest.mark.parametrize("model", ["falcon-7b", "granite-350m"])
+@pytest.mark.parametrize("model", ["falcon-7b"])
 def test_a_family_that_is_not_built_says_so(shell: Shell, command: str, model: str) -> None:
     result = shell(command, model, *(["hi"] if command == "ask" else []))
     assert result.code == 2

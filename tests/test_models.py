@@ -69,6 +69,18 @@ def test_golden_logits_by_the_older_config_dialect(name: str, tmp_path: Path) ->
     assert error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["granite-hybrid", "granite-hybrid-moe", "granite-hybrid-rope"])
+@pytest.mark.parametrize("key", ["layer_types", "layers_block_type"])
+def test_golden_logits_by_the_older_names_of_layers(name: str, key: str, tmp_path: Path) -> None:
+    """What transformers 5 calls "linear_attention" and "full_attention", checkpoints call "mamba" and "attention"."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    config = json.loads(str(golden["config"]))
+    older = {"linear_attention": "mamba", "full_attention": "attention"}
+    config[key] = [older[kind] for kind in config.pop("layer_types")]
+    logits = LLM(golden_folder(tmp_path, golden, config), dtype="float32").logits(golden["token_ids"].tolist())
+    assert error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
+
+
 def test_gpt2_ignores_the_masks_of_old_checkpoints(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "gpt2-bare.npz")
     config, tensors = json.loads(str(golden["config"])), json.loads(str(golden["tensors"]))
@@ -108,7 +120,7 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
         assert error(kept.logits(ids), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3", "mistral"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-3", "mistral", "granite", "granite-hybrid"])
 def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
     """Thirty-two greedy tokens, past the window of the sliding one, are those of transformers' generate."""
     torch = pytest.importorskip("torch")
@@ -129,7 +141,7 @@ def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 PROMPTS = [checkpoints.token_ids(count, seed=count) for count in (1, 33, 5, 70, 16)]
-FAMILIES = ["gpt2", "llama-3", "mistral"]
+FAMILIES = ["gpt2", "llama-3", "mistral", "granite-hybrid", "granite-hybrid-moe"]
 
 
 class Recorder:
@@ -211,7 +223,7 @@ def test_a_narrow_cache_is_near_and_changes_no_bit(
     ids = checkpoints.token_ids(100, seed=6)
     exact = LLM(folder_of(name), dtype="float32")
     narrow = LLM(folder_of(name), dtype="float32", kv_cache_dtype=kept)
-    assert narrow._runner.cache.layers[0].keys.dtype != np.float32
+    assert narrow._runner.cache.dtype == kept
     logits = narrow.logits(ids)
     assert 0 < error(logits, exact.logits(ids)) <= bound
     for chunk, threads in ((1, 2), (7, 1), (64, 2)):

@@ -5,6 +5,7 @@ Knows dtypes and their kernels; it does not know which layer a matrix belongs to
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,10 @@ class Matrix(ABC):
     def rows(self, ids: Array) -> Array:
         """Rows `ids` (tokens,) -> (tokens, K) float32: what an embedding looks up."""
 
+    @abstractmethod
+    def split(self, count: int) -> "Sequence[Matrix]":
+        """`count` matrices one above the other, N / count outputs each, a multiple of quant.BLOCK: views, no copies."""
+
     def matmul(
         self,
         x: Array,
@@ -90,9 +95,8 @@ class Matrix(ABC):
 class FloatMatrix(Matrix):
     """Weights in float32 or bfloat16; sums in float32 either way."""
 
-    def __init__(self, weight: Array, bfloat16: bool):
-        self.shape = weight.shape
-        self.packed = _read_only(quant.pack_float(weight, bfloat16))
+    def __init__(self, shape: tuple[int, int], packed: Array):
+        self.shape, self.packed = shape, read_only(packed)
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +104,10 @@ class FloatMatrix(Matrix):
 
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_float(self.packed, ids, self.shape[1])
+
+    def split(self, count: int) -> "list[FloatMatrix]":
+        shape = self.shape[0] // count, self.shape[1]
+        return [FloatMatrix(shape, part) for part in np.split(self.packed, count)]
 
     def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
         return matmul.matmul_float(*before, self.packed, *after)
@@ -109,8 +117,8 @@ class IntegerMatrix(Matrix):
     """Weights of 8 or 4 bits with a scale a group, multiplied with activations of 16 or 8."""
 
     def __init__(self, shape: tuple[int, int], packed: quant.Packed, activation_bits: int):
-        self.shape = shape
-        self.packed, self.scales, self.minimums = map(_read_only, packed)
+        self.shape, self._activation_bits = shape, activation_bits
+        self.packed, self.scales, self.minimums = map(read_only, packed)
         bits = 8 if self.packed.dtype == np.int8 else 4
         self._kind = quant.activation_kind(activation_bits, bits)
         self._largest = np.float32(quant.LARGEST_16 if activation_bits == 16 else quant.LARGEST_8)
@@ -123,6 +131,11 @@ class IntegerMatrix(Matrix):
 
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_integer(self.packed, self.scales, self.minimums, ids, self.shape[1])
+
+    def split(self, count: int) -> "list[IntegerMatrix]":
+        shape = self.shape[0] // count, self.shape[1]
+        parts = zip(*(np.split(array, count) for array in (self.packed, self.scales, self.minimums)), strict=True)
+        return [IntegerMatrix(shape, quant.Packed(*part), self._activation_bits) for part in parts]
 
     def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
         kept = (self.packed, self.scales, self.minimums)
@@ -146,7 +159,7 @@ def pack(weight: Array, dtype: str) -> Matrix:
     Raises OverflowError for weights too large for a float16 scale.
     """
     if not is_integer(dtype):
-        return FloatMatrix(weight, bfloat16=dtype == "bfloat16")
+        return FloatMatrix(weight.shape, quant.pack_float(weight, bfloat16=dtype == "bfloat16"))
     bits, activation_bits = bits_of(dtype)
     packed = (quant.pack_bytes if bits == 8 else quant.pack_nibbles)(weight, GROUP[dtype])
     if not packed.is_finite():
@@ -177,7 +190,8 @@ def no_residual() -> Array:
     return _EMPTY_ROWS
 
 
-def _read_only(array: Array) -> Array:
+def read_only(array: Array) -> Array:
+    """The array, which nobody may write to from here on."""
     # Weights read-only and activations writable are one compiled kernel each; mixed, they would be many.
     array.flags.writeable = False
     return array

@@ -187,7 +187,7 @@ FAMILIES = {
     "falcon": ("7b", "Falcon (TII); not built yet.", "rw-1b, 7b, 7b-instruct, 40b"),
     "granite": (
         "350m",
-        "Granite 4.0 (IBM), hybrids too; not built yet.",
+        "Granite 4.0 (IBM): hybrids with Mamba2, dense, and mixtures of experts.",
         "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny",
     ),
 }

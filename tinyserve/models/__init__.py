@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from tinyserve.quantize import Matrix
     from tinyserve.weights.checkpoint import Array, Checkpoint
 
-_HOMES = {"gpt2": ("gpt2", "GPT2"), "llama": ("llama", "Llama"), "mistral": ("llama", "Llama")}
+_HOMES = {
+    "gpt2": ("gpt2", "GPT2"),
+    "llama": ("llama", "Llama"),
+    "mistral": ("llama", "Llama"),
+    "granite": ("granite", "Granite"),
+    "granitemoe": ("granite", "Granite"),
+    "granitemoehybrid": ("granite", "Granite"),
+}
 
 
 def check_supported(config: ModelConfig) -> None:

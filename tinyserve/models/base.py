@@ -5,6 +5,7 @@ Knows no architecture by name; `models/__init__.py` keeps that table.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from tinyserve.quantize import IntegerMatrix, Matrix, at_least_8_bits, bits_of, 
 from tinyserve.shapes import tensor_shapes
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
-from tinyserve.tensor.quant import PANEL, Packed
+from tinyserve.tensor.quant import BLOCK, PANEL, Packed, padded
 from tinyserve.weights.checkpoint import Checkpoint, LazyTensor
 
 Array = np.ndarray
@@ -82,16 +83,29 @@ class Loader:
         bias = self._bias(names, _one_after_the_other)
         return Linear(self._matrix(names, self.dtype, _one_after_the_other, transposed), bias, activation)
 
-    def gated(self, gate: str, up: str) -> Linear:
-        """silu(gate(x)) · up(x) as one product: a panel of gates, the panel that they let through, and so on."""
-        names = (gate, up)
-        width = self._shapes[f"{gate}.weight"][0]
-        return Linear(
-            self._matrix(names, self.dtype, _panel_by_panel), self._bias(names, _panel_by_panel), SILU_MUL, width
-        )
+    def gated(self, *names: str) -> Linear:
+        """silu(gate(x)) · up(x) as one product: a panel of gates, the panel that they let through, and so on.
+
+        `names` are gate and up, or the one layer that has the gates above what they let through.
+        """
+        arrange = _panel_by_panel if len(names) == 2 else _halves_panel_by_panel
+        width = sum(self._shapes[f"{name}.weight"][0] for name in names) // 2
+        return Linear(self._matrix(names, self.dtype, arrange), self._bias(names, arrange), SILU_MUL, width)
+
+    def experts(self, name: str) -> list[Linear]:
+        """The experts of a tensor (experts, outputs, inputs), a layer each."""
+        experts, width, _ = self._shapes[f"{name}.weight"]
+        matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _one_after_the_other, experts))
+        return [Linear(part, no_bias(), width=width) for part in matrix.split(experts)]
+
+    def gated_experts(self, name: str) -> list[Linear]:
+        """The same for experts that have gates above what they let through, as in `gated`."""
+        experts, rows, _ = self._shapes[f"{name}.weight"]
+        matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _halves_panel_by_panel, experts))
+        return [Linear(part, no_bias(), SILU_MUL, rows // 2) for part in matrix.split(experts)]
 
     def head(self, name: str) -> Linear:
-        """A head that is no embedding; like one, it keeps 8 bits."""
+        """A head that is no embedding, or a router: like an embedding, it keeps 8 bits."""
         return Linear(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other), no_bias())
 
     def embedding(self, name: str) -> Embedding:
@@ -113,8 +127,8 @@ class Loader:
         """The weights of `names` as one matrix: as the file has it packed, or from its own blocks, or from floats."""
         key = "+".join(names)
         shapes = [self._shapes[f"{name}.weight"][:: -1 if transposed else 1] for name in names]
-        rows, places = arrange([shape[0] for shape in shapes])
-        shape = rows, shapes[0][1]
+        rows, places = arrange([math.prod(shape[:-1]) for shape in shapes])
+        shape = rows, shapes[0][-1]
         matrix: Matrix | None
         if f"{key}.{_INTEGERS}" in self.checkpoint:
             matrix = self._packed(key, shape, dtype)
@@ -171,14 +185,17 @@ class Loader:
     def _from_floats(
         self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
     ) -> Matrix:
-        turn = np.transpose if transposed else np.asarray
-        if len(names) == 1:
-            whole = turn(self._read(f"{names[0]}.weight"))
+        def read(name: str) -> Array:
+            tensor = self._read(f"{name}.weight")
+            return tensor.T if transposed else tensor.reshape(-1, tensor.shape[-1])
+
+        if len(names) == 1 and isinstance(places[0], slice):
+            whole = read(names[0])
         else:
             # Each part is forgotten when it is in its place: the peak is the whole and one part.
             whole = np.zeros(shape, np.float32)
             for name, place in zip(names, places, strict=True):
-                whole[place] = turn(self._read(f"{name}.weight"))
+                whole[place] = read(name)
         try:
             return pack(whole, dtype)
         except OverflowError as error:
@@ -230,3 +247,17 @@ def _panel_by_panel(rows: Sequence[int]) -> tuple[int, _Places]:
     row, parts = np.arange(rows[0]), len(rows)
     places = [(row // PANEL * parts + i) * PANEL + row % PANEL for i in range(parts)]
     return -(-rows[0] // PANEL) * PANEL * parts, places
+
+
+def _halves_panel_by_panel(rows: Sequence[int]) -> tuple[int, _Places]:
+    """The same for the two halves of one part."""
+    total, halves = _panel_by_panel([rows[0] // 2] * 2)
+    return total, [np.concatenate([np.arange(total)[half] for half in halves])]
+
+
+def _block_by_block(arrange: _Arrange, count: int, rows: Sequence[int]) -> tuple[int, _Places]:
+    """One part that is `count` matrices one above the other, each arranged by itself and in whole blocks of rows."""
+    total, places = arrange([rows[0] // count])
+    whole = padded(total, BLOCK)
+    each = np.arange(total)[places[0]]
+    return whole * count, [(np.arange(count)[:, None] * whole + each).ravel()]

@@ -25,20 +25,32 @@ class Normed:
 
 
 class Linear:
-    """onto + activation(x · Wᵀ + b), where x may be behind a norm: one kernel.
+    """onto + activation(scale · (x · Wᵀ + b)), where x may be behind a norm: one kernel.
 
     `width` columns come out: as many as W has rows, but for an activation that makes one number of two.
     """
 
-    def __init__(self, matrix: Matrix, bias: Array, activation: int = matmul.PLAIN, width: int | None = None):
+    def __init__(
+        self,
+        matrix: Matrix,
+        bias: Array,
+        activation: int = matmul.PLAIN,
+        width: int | None = None,
+        scale: float = 1.0,
+    ):
         self.matrix, self.bias, self.activation = matrix, bias, activation
         self.width = width or matrix.shape[0]
+        self.scale = np.float32(scale)
+
+    def scaled(self, scale: float) -> "Linear":
+        """The same layer, times a constant: applied to what comes out, so that the weights stay the file's."""
+        return Linear(self.matrix, self.bias, self.activation, self.width, scale)
 
     def __call__(self, x: Array | Normed, onto: Array | None = None) -> Array:
         """x (tokens, inputs), onto (tokens, width) or nothing -> (tokens, width)."""
         x, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, NO_NORM)
         return self.matrix.matmul(
-            x, self.bias, norm=norm, activation=self.activation, width=self.width,
+            x, self.bias, norm=norm, scale=self.scale, activation=self.activation, width=self.width,
             residual=no_residual() if onto is None else onto,
         )  # fmt: skip
 
@@ -86,6 +98,17 @@ class Rope:
     def none(cls) -> "Rope":
         """No rotation: empty tables."""
         return cls(np.empty(0, np.float32), 0)
+
+
+class GatedMLP:
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, silu_gate_up: Linear, down: Linear):
+        self.silu_gate_up, self.down = silu_gate_up, down
+
+    def __call__(self, x: Array | Normed, onto: Array) -> Array:
+        """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
+        return self.down(self.silu_gate_up(x), onto)
 
 
 class Attention:

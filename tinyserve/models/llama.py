@@ -13,24 +13,14 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, Linear, Normed, RMSNorm, Rope
+from tinyserve.models.layers import Attention, GatedMLP, RMSNorm, Rope
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
-
-
-class MLP:
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, silu_gate_up: Linear, down: Linear):
-        self.silu_gate_up, self.down = silu_gate_up, down
-
-    def __call__(self, x: Array | Normed, onto: Array) -> Array:
-        return self.down(self.silu_gate_up(x), onto)
 
 
 class Block:
     """Attention and MLP, each behind its norm, each added to the residual stream."""
 
-    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: MLP):
+    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP):
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
@@ -62,7 +52,7 @@ class Llama:
                 rope=rope,
                 window=config.sliding_window or 0,
             )
-            mlp = MLP(
+            mlp = GatedMLP(
                 loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
                 loader.linear(f"{layer}.mlp.down_proj"),
             )
@@ -128,7 +118,7 @@ def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
                 _check_divisors(tensor, config)
             case ["blk", layer, part, kind] if part in _GGUF_NAMES:
                 if part in heads:
-                    tensor = tensor.reordered(partial(_rotate_halves, heads=heads[part]))
+                    tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
                 tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
     return Checkpoint(tensors, checkpoint.source)
 
@@ -144,7 +134,7 @@ def _check_divisors(tensor: LazyTensor, config: LlamaConfig) -> None:
         )
 
 
-def _rotate_halves(weight: Array, heads: int) -> Array:
+def rotate_halves(weight: Array, heads: int) -> Array:
     """Rows of each head from GGUF's order (a pair's two numbers side by side) to halves (all firsts, all seconds)."""
     rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)

@@ -3,7 +3,7 @@
 Knows neither file formats (they hand it readers) nor models (they rename what it holds).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +43,32 @@ class LazyTensor:
     def transposed(self) -> "LazyTensor":
         """The same matrix the other way round."""
         return self.map(np.transpose, self.shape[::-1])
+
+
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Matrices one above the other, or several such stacks side by side: (..., rows, columns), joined along rows.
+
+    Raises CheckpointError for matrices of different widths.
+    """
+    first = parts[0]
+    if len({(*part.shape[:-2], part.shape[-1:]) for part in parts}) > 1 or len(first.shape) < 2:
+        raise CheckpointError(
+            f"{first.file}: tensors of shapes {', '.join(str(list(part.shape)) for part in parts)} belong one above "
+            f"the other, and cannot be."
+        )
+    rows = sum(part.shape[-2] for part in parts)
+    shape = (*first.shape[:-2], rows, first.shape[-1])
+    blocks = None
+    kept = [part.blocks() for part in parts if part.blocks]
+    if len(kept) == len(parts) and len({one.quantization for one in kept}) == 1:
+
+        def blocks() -> Blocks:
+            raw = [one.raw.reshape(*part.shape[:-1], -1) for one, part in zip(kept, parts, strict=True)]
+            joined = np.concatenate(raw, axis=-2)
+            whole = joined.reshape(-1, joined.shape[-1])
+            return Blocks(kept[0].quantization, whole, (len(whole), shape[-1]))
+
+    return LazyTensor(shape, first.file, lambda: np.concatenate([part.read() for part in parts], axis=-2), blocks)
 
 
 class Checkpoint(Mapping[str, Array]):

@@ -173,8 +173,8 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
         )
     raw = data[at : at + size].reshape(rows, columns // block * block_bytes)
     blocks = None
-    if len(shape) == 2 and quantization.name in gguf_blocks.FAST:
-        blocks = partial(gguf_blocks.Blocks, quantization.name, raw, shape)
+    if len(shape) >= 2 and quantization.name in gguf_blocks.FAST:
+        blocks = partial(gguf_blocks.Blocks, quantization.name, raw, (rows, columns))
     return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape), blocks)
 
 

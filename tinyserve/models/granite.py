@@ -1,0 +1,240 @@
+"""Granite 3 and 4 (IBM): a Llama with four multipliers, optionally with experts, optionally with Mamba2 layers.
+
+transformers' `granite`, `granitemoe` and `granitemoehybrid`; Dao and Gu 2024, arXiv:2405.21060, for Mamba2; Shazeer et
+al. 2017, arXiv:1701.06538, for the experts. Every product that ends in the residual stream is scaled by
+`residual_multiplier` as it is added: the weights stay the file's, in whatever bits it keeps them.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from tinyserve.config import MAMBA, GraniteConfig
+from tinyserve.models.base import Loader
+from tinyserve.models.batch import Batch
+from tinyserve.models.cache import KVCache, LayerState
+from tinyserve.models.layers import Attention, GatedMLP, Linear, Normed, RMSNorm, Rope
+from tinyserve.models.llama import rope_frequencies, rotate_halves
+from tinyserve.quantize import read_only
+from tinyserve.tensor import mamba2, moe
+from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor, stacked
+
+
+class Mamba:
+    """Mamba2: a short convolution and a selective scan, whose memory of a sequence is of fixed size."""
+
+    def __init__(
+        self,
+        in_proj: Linear,
+        conv_weight: Array,  # (d_conv, channels), oldest input first
+        conv_bias: Array,  # (channels,)
+        A: Array,  # (heads,), as are D and dt_bias
+        D: Array,
+        dt_bias: Array,
+        norm: Array,  # (inner,)
+        out_proj: Linear,
+        config: GraniteConfig,
+    ):
+        self.in_proj, self.out_proj = in_proj, out_proj
+        self.conv_weight, self.conv_bias = conv_weight, conv_bias
+        self.A, self.D, self.dt_bias, self.norm = A, D, dt_bias, norm
+        self.inner, self.groups = config.mamba_intermediate_size, config.mamba_n_groups
+        self.time_step_limit, self.eps = config.time_step_limit, np.float32(config.rms_norm_eps)
+
+    def __call__(self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array) -> Array:
+        """x (tokens, hidden) -> onto + the answer (tokens, hidden); the sequences' windows and states move on."""
+        projected = self.in_proj(x)  # (tokens, gate | x, B, C | dt)
+        where = batch.starts, batch.state_slots
+        xBC = mamba2.causal_conv1d(projected, self.inner, self.conv_weight, self.conv_bias, cache.windows, *where)
+        y = mamba2.selective_scan(
+            xBC, projected, self.A, self.D, self.dt_bias, self.time_step_limit, self.groups, cache.states, *where
+        )  # (tokens, inner)
+        return self.out_proj(mamba2.gated_rms_norm(y, projected, self.norm, self.eps, self.groups), onto)
+
+
+class MLP(Protocol):
+    """What follows the second norm: `onto` plus its answer."""
+
+    def __call__(self, x: Normed, onto: Array) -> Array: ...
+
+
+class Mixture:
+    """The experts that the router chooses for a token, by its weights, and the MLP that every token passes through."""
+
+    def __init__(self, router: Linear, up: Sequence[Linear], down: Sequence[Linear], top_k: int, shared: MLP | None):
+        self.router, self.up, self.down, self.top_k, self.shared = router, up, down, top_k, shared
+
+    def __call__(self, x: Normed, onto: Array) -> Array:
+        """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
+        ids, weights = moe.route(self.router(x), self.top_k)
+        order, offsets = moe.group_by_expert(ids, len(self.up))
+        rows = moe.gather_rows(x.x, order)  # (tokens·k, hidden), expert by expert
+        for up, down, first, last in zip(self.up, self.down, offsets[:-1], offsets[1:], strict=True):
+            if first < last:
+                rows[first:last] = down(up(Normed(rows[first:last], x.norm)))
+        if self.shared is not None:
+            onto = self.shared(x, onto)
+        return onto + moe.combine(rows, order, weights)
+
+
+class Block:
+    """Attention or Mamba, and an MLP, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, mixer_norm: RMSNorm, mixer: Attention | Mamba, mlp_norm: RMSNorm, mlp: MLP):
+        self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = mixer_norm, mixer, mlp_norm, mlp
+
+    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden); `cache` is the layer's, of the mixer's kind."""
+        x = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
+        return self.mlp(self.mlp_norm(x), onto=x)
+
+
+class Granite:
+    """Embedding, blocks, norm; the head is the embedding again where the two are tied."""
+
+    def __init__(self, config: GraniteConfig, loader: Loader):
+        eps = config.rms_norm_eps
+        frequencies = rope_frequencies(config.rope, config.head_dim) if config.rope else None
+        rope = Rope.none() if frequencies is None else Rope(frequencies, loader.max_model_len)
+        self.config = config
+        self.embedding = loader.embedding("model.embed_tokens")
+        self.blocks = []
+        for i, kind in enumerate(config.layer_types):
+            layer = f"model.layers.{i}"
+            mixer = _mamba(config, loader, layer) if kind == MAMBA else _attention(config, loader, layer, rope)
+            mixer_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
+            mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
+            self.blocks.append(Block(mixer_norm, mixer, mlp_norm, _mlp(config, loader, layer)))
+        self.norm = loader.rms_norm("model.norm", eps)
+        head = self.embedding.head if config.tie_word_embeddings else loader.head("lm_head")
+        self.head = head.scaled(1 / config.logits_scaling)
+        self.nbytes = loader.nbytes
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Array:
+        x = self.embedding(batch.token_ids) * np.float32(self.config.embedding_multiplier)  # (tokens, hidden)
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, batch, layer_cache)
+        return x
+
+    def logits(self, hidden: Array) -> Array:
+        return self.head(self.norm(hidden))
+
+
+def _attention(config: GraniteConfig, loader: Loader, layer: str, rope: Rope) -> Attention:
+    return Attention(
+        loader.linear(*(f"{layer}.self_attn.{part}_proj" for part in "qkv")),
+        loader.linear(f"{layer}.self_attn.o_proj").scaled(config.residual_multiplier),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        scale=config.attention_multiplier,
+        rope=rope,
+    )
+
+
+def _mamba(config: GraniteConfig, loader: Loader, layer: str) -> Mamba:
+    name = f"{layer}.mamba"
+    weight = loader.array(f"{name}.conv1d.weight")  # (channels, 1, d_conv)
+    bias = loader.array(f"{name}.conv1d.bias") if config.mamba_conv_bias else np.zeros(len(weight), np.float32)
+    return Mamba(
+        loader.linear(f"{name}.in_proj"),
+        read_only(np.ascontiguousarray(weight[:, 0].T)),
+        read_only(bias),
+        read_only(-np.exp(loader.array(f"{name}.A_log"))),
+        loader.array(f"{name}.D"),
+        loader.array(f"{name}.dt_bias"),
+        loader.array(f"{name}.norm.weight"),
+        loader.linear(f"{name}.out_proj").scaled(config.residual_multiplier),
+        config,
+    )
+
+
+def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> MLP:
+    shared: MLP | None = None
+    if config.model_type == "granite":
+        up = loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        shared = GatedMLP(up, loader.linear(f"{layer}.mlp.down_proj").scaled(config.residual_multiplier))
+    elif config.shared_intermediate_size:
+        up = loader.gated(f"{layer}.shared_mlp.input_linear")
+        shared = GatedMLP(up, loader.linear(f"{layer}.shared_mlp.output_linear").scaled(config.residual_multiplier))
+    if not config.num_local_experts:
+        assert shared is not None
+        return shared
+    name = f"{layer}.block_sparse_moe"
+    return Mixture(
+        loader.head(f"{name}.router.layer"),
+        loader.gated_experts(f"{name}.input_linear"),
+        [down.scaled(config.residual_multiplier) for down in loader.experts(f"{name}.output_linear")],
+        config.num_experts_per_tok,
+        shared,
+    )
+
+
+_GGUF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_down_exps": "block_sparse_moe.output_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+    "ssm_in": "mamba.in_proj",
+    "ssm_conv1d": "mamba.conv1d",
+    "ssm_norm": "mamba.norm",
+    "ssm_out": "mamba.out_proj",
+}
+_GGUF_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_GGUF_SHARED_MLP = {"ffn_down": "shared_mlp.output_linear"}
+# What llama.cpp's converter takes apart: gates, and what they let through.
+_GGUF_STACKED = {
+    ("ffn_gate", "ffn_up"): "shared_mlp.input_linear",
+    ("ffn_gate_shexp", "ffn_up_shexp"): "shared_mlp.input_linear",
+    ("ffn_gate_exps", "ffn_up_exps"): "block_sparse_moe.input_linear",
+}
+
+
+def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
+    """The checkpoint under Hugging Face's names, with what llama.cpp's converter takes apart and turns put back."""
+    if "token_embd.weight" not in checkpoint:
+        return checkpoint
+    plain = config.model_type == "granite"
+    names = _GGUF_NAMES | (_GGUF_MLP if plain else _GGUF_SHARED_MLP)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        match name.split("."):
+            case ["token_embd", kind]:
+                tensors[f"model.embed_tokens.{kind}"] = tensor
+            case ["output_norm", kind]:
+                tensors[f"model.norm.{kind}"] = tensor
+            case ["output", kind]:
+                tensors[f"lm_head.{kind}"] = tensor
+            case ["blk", layer, "ssm_a"]:
+                tensors[f"model.layers.{layer}.mamba.A_log"] = tensor.map(_log_of_minus, tensor.shape[:1])
+            case ["blk", layer, "ssm_d"]:
+                tensors[f"model.layers.{layer}.mamba.D"] = tensor.map(np.ravel, tensor.shape[:1])
+            case ["blk", layer, "ssm_dt", "bias"]:
+                tensors[f"model.layers.{layer}.mamba.dt_bias"] = tensor
+            case ["blk", layer, part, kind] if part in names:
+                if part in heads:  # permuted with or without rotary positions
+                    tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
+                elif part == "ssm_conv1d" and kind == "weight":
+                    tensor = tensor.map(lambda weight: weight[:, None], (*tensor.shape[:1], 1, *tensor.shape[1:]))
+                elif part == "ssm_norm":  # (groups, size)
+                    tensor = tensor.map(np.ravel, (math.prod(tensor.shape),))
+                tensors[f"model.layers.{layer}.{names[part]}.{kind}"] = tensor
+            case ["blk", layer, part, "weight"] if not plain:
+                for (gate, up), whole in _GGUF_STACKED.items():
+                    if part == gate and (other := checkpoint.tensors.get(f"blk.{layer}.{up}.weight")):
+                        tensors[f"model.layers.{layer}.{whole}.weight"] = stacked([tensor, other])
+    return Checkpoint(tensors, checkpoint.source)
+
+
+def _log_of_minus(a: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):  # the loader refuses what is no number, by name
+        return np.log(-a.ravel())
