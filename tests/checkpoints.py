@@ -183,14 +183,54 @@ _GGUF_NAMES = {
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mamba.in_proj": "ssm_in", "mamba.conv1d": "ssm_conv1d",
+    "mamba.norm": "ssm_norm", "mamba.out_proj": "ssm_out", "block_sparse_moe.router.layer": "ffn_gate_inp",
+    "block_sparse_moe.output_linear": "ffn_down_exps",
 }  # fmt: skip
+
+
+def gguf_architecture(raw: Mapping[str, Any]) -> str:
+    """What llama.cpp calls it: a hybrid without Mamba layers is none."""
+    if raw["model_type"] != "granitemoehybrid":
+        return str(raw["model_type"])
+    if "linear_attention" in raw["layer_types"]:
+        return "granitehybrid"
+    return "granitemoe" if raw["num_local_experts"] else "granite"
+
+
+def _granite_tensors(name: str, value: Array, raw: Mapping[str, Any]) -> dict[str, Array]:
+    """GraniteHybridModel.modify_tensors of llama.cpp: what it takes apart or gives another shape."""
+    _, _, layer, part, kind = name.split(".", 4)
+    block, suffix = f"blk.{layer}", "_shexp" if raw.get("num_local_experts") else ""
+    match part, kind:
+        case "shared_mlp", "input_linear.weight":
+            gate, up = np.split(value, 2)
+            return {f"{block}.ffn_gate{suffix}.weight": gate, f"{block}.ffn_up{suffix}.weight": up}
+        case "shared_mlp", "output_linear.weight":
+            return {f"{block}.ffn_down{suffix}.weight": value}
+        case "block_sparse_moe", "input_linear.weight":
+            gate, up = np.split(value, 2, axis=1)
+            return {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
+        case "mamba", "A_log":
+            return {f"{block}.ssm_a": -np.exp(value)[:, None]}
+        case "mamba", "D":
+            return {f"{block}.ssm_d": value[:, None]}
+        case "mamba", "dt_bias":
+            return {f"{block}.ssm_dt.bias": value}
+        case "mamba", "conv1d.weight":
+            return {f"{block}.ssm_conv1d.weight": value[:, 0]}
+        case "mamba", "norm.weight":
+            return {f"{block}.ssm_norm.weight": value.reshape(raw["mamba_n_groups"], -1)}
+    return {}
 
 
 def gguf_tensors(raw: Mapping[str, Any]) -> dict[str, Array]:
     """The same weights as llama.cpp's convert_hf_to_gguf.py names and turns them."""
     converted = {}
     for name, value in tensors_of(raw).items():
+        if name.startswith("model.layers.") and (parts := _granite_tensors(name, value, raw)):
+            converted |= {part: np.ascontiguousarray(array) for part, array in parts.items()}
+            continue
         stem, kind = name.removeprefix("model.").rsplit(".", 1)
         match stem.split(".", 2):
             case ["h" | "layers", layer, part]:
@@ -239,7 +279,9 @@ def gguf_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
             sizes["attention.key_length"] = raw["head_dim"]
         if rope.get("rope_type") == "linear":
             sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
-    return {f"{raw['model_type']}.{key}": value for key, value in sizes.items()} | {
+        if "logits_scaling" in raw:
+            sizes |= _granite_sizes(raw)
+    return {f"{gguf_architecture(raw)}.{key}": value for key, value in sizes.items()} | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": [*PIECES, *SPECIAL],
@@ -249,6 +291,35 @@ def gguf_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": EOS,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
+
+
+def _granite_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {
+        "attention.scale": raw["attention_multiplier"],
+        "embedding_scale": raw["embedding_multiplier"],
+        "residual_scale": raw["residual_multiplier"],
+        "logit_scale": raw["logits_scaling"],
+    }
+    if "num_local_experts" in raw:
+        sizes |= {"expert_count": raw["num_local_experts"], "expert_used_count": raw["num_experts_per_tok"]}
+    if "shared_intermediate_size" in raw:
+        sizes["expert_shared_feed_forward_length"] = raw["shared_intermediate_size"]
+    if raw["model_type"] != "granitemoehybrid":
+        return sizes
+    if not raw["num_local_experts"]:
+        sizes["feed_forward_length"] = raw["shared_intermediate_size"]
+    kinds = raw["layer_types"]
+    sizes["attention.head_count_kv"] = [raw["num_key_value_heads"] * (kind == "full_attention") for kind in kinds]
+    sizes["rope.scaling.finetuned"] = raw.get("position_embedding_type") == "rope"
+    if "linear_attention" in kinds:
+        sizes |= {
+            "ssm.conv_kernel": raw["mamba_d_conv"],
+            "ssm.state_size": raw["mamba_d_state"],
+            "ssm.group_count": raw["mamba_n_groups"],
+            "ssm.inner_size": raw["mamba_n_heads"] * raw["mamba_d_head"],
+            "ssm.time_step_rank": raw["mamba_n_heads"],
+        }
+    return sizes
 
 
 def write_gguf(
@@ -286,4 +357,4 @@ def write_gguf(
 def write_model_gguf(path: Path, raw: Mapping[str, Any], **extra_tensors: Array) -> Path:
     """The GGUF twin of `write_folder`."""
     tensors = gguf_tensors(raw) | {name.replace("__", "."): value for name, value in extra_tensors.items()}
-    return write_gguf(path, raw["model_type"], gguf_metadata(raw), tensors)
+    return write_gguf(path, gguf_architecture(raw), gguf_metadata(raw), tensors)

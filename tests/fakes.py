@@ -16,6 +16,8 @@ class FakeRunner:
         self.batches.append([(sequence.request_id, num_tokens) for sequence, num_tokens in scheduled])
         held = [block for sequence, _ in scheduled for block in sequence.block_table]
         assert len(held) == len(set(held)), "two sequences share a block"
+        slots = [sequence.state_slot for sequence, _ in scheduled]
+        assert len(slots) == len(set(slots)) and min(slots) >= 0, "two sequences share a slot"
         for sequence, num_tokens in scheduled:
             end = sequence.num_computed + num_tokens
             assert num_tokens > 0 and end <= len(sequence.token_ids)

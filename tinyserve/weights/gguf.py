@@ -256,20 +256,23 @@ def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
 
 
 def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    architecture = file.metadata["general.architecture"]
     scaling = key("rope.scaling.type", "none")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
     if scaling == "linear":
         rope |= {"rope_type": "linear", "factor": key("rope.scaling.factor")}
     elif scaling != "none":
-        raise ConfigError(f"{file.path}: llama.rope.scaling.type {scaling!r} is not supported; none and linear are.")
+        raise ConfigError(
+            f"{file.path}: {architecture}.rope.scaling.type {scaling!r} is not supported; none and linear are."
+        )
     if "rope_freqs.weight" in file.tensors:
         # llama.cpp bakes Llama 3's scaling into a tensor of divisors; its extremes give the rule's parameters back.
         rope |= _llama3_scaling(file.tensors["rope_freqs.weight"], key)
     rotated, width = key("rope.dimension_count", None), key("attention.key_length", None)
     if None not in (rotated, width) and rotated != width:
         raise ConfigError(
-            f"{file.path}: llama.rope.dimension_count is {rotated} and a head is {width} wide; only the rotation of "
-            f"whole heads is supported."
+            f"{file.path}: {architecture}.rope.dimension_count is {rotated} and a head is {width} wide; only the "
+            f"rotation of whole heads is supported."
         )
     return {
         "model_type": "llama",
@@ -283,9 +286,14 @@ def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "rope_parameters": rope,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "attention_bias": _has(file, "attn_q.bias"),
+        "mlp_bias": _has(file, "ffn_gate.bias"),
     }
+
+
+def _has(file: GGUFFile, part: str) -> bool:
+    """Whether any layer has this tensor."""
+    return any(name.startswith("blk.") and name.split(".", 2)[2:] == [part] for name in file.tensors)
 
 
 def _llama3_scaling(divisors: Array, key: Callable[..., Any]) -> dict[str, Any]:
@@ -299,7 +307,59 @@ def _llama3_scaling(divisors: Array, key: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+def _granite(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    """Granite's three architectures: which one a file is told by its own parts, as llama.cpp tells it."""
+    raw = _llama(key, file)
+    experts, shared = key("expert_count", 0), key("expert_shared_feed_forward_length", 0)
+    kv_heads = raw["num_key_value_heads"]
+    if isinstance(kv_heads, list):  # one a layer; a layer without is recurrent
+        raw["num_key_value_heads"] = max(kv_heads, default=0)
+        raw["layer_types"] = ["attention" if heads else "mamba" for heads in kv_heads]
+    raw |= {
+        "embedding_multiplier": key("embedding_scale", 1.0),
+        "attention_multiplier": key("attention.scale"),
+        "residual_multiplier": key("residual_scale", 1.0),
+        "logits_scaling": key("logit_scale", 1.0),
+        "num_local_experts": experts,
+        "num_experts_per_tok": key("expert_used_count", 0) if experts else 0,
+    }
+    rotates = key("rope.scaling.finetuned", True)
+    if rotates and "mamba" not in raw.get("layer_types", ()) and not shared:
+        return raw | {"model_type": "granitemoe" if experts else "granite"}
+    layers = raw["num_hidden_layers"]
+    raw |= {
+        "model_type": "granitemoehybrid",
+        "position_embedding_type": "rope" if rotates else "nope",
+        "shared_intermediate_size": shared or raw["intermediate_size"],
+        "layer_types": raw.get("layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0),
+    }
+    return raw | (_mamba2(key, file) if "mamba" in raw["layer_types"] else {})
+
+
+def _mamba2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    inner, heads, hidden = key("ssm.inner_size"), key("ssm.time_step_rank"), key("embedding_length")
+    counts = all(isinstance(size, int) and size > 0 for size in (inner, heads, hidden))
+    if not counts or inner % heads or inner % hidden:
+        raise ConfigError(
+            f"{file.path}: ssm.inner_size {inner!r} is not a multiple of ssm.time_step_rank {heads!r} and of "
+            f"embedding_length {hidden!r}; convert the model again."
+        )
+    return {
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // hidden,
+        "mamba_d_state": key("ssm.state_size"),
+        "mamba_d_conv": key("ssm.conv_kernel"),
+        "mamba_n_groups": key("ssm.group_count"),
+        "mamba_conv_bias": _has(file, "ssm_conv1d.bias"),
+        "mamba_proj_bias": _has(file, "ssm_in.bias"),
+    }
+
+
 _CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "llama": _llama,
+    "granite": _granite,
+    "granitemoe": _granite,
+    "granitehybrid": _granite,
 }

@@ -42,7 +42,7 @@ def packed_matrix(name: str, shape: tuple[int, int], dtype: str) -> Packed:
 
 
 def _draw(tensor: TensorShape) -> Array:
-    if tensor.component == "norm" and tensor.name.endswith("weight"):
+    if tensor.name.endswith("weight") and (tensor.component == "norm" or tensor.name.endswith("norm.weight")):
         return np.ones(tensor.shape, np.float32)
     return _repeat(_normals(), tensor.name, tensor.shape)
 
