@@ -28,6 +28,7 @@ from tinyserve.tensor import _jit, dot_product, limits, quant
 FolderOf = Callable[[str], Path]
 LLAMA = parse_config(checkpoints.CONFIGS["llama"])
 MISTRAL = parse_config(checkpoints.CONFIGS["mistral"])
+HYBRID = parse_config(checkpoints.CONFIGS["granite-hybrid"])
 SHORT = ("--prefill", "16", "--depth", "0", "--depth", "20", "--batch", "1", "--batch", "3", "--decode", "4", "-r", "2")
 
 
@@ -72,6 +73,20 @@ def test_the_cost_of_a_prefill() -> None:
     five, six = (bench.prefill_cost(MISTRAL, 0, 0, tokens).operations for tokens in (5, 6))
     seven = bench.prefill_cost(MISTRAL, 0, 0, 7).operations
     assert seven - six == six - five  # from its fifth token on, each sees five
+
+
+def test_states_are_read_written_and_planned_for() -> None:
+    state = 2 * 4 * (2 * 304 + 10 * 16 * 24)  # two layers, float32: windows of 2 × 304, ten heads of 16 × 24
+    still, more = (bench.decode_cost(HYBRID, 1000, 7, batch, context=10).bytes for batch in (1, 3))
+    assert (still, more - still) == (1000 + 10 * 7 + 2 * state, 2 * (10 * 7 + 2 * state))
+    assert bench.prefill_cost(HYBRID, 1000, 7, tokens=5, step=2).bytes == 3 * (1000 + 2 * state) + (2 + 4 + 5) * 7
+    works = bench.works([16], [20], [1, 3], 8)
+    plan = bench.plan(HYBRID, "w8a16", works, repetitions=2, memory=1 << 30)
+    pages = 3 * 3 * 5 * (24 + 32) * 2 * 16  # sequences, blocks, heads, keys and padded values, bfloat16, tokens
+    assert plan.options["kv_cache_memory"] == pages + 4 * state
+    tight = bench.plan(HYBRID, "w8a16", works, 2, bench.weight_bytes(HYBRID, "w8a16") + 2 * 3 * state)
+    assert [skip.work.batch for skip in tight.skipped] == [3]
+    assert "keys, values and states" in tight.skipped[0].reason
 
 
 def test_the_bytes_of_a_step_are_all_but_the_table() -> None:

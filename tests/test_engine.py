@@ -188,7 +188,7 @@ actions = st.lists(st.one_of(requests, st.just("step"), st.tuples(st.just("abort
 
 @given(actions=actions, blocks=st.integers(5, 20), seqs=st.integers(1, 5), budget=st.integers(1, 40))
 def test_all_blocks_come_back(actions: list[Any], blocks: int, seqs: int, budget: int) -> None:
-    """After any mix of requests, steps and cancellations, every block is free and every request has its answer."""
+    """After any mix of requests, steps and cancellations, blocks and slots are free and requests have their answers."""
     runner = FakeRunner(lambda sequence: END if (7 * sequence.request_id + sequence.num_output) % 13 == 12 else 1)
     engine = build(runner, blocks, max_model_len=80, seqs=seqs, budget=budget)
     sequences: list[Sequence] = []
@@ -206,6 +206,7 @@ def test_all_blocks_come_back(actions: list[Any], blocks: int, seqs: int, budget
         assert len(held) == len(set(held)) == blocks - engine.blocks.num_free
     run(engine)
     assert engine.blocks.num_free == blocks
+    assert sorted(engine._free_slots) == list(range(seqs))
     for sequence in sequences:
         assert sequence.block_table == []
         most = min(sequence.params.max_tokens, 80 - len(sequence.prompt_token_ids))

@@ -48,6 +48,30 @@ def test_a_cancelled_sequence_leaves_its_slot_behind(folder_of: Callable[[str], 
     assert again.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
+def test_a_step_that_fails_halfway_can_be_tried_again(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are written again over themselves, but a state that has moved on would move twice."""
+    llm = LLM(folder_of("granite-hybrid"), dtype="float32")
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=1)
+    [expected] = llm.generate([PROMPTS[0]], params)
+    stream = llm.stream(PROMPTS[0], params)
+    next(stream)
+    [sequence] = llm._engine.running
+    logits = llm.model.logits
+
+    def fail(hidden: np.ndarray) -> np.ndarray:
+        monkeypatch.setattr(llm.model, "logits", logits)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.model, "logits", fail)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPTS[1]], GREEDY)  # in one batch with the stream
+    for _ in stream:
+        pass
+    assert sequence.logprobs == expected.outputs[0].logprobs
+
+
 def test_logits_have_a_state_of_their_own(folder_of: Callable[[str], Path]) -> None:
     llm = LLM(folder_of("granite-hybrid"), dtype="float32", max_num_seqs=2)
     states = llm._runner.cache.layers[0].states

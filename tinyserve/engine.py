@@ -69,7 +69,14 @@ class Engine:
         """Run one batch; returns the sequences that gained a token or failed, finished ones among them."""
         scheduled = self._schedule()
         grown = []
-        for (sequence, num_tokens), sampled in zip(scheduled, self.runner.execute(scheduled), strict=True):
+        try:
+            results = self.runner.execute(scheduled)
+        except BaseException:
+            # A state may have moved on, and cannot go back: whoever tries again reads everything from the start.
+            for sequence, _ in scheduled:
+                sequence.num_computed = 0
+            raise
+        for (sequence, num_tokens), sampled in zip(scheduled, results, strict=True):
             sequence.num_computed += num_tokens
             if sampled is None:
                 continue
