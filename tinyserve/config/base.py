@@ -162,6 +162,13 @@ class Fields:
             )
         return hidden_size // heads
 
+    def check_rotary(self, head_dim: int) -> None:
+        """Refuse heads that RoPE cannot turn."""
+        if head_dim % 2:
+            self.refuse(
+                f"'head_dim' is {head_dim}, but rotary positions turn the two halves of a head: it must be even."
+            )
+
     def rope(self, max_position_embeddings: int, default_theta: float = 10000.0) -> RopeParameters:
         """Read RoPE in either dialect: `rope_theta` and `rope_scaling`, or both in `rope_parameters`."""
         key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"

@@ -37,10 +37,7 @@ class LlamaConfig(ModelConfig):
                 f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
             )
         head_dim = fields.heads(hidden_size, heads, kv_heads)
-        if head_dim % 2:
-            fields.refuse(
-                f"'head_dim' is {head_dim}, but rotary positions turn the two halves of a head: it must be even."
-            )
+        fields.check_rotary(head_dim)
         return cls(
             model_type=model_type,
             vocab_size=fields.integer("vocab_size"),

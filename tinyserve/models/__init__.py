@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from tinyserve.quantize import Matrix
     from tinyserve.weights.checkpoint import Array, Checkpoint
 
-_HOMES = {"gpt2": ("gpt2", "GPT2"), "llama": ("llama", "Llama"), "mistral": ("llama", "Llama")}
+_HOMES = {
+    "gpt2": ("gpt2", "GPT2"),
+    "falcon": ("falcon", "Falcon"),
+    "llama": ("llama", "Llama"),
+    "mistral": ("llama", "Llama"),
+}
 
 
 def check_supported(config: ModelConfig) -> None:
