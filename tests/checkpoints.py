@@ -52,7 +52,18 @@ _HYBRID = _GRANITE | {
     "mamba_n_heads": 10, "mamba_d_head": 24, "mamba_d_state": 16, "mamba_d_conv": 3, "mamba_n_groups": 2,
 }  # fmt: skip
 
-# "bare" is no key of transformers: the checkpoint is a GPT2Model's, without "transformer." before its names.
+_FALCON = {
+    "model_type": "falcon", "vocab_size": VOCAB, "max_position_embeddings": 128, "hidden_size": 120,
+    "num_hidden_layers": 3, "num_attention_heads": 5, "num_kv_heads": 5, "ffn_hidden_size": 157,
+    "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False, "alibi": False,
+    "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+_FALCON_GROUPED = {
+    "hidden_size": 144, "num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True,
+}  # fmt: skip
+_FALCON_RW = {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}
+
+# "bare" is no key of transformers: the checkpoint has no head, and no "transformer." before its names.
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2-bare": _GPT2 | {"bare": True, "n_inner": 77, "activation_function": "gelu"},
@@ -75,7 +86,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite-hybrid-rope": _HYBRID
     | {"position_embedding_type": "rope", "num_key_value_heads": 1, "attention_bias": True, "mamba_proj_bias": True}
     | {"mamba_conv_bias": False, "mamba_n_groups": 1, "mamba_d_conv": 4, "time_step_limit": [0.25, 1.0]},
-}
+    "falcon-7b": _FALCON,
+    "falcon-40b": _FALCON | _FALCON_GROUPED,
+    "falcon-11b": _FALCON | _FALCON_GROUPED | {
+        "num_ln_in_parallel_attn": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500042.0},
+    },
+    "falcon-rw": _FALCON | _FALCON_RW,
+    "falcon-bare": _FALCON | {"bare": True, "bias": True, "parallel_attn": False},
+    "falcon-untied": _FALCON | {"multi_query": False, "tie_word_embeddings": False, "rope_parameters": _LINEAR},
+    "falcon-alibi-grouped": _FALCON | _FALCON_GROUPED | {"alibi": True, "bias": True},
+}  # fmt: skip
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> Array:
@@ -84,7 +104,7 @@ def tensor(name: str, shape: tuple[int, ...]) -> Array:
     uniform = ((np.asarray(raw) >> np.uint64(54)).astype(np.float32) - 512) / 512  # [-1, 1)
     if "norm" in name or "ln_" in name:
         values = uniform / 2 + name.endswith("weight")
-    elif "wte" in name or "embed_tokens" in name:
+    elif "wte" in name or "embed" in name:
         values = uniform
     else:
         values = uniform / 4
@@ -186,6 +206,9 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mamba.in_proj": "ssm_in", "mamba.conv1d": "ssm_conv1d",
     "mamba.norm": "ssm_norm", "mamba.out_proj": "ssm_out", "block_sparse_moe.router.layer": "ffn_gate_inp",
     "block_sparse_moe.output_linear": "ffn_down_exps",
+    "word_embeddings": "token_embd", "ln_mlp": "attn_norm",
+    "ln_attn": "attn_norm_2", "self_attention.query_key_value": "attn_qkv", "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down",
 }  # fmt: skip
 
 
@@ -231,7 +254,7 @@ def gguf_tensors(raw: Mapping[str, Any]) -> dict[str, Array]:
         if name.startswith("model.layers.") and (parts := _granite_tensors(name, value, raw)):
             converted |= {part: np.ascontiguousarray(array) for part, array in parts.items()}
             continue
-        stem, kind = name.removeprefix("model.").rsplit(".", 1)
+        stem, kind = name.removeprefix("model.").removeprefix("transformer.").rsplit(".", 1)
         match stem.split(".", 2):
             case ["h" | "layers", layer, part]:
                 new_name = f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
@@ -242,6 +265,8 @@ def gguf_tensors(raw: Mapping[str, Any]) -> dict[str, Array]:
         if part in ("self_attn.q_proj", "self_attn.k_proj"):
             heads = raw["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
             value = permute(value, heads)
+        if part == "self_attention.query_key_value":
+            value = queries_keys_values(value, parse_config(raw).num_key_value_heads, raw["num_attention_heads"])
         converted[new_name] = np.ascontiguousarray(value)
     return converted
 
@@ -250,6 +275,13 @@ def permute(weight: Array, heads: int) -> Array:
     """LlamaModel.permute of llama.cpp: the two halves of each head's rows, interleaved."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def queries_keys_values(fused: Array, kv_heads: int, heads: int) -> Array:
+    """FalconModel.modify_tensors of llama.cpp: each group's queries, key and value, sorted by kind."""
+    groups = fused.reshape(kv_heads, heads // kv_heads + 2, -1, *fused.shape[1:])
+    kinds = np.split(groups, [heads // kv_heads, heads // kv_heads + 1], axis=1)
+    return np.concatenate([kind.reshape(-1, *fused.shape[1:]) for kind in kinds])
 
 
 def gguf_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +294,17 @@ def gguf_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
             "feed_forward_length": raw.get("n_inner") or 4 * raw["n_embd"],
             "context_length": raw["n_positions"],
             "attention.layer_norm_epsilon": 1e-5,
+        }
+    elif raw["model_type"] == "falcon":
+        sizes = {
+            "block_count": raw["num_hidden_layers"],
+            "embedding_length": raw["hidden_size"],
+            "attention.head_count": raw["num_attention_heads"],
+            "attention.head_count_kv": parse_config(raw).num_key_value_heads,
+            "feed_forward_length": raw["ffn_hidden_size"],
+            "context_length": raw["max_position_embeddings"],
+            "attention.layer_norm_epsilon": 1e-5,
+            "rope.freq_base": raw.get("rope_parameters", {}).get("rope_theta", 10000.0),
         }
     else:
         rope = raw.get("rope_parameters", {})

@@ -155,6 +155,11 @@ def test_a_size_of_the_wrong_kind_is_refused_with_its_value(family: str, value: 
         ("llama", "rms_norm_eps", float("nan")),
         ("gpt2", "add_cross_attention", True),
         ("falcon", "num_ln_in_parallel_attn", 2),
+        ("falcon", "num_ln_in_parallel_attn", 3),
+        ("falcon", "activation", "gelu_new"),
+        ("falcon", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("falcon", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        ("falcon", "head_dim", 32),
     ],
 )
 def test_what_is_not_supported_is_refused_by_key(family: str, key: str, value: object) -> None:
@@ -301,6 +306,10 @@ def test_falcon_defaults_and_alibi() -> None:
     assert alibi.rope is None
     with pytest.raises(ConfigError, match="'parallel_attn'"):
         parse_config(FALCON | {"new_decoder_architecture": True, "parallel_attn": False})
+    odd = FALCON | {"num_attention_heads": 64}
+    with pytest.raises(ConfigError, match="'head_dim' is 71, but rotary positions"):
+        parse_config(odd)
+    assert parse_config(odd | {"alibi": True}).head_dim == 71
 
 
 def test_refined_web_is_falcon_in_its_first_dialect() -> None:
@@ -319,6 +328,12 @@ def test_refined_web_is_falcon_in_its_first_dialect() -> None:
     assert config.model_type == "falcon"
     assert config.new_decoder_architecture
     assert config.num_key_value_heads == 8
+    assert config.num_ln_in_parallel_attn == 2
+    rw = sizes | {"model_type": "RefinedWeb", "hidden_size": 2048, "n_head": 32, "n_layer": 24, "alibi": True}
+    config = parse_config(rw | {"multi_query": False, "parallel_attn": False, "bias": True})
+    assert isinstance(config, FalconConfig)
+    assert not config.new_decoder_architecture
+    assert config.num_key_value_heads == 32
 
 
 def test_granite_defaults_are_neutral() -> None:

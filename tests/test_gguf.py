@@ -190,8 +190,11 @@ UNSAID: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "gpt2-untied", "llama", "llama-grouped", "llama-head-dim", "llama-linear", "llama-biases"]
-    + [name for name in checkpoints.CONFIGS if name.startswith("granite")],
+    [
+        *("gpt2", "gpt2-untied", "llama", "llama-grouped", "llama-head-dim", "llama-linear", "llama-biases"),
+        *("falcon-7b", "falcon-40b", "falcon-11b"),
+        *(name for name in checkpoints.CONFIGS if name.startswith("granite")),
+    ],
 )
 def test_a_gguf_is_its_folder(name: str, llm_of: Callable[..., LLM], tmp_path: Path) -> None:
     """The same weights by way of llama.cpp's names and permutations give the same logits, and the text the same ids."""
@@ -436,7 +439,7 @@ def test_an_unknown_tensor_type(tmp_path: Path) -> None:
     assert "'odd.weight'" in refusal(path) and "type 999" in refusal(path)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3moe", "gemma", "falcon"])
+@pytest.mark.parametrize("architecture", ["qwen3moe", "gemma", "bloom"])
 def test_an_unknown_architecture(architecture: str, tmp_path: Path) -> None:
     path = checkpoints.write_gguf(tmp_path / "x.gguf", architecture, {}, {"x": np.ones(3, np.float32)})
     message = refusal(path)

@@ -101,6 +101,8 @@ SAVES = [(name, "float32", {}) for name in NAMES] + [
     ("gpt2", "bfloat16", {}),
     ("gpt2", "float16", {"max_shard_size": "200KB"}),
     ("llama-grouped", "float32", {"max_shard_size": "300KB"}),
+    ("falcon-40b", "bfloat16", {"max_shard_size": "200KB"}),
+    ("falcon-rw", "float16", {}),
 ]
 
 
@@ -120,7 +122,9 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
         assert error(kept.logits(ids), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3", "mistral", "granite", "granite-hybrid"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama-3", "mistral", "falcon-7b", "falcon-40b", "falcon-rw", "granite", "granite-hybrid"]
+)
 def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
     """Thirty-two greedy tokens, past the window of the sliding one, are those of transformers' generate."""
     torch = pytest.importorskip("torch")
@@ -141,7 +145,16 @@ def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 PROMPTS = [checkpoints.token_ids(count, seed=count) for count in (1, 33, 5, 70, 16)]
-FAMILIES = ["gpt2", "llama-3", "mistral", "granite-hybrid", "granite-hybrid-moe"]
+FAMILIES = [
+    "gpt2",
+    "llama-3",
+    "mistral",
+    "falcon-7b",
+    "falcon-40b",
+    "falcon-rw",
+    "granite-hybrid",
+    "granite-hybrid-moe",
+]
 
 
 class Recorder:

@@ -19,7 +19,9 @@ QUESTION = [{"role": "user", "content": "the other é"}]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "w8a8", "int4", "w4a8"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-biases", "mistral", *GRANITES])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt2-untied", "llama", "llama-biases", "mistral", "falcon-40b", "falcon-rw", *GRANITES]
+)
 def test_a_packed_folder_is_its_original(
     name: str, dtype: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from tinyserve.tensor._jit import kernel
 from tinyserve.tensor.simd import load_first, store_first
 
 EMPTY = np.empty(0, np.float32)
+NO_ALIBI = np.empty((0, 0), np.float32)
 SHAPES = [(1, 1, 1), (1, 17, 24), (2, 64, 64), (3, 50, 100), (7, 130, 72), (13, 65, 576), (49, 96, 40), (50, 259, 65)]
 INTEGERS = ["w8a16", "w8a8", "w4a16", "w4a8"]
 DTYPES = ["float32", "bfloat16", *INTEGERS]
@@ -291,11 +292,11 @@ class Paged:
         )  # fmt: skip
         return qkv
 
-    def attend(self, module, rows=slice(None), window=0, slopes=EMPTY):
+    def attend(self, module, rows=slice(None), window=0, alibi=NO_ALIBI):
         scale = np.float32(self.head_dim**-0.5)
         return module.attention(
             self.qkv[rows], self.heads, *self.cache, self.tables, self.sequence_of[rows], self.positions[rows], scale,
-            window, slopes,
+            window, alibi,
         )  # fmt: skip
 
 
@@ -336,10 +337,10 @@ def test_attention(heads, kv_heads, head_dim, block_size, window):
 def test_attention_over_a_narrow_cache_and_with_alibi(dtype, biased):
     paged = Paged([1, 70, 300], 6, 2, 24, 16, dtype=dtype)
     paged.store(kv_cache)
-    slopes = (2.0 ** -np.arange(1, 7)).astype(np.float32) if biased else EMPTY
-    close(paged.attend(attention, slopes=slopes), paged.attend(reference, slopes=slopes), 1e-5)
+    alibi = np.outer(2.0 ** -np.arange(1, 7), np.arange(320)).astype(np.float32) if biased else NO_ALIBI
+    close(paged.attend(attention, alibi=alibi), paged.attend(reference, alibi=alibi), 1e-5)
     last = np.array([0, 70, 370])
-    close(paged.attend(attention, last, slopes=slopes), paged.attend(reference, last, slopes=slopes), 1e-5)
+    close(paged.attend(attention, last, alibi=alibi), paged.attend(reference, last, alibi=alibi), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)

@@ -4,7 +4,7 @@ Knows what lies in a folder or a GGUF file and what only looks like it; computes
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,11 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     eos = generation.get("eos_token_id")
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     tokenizer = Tokenizer.from_folder(folder)
-    return _assemble(name, folder, config, open_safetensors(folder), tokenizer, ends, raw)
+    checkpoint = open_safetensors(folder)
+    if config.tie_word_embeddings and any(name.startswith("lm_head.") for name in checkpoint):
+        # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
+        config = replace(config, tie_word_embeddings=False)
+    return _assemble(name, folder, config, checkpoint, tokenizer, ends, raw)
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:

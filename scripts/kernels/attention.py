@@ -33,6 +33,7 @@ Array = np.ndarray
 CHUNK = 4 * LANES  # keys
 ROWS, PANELS = 3, 2  # of a register tile: queries, and vectors of keys or of values
 NO_SCALES = np.zeros((0, 0, 0), np.float32)
+NO_ALIBI = np.zeros((0, 0), np.float32)
 
 # Every version: q (tokens, heads, head_dim), keys and values as their packing left them, `count` keys in all, and the
 # scale of the scores -> (tokens, heads, head_dim). Query m sees the keys up to its own, which is count - tokens + m.
@@ -258,7 +259,7 @@ def v7_tinyserves(q, keys, values, table, count, scale):
     qkv = q.reshape(tokens, heads * head_dim)  # the keys and values behind each query are in the cache already
     positions, sequence_of = np.arange(count - tokens, count), np.zeros(tokens, np.int64)
     return tinyserve.attention(
-        qkv, heads, keys, values, NO_SCALES, NO_SCALES, table, sequence_of, positions, scale, 0, np.empty(0, np.float32)
+        qkv, heads, keys, values, NO_SCALES, NO_SCALES, table, sequence_of, positions, scale, 0, NO_ALIBI
     ).reshape(q.shape)
 
 
@@ -328,7 +329,7 @@ def check(version: Version, shape: Shape = ODD) -> None:
     keys, values, table = in_pages(k, v)
     expected = reference.attention(
         q.reshape(shape.tokens, -1), shape.heads, keys, values, NO_SCALES, NO_SCALES, table,
-        np.zeros(shape.tokens, np.int64), np.arange(shape.keys - shape.tokens, shape.keys), scale, 0, np.empty(0),
+        np.zeros(shape.tokens, np.int64), np.arange(shape.keys - shape.tokens, shape.keys), scale, 0, NO_ALIBI,
     ).reshape(q.shape)  # fmt: skip
     difference = _workshop.error(got, expected)
     assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e}"

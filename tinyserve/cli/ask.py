@@ -184,7 +184,7 @@ FAMILIES = {
     "llama": ("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama.", "tinyllama, 3.2-1b, 3.2-3b, 7b, 3.1-8b, 13b"),
     "mistral": ("7b", "Mistral 7B Instruct.", "7b"),
     "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face), small and open.", "135m, 360m, 1.7b"),
-    "falcon": ("7b", "Falcon (TII); not built yet.", "rw-1b, 7b, 7b-instruct, 40b"),
+    "falcon": ("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", "rw-1b, 7b, 7b-instruct, 40b"),
     "granite": (
         "350m",
         "Granite 4.0 (IBM): hybrids with Mamba2, dense, and mixtures of experts.",
@@ -194,7 +194,7 @@ FAMILIES = {
 
 
 def _family_help(family: str, words: str, variants: str) -> str:
-    prompt = "The capital of France is" if family == "gpt2" else "What is the capital of France?"
+    prompt = "The capital of France is" if family in ("gpt2", "falcon") else "What is the capital of France?"
     return f"""{words}
 
 Variants for --model: {variants}.

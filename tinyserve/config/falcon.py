@@ -8,10 +8,7 @@ from typing import Self
 
 from tinyserve.config.base import ATTENTION, Fields, ModelConfig, RopeParameters
 
-LEGACY_TYPES = {
-    "RefinedWeb": True,
-    "RefinedWebModel": False,
-}  # -> new_decoder_architecture, which they do not write
+LEGACY_TYPES = ("RefinedWeb", "RefinedWebModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +31,9 @@ class FalconConfig(ModelConfig):
         hidden_size = fields.integer("hidden_size", "n_embed")
         heads = fields.integer("num_attention_heads", "n_head")
         layers = fields.integer("num_hidden_layers", "n_layer")
-        new_decoder = fields.boolean(
-            "new_decoder_architecture", default=LEGACY_TYPES.get(str(fields.raw.get("model_type")), False)
-        )
+        # RefinedWeb does not write the key: there, grouped keys have come with the new decoder and with no other.
+        grouped = model_type in LEGACY_TYPES and fields.has("n_head_kv")
+        new_decoder = fields.boolean("new_decoder_architecture", default=grouped)
         multi_query = fields.boolean("multi_query", default=True)
         parallel_attn = fields.boolean("parallel_attn", default=True)
         norms = fields.integer("num_ln_in_parallel_attn", default=2 if new_decoder else 1)
@@ -48,7 +45,14 @@ class FalconConfig(ModelConfig):
             kv_heads = fields.integer("num_kv_heads", "n_head_kv", default=heads)
         else:
             kv_heads = 1 if multi_query else heads  # falcon-7b writes 71 and has 1
+        head_dim = fields.heads(hidden_size, heads, kv_heads)
+        if head_dim * heads != hidden_size:
+            fields.refuse(
+                f"'head_dim' is {head_dim}, but the {heads} heads of a Falcon share the hidden size {hidden_size} out."
+            )
         alibi = fields.boolean("alibi", default=False)
+        if not alibi:
+            fields.check_rotary(head_dim)
         positions = fields.integer("max_position_embeddings", default=2048)
         return cls(
             model_type="falcon",
@@ -57,7 +61,7 @@ class FalconConfig(ModelConfig):
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=fields.heads(hidden_size, heads, kv_heads),
+            head_dim=head_dim,
             intermediate_size=fields.integer("ffn_hidden_size", default=4 * hidden_size),
             max_position_embeddings=positions,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=True),

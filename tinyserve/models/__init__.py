@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "gpt2": ("gpt2", "GPT2"),
+    "falcon": ("falcon", "Falcon"),
     "llama": ("llama", "Llama"),
     "mistral": ("llama", "Llama"),
     "granite": ("granite", "Granite"),

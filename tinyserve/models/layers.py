@@ -15,6 +15,9 @@ from tinyserve.tensor import norm as norms
 
 Array = np.ndarray
 
+_NO_ALIBI = np.empty((0, 0), np.float32)
+_NO_ALIBI.flags.writeable = False
+
 
 @dataclass(frozen=True, slots=True)
 class Normed:
@@ -127,12 +130,12 @@ class Attention:
         scale: float,
         rope: Rope | None = None,
         window: int = 0,
-        slopes: Array | None = None,
+        alibi: Array | None = None,
     ):
         self.qkv, self.out, self.rope = qkv, out, rope or Rope.none()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = np.float32(scale), window
-        self.slopes = no_bias() if slopes is None else slopes  # ALiBi's, (heads,)
+        self.alibi = _NO_ALIBI if alibi is None else alibi  # (heads, positions), as tensor/attention.py wants it
 
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerCache, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the answer (tokens, hidden); each token sees its own sequence up to itself."""
@@ -143,6 +146,6 @@ class Attention:
         )  # fmt: skip
         mixed = attention.attention(
             qkv, self.heads, *cache, batch.block_tables, batch.sequence_of, batch.positions, self.scale, self.window,
-            self.slopes,
+            self.alibi,
         )  # (tokens, heads·head_dim)  # fmt: skip
         return self.out(mixed, onto)

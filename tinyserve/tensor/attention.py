@@ -21,7 +21,6 @@ from tinyserve.tensor.simd import (
     exp,
     first_lanes,
     fma,
-    lane_numbers,
     load,
     max_lane,
     maximum,
@@ -51,7 +50,7 @@ def _query_tile(ROWS):
     @kernel
     def tile(
         q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
-        slopes, head, head_step, span, before, part, part_at, part_stride, weights,
+        alibi, head, head_step, span, before, part, part_at, part_stride, weights,
     ):  # fmt: skip
         kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
         for r in range(ROWS):
@@ -79,10 +78,9 @@ def _query_tile(ROWS):
                 store_rows(weights, p * LANES, CHUNK, scores, PANELS, CHUNK)
             for r in range(ROWS):
                 row_position = position + r * step
-                slope = slopes[head + r * head_step] if slopes.size else np.float32(0.0)
                 _adjust_scores(
-                    weights, r * CHUNK, start, last, before, scale, slope, key_scales, blocks, kv_head, kv_heads,
-                    block_size,
+                    weights, r * CHUNK, start, last, scale, alibi, (head + r * head_step) * alibi.shape[1] + before,
+                    key_scales, blocks, kv_head, kv_heads, block_size,
                 )  # fmt: skip
                 first, count = _first_key(row_position, window) - start, row_position + 1 - start
                 _softmax_step(weights, r * CHUNK, part, part_at + r * part_stride, width, first, count)
@@ -138,14 +136,14 @@ def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
 
 
 @kernel
-def _adjust_scores(weights, at, start, last, before, scale, slope, key_scales, blocks, kv_head, kv_heads, block_size):
-    """(q · k + slope · key position) · scale of a row's chunk, in place."""
+def _adjust_scores(weights, at, start, last, scale, alibi, alibi_at, key_scales, blocks, kv_head, kv_heads, block_size):
+    """(q · k + alibi) · scale of a row's chunk, in place; `alibi_at` is where the head's bias of key 0 is."""
     for i in range(0, CHUNK, LANES):
         s = load(weights, at + i)
         if key_scales.size:
             s = s * load(key_scales, _key_address(blocks, start + i, start, last, kv_heads, kv_head, 1, block_size))
-        if slope != 0:
-            s = fma(lane_numbers(np.float32(before + start + i)), splat(slope), s)
+        if alibi.size:
+            s = s + load(alibi, alibi_at + start + i)
         store(weights, at + i, s * splat(scale))
 
 
@@ -208,7 +206,7 @@ def _answer(total, total_at, width, out, out_at, head_dim):
 @kernel
 def _rows_of_tiles(
     rows, q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
-    slopes, head, span, before, parts, part_at, part_stride, weights,
+    alibi, head, span, before, parts, part_at, part_stride, weights,
 ):  # fmt: skip
     """`rows` queries and one span: neighbouring tokens of one head (step 1), or neighbouring heads of one token."""
     r = 0
@@ -217,14 +215,14 @@ def _rows_of_tiles(
             r = min(r, rows - MOST_ROWS)  # the last tile does some rows again: they come to the same
             _query_tile_most(
                 q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
-                position + r * step, step, window, scale, slopes, head + r * (1 - step), 1 - step, span, before, parts,
+                position + r * step, step, window, scale, alibi, head + r * (1 - step), 1 - step, span, before, parts,
                 part_at + r * part_stride, part_stride, weights,
             )  # fmt: skip
             r += MOST_ROWS
         else:
             _query_tile_1(
                 q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
-                position + r * step, step, window, scale, slopes, head + r * (1 - step), 1 - step, span, before, parts,
+                position + r * step, step, window, scale, alibi, head + r * (1 - step), 1 - step, span, before, parts,
                 part_at + r * part_stride, part_stride, weights,
             )  # fmt: skip
             r += 1
@@ -253,7 +251,7 @@ def _unpack(keys, values, key_scales, value_scales, blocks, kv_head, first, coun
 @kernel
 def _span_of_tokens(
     item, per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of,
-    positions, scale, window, slopes, parts,
+    positions, scale, window, alibi, parts,
 ):  # fmt: skip
     """Some neighbouring tokens, one key head and one span of keys."""
     kv_heads, head_dim, width = keys.shape[1], keys.shape[2], values.shape[3]
@@ -276,7 +274,7 @@ def _span_of_tokens(
             for j in range(run):  # token by token, the heads that share keys as rows
                 _rows_of_tiles(
                     group, q, q_at + j * q_width, head_dim, keys, values, key_scales, value_scales, blocks, kv_head,
-                    positions[m] + j, 0, window, scale, slopes, head, first, 0, parts,
+                    positions[m] + j, 0, window, scale, alibi, head, first, 0, parts,
                     part_at + j * heads * spans * row, spans * row, weights,
                 )  # fmt: skip
         else:
@@ -292,7 +290,7 @@ def _span_of_tokens(
             for j in range(group):  # head by head, the tokens as rows
                 _rows_of_tiles(
                     run, q, q_at + j * head_dim, q_width, flat[0], flat[1], flat[2], flat[3], one_page, 0,
-                    positions[m] - first, 1, window, scale, slopes, head + j, 0, first, parts,
+                    positions[m] - first, 1, window, scale, alibi, head + j, 0, first, parts,
                     part_at + j * spans * row, heads * spans * row, weights,
                 )  # fmt: skip
         m += run
@@ -309,14 +307,15 @@ def _merged_spans(item, heads, positions, spans, parts, width, out, head_dim):
 
 @parallel_kernel
 def attention(
-    qkv, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions, scale, window, slopes
+    qkv, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions, scale, window, alibi
 ):
-    """softmax((q · kᵀ + slope · position) · scale) · v of every token over its own sequence, up to and with itself.
+    """softmax((q · kᵀ + alibi) · scale) · v of every token over its own sequence, up to and with itself.
 
     qkv (tokens, (heads + 2·kv_heads)·head_dim), the cache as tensor/kv_cache.py wrote it, block_tables (sequences,
     most blocks) int32, sequence_of and positions (tokens,) int64, tokens of a sequence side by side and in order;
-    window: how many keys back a query sees, 0 for all; slopes (heads,) of ALiBi, or empty. Query head h reads key head
-    h // (heads // kv_heads), which makes MHA, GQA and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
+    window: how many keys back a query sees, 0 for all; alibi (heads, positions up to a multiple of 64) is what a key's
+    position adds to its scores, or (0, 0). Query head h reads key head h // (heads // kv_heads), which makes MHA, GQA
+    and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
     """
     tokens, head_dim, kv_heads, width = qkv.shape[0], keys.shape[2], keys.shape[1], values.shape[3]
     q, q_width = qkv.ravel(), qkv.shape[1]
@@ -328,7 +327,7 @@ def attention(
     for item in prange(kv_heads * items * spans):
         _span_of_tokens(
             np.int64(item), per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales,
-            block_tables, sequence_of, positions, scale, window, slopes, parts,
+            block_tables, sequence_of, positions, scale, window, alibi, parts,
         )  # fmt: skip
     for item in prange(tokens * heads):
         _merged_spans(np.int64(item), heads, positions, spans, parts, width, out, head_dim)

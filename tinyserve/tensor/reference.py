@@ -196,7 +196,7 @@ def rotate_and_store(
 
 def attention(
     qkv: Array, heads: int, keys: Array, values: Array, key_scales: Array, value_scales: Array, block_tables: Array,
-    sequence_of: Array, positions: Array, scale: float, window: int, slopes: Array,
+    sequence_of: Array, positions: Array, scale: float, window: int, alibi: Array,
 ) -> Array:  # fmt: skip
     kv_heads, head_dim, block_size = keys.shape[1:]
     out = np.empty((len(qkv), heads, head_dim), np.float32)
@@ -211,7 +211,7 @@ def attention(
             k, v = k * key_scales[block, :, offset][:, :, None], v * value_scales[block, :, offset][:, :, None]
         for head in range(heads):
             scores = k[:, head * kv_heads // heads] @ queries[m, head]
-            scores = (scores + slopes[head] * where if slopes.size else scores) * scale
+            scores = (scores + alibi[head, where] if alibi.size else scores) * scale
             weights = np.exp(scores - scores.max())
             out[m, head] = weights @ v[:, head * kv_heads // heads] / weights.sum()
     return out.reshape(len(qkv), -1)

@@ -243,16 +243,6 @@ def as_kept(typing_context, array, number, inverse):
 
 
 @intrinsic
-def lane_numbers(typing_context, first):
-    """first, first + 1, ... first + 15 as f32x16."""
-
-    def codegen(context, builder, sig, args):
-        return builder.fadd(emit_splat(builder, args[0]), ir.Constant(f32x16.llvm, [float(i) for i in range(LANES)]))
-
-    return f32x16(types.float32), codegen
-
-
-@intrinsic
 def load_first(typing_context, array, index, count):
     """The first `count` of 16 neighbours; the other lanes are zero and their memory is not touched."""
     if array.dtype != types.float32:

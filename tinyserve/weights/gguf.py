@@ -255,6 +255,29 @@ def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
     }
 
 
+def _falcon(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    kv_heads, two_norms = key("attention.head_count_kv", 1), "blk.0.attn_norm_2.weight" in file.tensors
+    scaling = key("rope.scaling.type", "none")
+    return {
+        "model_type": "falcon",
+        "num_hidden_layers": key("block_count"),
+        "hidden_size": key("embedding_length"),
+        "ffn_hidden_size": key("feed_forward_length"),
+        "num_attention_heads": key("attention.head_count"),
+        "num_kv_heads": kv_heads,
+        "max_position_embeddings": key("context_length"),
+        "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+        "new_decoder_architecture": two_norms or kv_heads != 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "bias": "blk.0.attn_qkv.bias" in file.tensors,
+        "rope_parameters": {
+            "rope_type": "default" if scaling == "none" else scaling,
+            "rope_theta": key("rope.freq_base", 10000.0),
+            "factor": key("rope.scaling.factor", None),
+        },
+    }
+
+
 def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
     architecture = file.metadata["general.architecture"]
     scaling = key("rope.scaling.type", "none")
@@ -358,6 +381,7 @@ def _mamba2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
 
 _CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {
     "gpt2": _gpt2,
+    "falcon": _falcon,
     "llama": _llama,
     "granite": _granite,
     "granitemoe": _granite,
