@@ -13,8 +13,9 @@ import pytest
 import typer
 from command_line import Shell, Terminal, run
 
-from tinyserve import __version__, cli, hub, presets
+from tinyserve import __version__, cli, hub, models, presets
 from tinyserve.cli.ask import FAMILIES
+from tinyserve.errors import ConfigError
 
 COMMANDS = ["ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize"]
 FolderOf = Callable[[str], Path]
@@ -116,8 +117,10 @@ def test_an_unknown_model(shell: Shell, command: str) -> None:
     assert all(name in result.sentence for name in presets.names())
 
 
-def test_a_family_name_that_is_not_built_says_so(shell: Shell) -> None:
-    assert "not built" in shell("ask", "granite", "hi").sentence
+def test_a_family_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(models._HOMES, "falcon")
+    with pytest.raises(ConfigError, match="'falcon' cannot run yet: its family is not built"):
+        models.check_supported(presets.get("falcon-7b").config)
 
 
 def test_folders_that_hold_no_model(shell: Shell, folder: Path, tmp_path: Path) -> None:
