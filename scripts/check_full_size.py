@@ -65,7 +65,7 @@ def compare(raw: Mapping[str, Any], layers: int | None = None, tokens: int = TOK
         shards = len(list(folder.glob("*.safetensors")))
         logits = LLM(folder, dtype="float32", max_model_len=2 * tokens, max_num_seqs=1).logits(ids)
     largest = float(np.abs(expected).max())
-    difference = float(np.abs(logits - expected).max()) / largest
+    difference = checkpoints.error(logits, expected)
     return Comparison(config.num_hidden_layers, parameter_count(config), shards, largest, difference)
 
 

@@ -195,6 +195,13 @@ def transformers_logits(folder: Path, ids: list[int], **options: Any) -> Array:
     return logits
 
 
+def error(got: Array, expected: Array) -> float:
+    """The largest difference, as a share of the largest logit expected."""
+    assert got.shape == expected.shape
+    assert got.dtype == np.float32
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
 # --- GGUF ---------------------------------------------------------------------------------------------------------
 
 _GGUF_NAMES = {

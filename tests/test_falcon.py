@@ -16,11 +16,6 @@ from tinyserve.models.falcon import alibi_table
 FALCON, GROUPED, RW = (checkpoints.CONFIGS[name] for name in ("falcon-7b", "falcon-40b", "falcon-rw"))
 
 
-def differs(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, as a share of the largest logit."""
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
 def test_alibi_is_rounded_to_bfloat16() -> None:
     """Eight bits of mantissa for slopes, positions and products; the third of 3 heads has the first slope of 4."""
     table = alibi_table(3, 600)
@@ -47,7 +42,7 @@ def test_alibi_over_a_long_text(tmp_path: Path) -> None:
     folder = checkpoints.save_with_transformers(tmp_path, RW | {"max_position_embeddings": 700})
     ids = checkpoints.token_ids(700, seed=7)
     logits = LLM(folder, dtype="float32").logits(ids)
-    assert differs(logits, checkpoints.transformers_logits(folder, ids)) <= 1e-4
+    assert checkpoints.error(logits, checkpoints.transformers_logits(folder, ids)) <= 1e-4
 
 
 LEGACY_NAMES = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
@@ -88,7 +83,7 @@ def test_a_head_in_the_file_is_the_head(same: bool, tmp_path: Path) -> None:
     assert llm.model.nbytes - tied.model.nbytes >= embedding.nbytes
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
-    assert differs(llm.logits(ids), checkpoints.transformers_logits(folder, ids)) <= 1e-4
+    assert checkpoints.error(llm.logits(ids), checkpoints.transformers_logits(folder, ids)) <= 1e-4
 
 
 def test_multi_query_ignores_the_number_of_key_heads(folder_of: Callable[[str], Path]) -> None:

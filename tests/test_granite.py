@@ -228,7 +228,7 @@ def test_blocks_of_experts_are_kept_to_the_bit(kind: gguf.GGMLQuantizationType, 
     llm = LLM(quantized, dtype="int8", kv_cache_dtype="float32")
     for layer in range(3):
         ours, theirs = (
-            [*mlp.up, *mlp.down, mlp.shared.silu_gate_up, mlp.shared.down]
+            [*mlp.up, *mlp.down, mlp.shared.up, mlp.shared.down]
             for mlp in (model.blocks[layer].mlp for model in (llm.model, exact.model))
         )
         for one, other in zip(ours, theirs, strict=True):

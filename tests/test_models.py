@@ -20,13 +20,6 @@ TOLERANCE = 1e-4  # of the largest logit
 LOOSE = {"bfloat16": 0.08, "int8": 0.12}
 
 
-def error(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference, as a share of the largest logit."""
-    assert got.shape == expected.shape
-    assert got.dtype == np.float32
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
 def golden_folder(folder: Path, golden: Any, config: dict[str, Any] | None = None) -> Path:
     tensors = {
         name: checkpoints.tensor(name, tuple(shape)) for name, shape in json.loads(str(golden["tensors"])).items()
@@ -40,9 +33,9 @@ def test_golden_logits(name: str, tmp_path: Path) -> None:
     golden = np.load(GOLDEN / f"{name}.npz")
     folder = golden_folder(tmp_path, golden)
     ids, positions, expected = golden["token_ids"].tolist(), golden["positions"], golden["logits"]
-    assert error(LLM(folder, dtype="float32").logits(ids)[positions], expected) <= TOLERANCE
+    assert checkpoints.error(LLM(folder, dtype="float32").logits(ids)[positions], expected) <= TOLERANCE
     for dtype, bound in LOOSE.items():
-        assert error(LLM(folder, dtype=dtype).logits(ids)[positions], expected) <= bound, dtype
+        assert checkpoints.error(LLM(folder, dtype=dtype).logits(ids)[positions], expected) <= bound, dtype
 
 
 def test_goldens_are_what_the_configs_are() -> None:
@@ -66,7 +59,7 @@ def test_golden_logits_by_the_older_config_dialect(name: str, tmp_path: Path) ->
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
     logits = LLM(golden_folder(tmp_path, golden, config), dtype="float32").logits(golden["token_ids"].tolist())
-    assert error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
+    assert checkpoints.error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["granite-hybrid", "granite-hybrid-moe", "granite-hybrid-rope"])
@@ -78,7 +71,7 @@ def test_golden_logits_by_the_older_names_of_layers(name: str, key: str, tmp_pat
     older = {"linear_attention": "mamba", "full_attention": "attention"}
     config[key] = [older[kind] for kind in config.pop("layer_types")]
     logits = LLM(golden_folder(tmp_path, golden, config), dtype="float32").logits(golden["token_ids"].tolist())
-    assert error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
+    assert checkpoints.error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
 
 
 def test_gpt2_ignores_the_masks_of_old_checkpoints(tmp_path: Path) -> None:
@@ -90,7 +83,7 @@ def test_gpt2_ignores_the_masks_of_old_checkpoints(tmp_path: Path) -> None:
         weights[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
     folder = checkpoints.write_folder(tmp_path, config, weights)
     logits = LLM(folder, dtype="float32").logits(golden["token_ids"].tolist())
-    assert error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
+    assert checkpoints.error(logits[golden["positions"]], golden["logits"]) <= TOLERANCE
 
 
 # --- live, where torch and transformers are installed -------------------------------------------------------------
@@ -116,10 +109,10 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
     assert len(list(folder.glob("*.safetensors"))) > 1 or not options
     ids = checkpoints.token_ids(101, seed=1)
     expected = checkpoints.transformers_logits(folder, ids)
-    assert error(LLM(folder, dtype="float32").logits(ids), expected) <= TOLERANCE
+    assert checkpoints.error(LLM(folder, dtype="float32").logits(ids), expected) <= TOLERANCE
     if saved == "bfloat16":  # nothing is lost by keeping it as it is
         kept = LLM(folder, dtype="bfloat16", kv_cache_dtype="float32")
-        assert error(kept.logits(ids), expected) <= TOLERANCE
+        assert checkpoints.error(kept.logits(ids), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -238,7 +231,7 @@ def test_a_narrow_cache_is_near_and_changes_no_bit(
     narrow = LLM(folder_of(name), dtype="float32", kv_cache_dtype=kept)
     assert narrow._runner.cache.dtype == kept
     logits = narrow.logits(ids)
-    assert 0 < error(logits, exact.logits(ids)) <= bound
+    assert 0 < checkpoints.error(logits, exact.logits(ids)) <= bound
     for chunk, threads in ((1, 2), (7, 1), (64, 2)):
         other = LLM(
             folder_of(name), dtype="float32", kv_cache_dtype=kept, max_num_batched_tokens=chunk, num_threads=threads

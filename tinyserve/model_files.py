@@ -82,7 +82,7 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     tokenizer = Tokenizer.from_folder(folder)
     checkpoint = open_safetensors(folder)
-    if config.tie_word_embeddings and any(name.startswith("lm_head.") for name in checkpoint):
+    if config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
     return _assemble(name, folder, config, checkpoint, tokenizer, ends, raw)

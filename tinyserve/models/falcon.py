@@ -10,29 +10,15 @@ from functools import partial
 import numpy as np
 
 from tinyserve.config import FalconConfig
-from tinyserve.models import gpt2
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, LayerNorm, Rope
+from tinyserve.models.cache import KVCache
+from tinyserve.models.layers import MLP, Attention, Block, ParallelBlock, Rope
 from tinyserve.models.llama import rope_frequencies
 from tinyserve.tensor.attention import CHUNK
 from tinyserve.tensor.matmul import GELU
 from tinyserve.tensor.quant import padded
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
-
-
-class ParallelBlock:
-    """Attention and MLP of the same x, both added to it; where they share a norm, it is one and the same."""
-
-    def __init__(self, attention_norm: LayerNorm, attention: Attention, mlp_norm: LayerNorm, mlp: gpt2.MLP):
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
-
-    def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        attended = self.attention(self.attention_norm(x), batch, cache, onto=x)
-        return self.mlp(self.mlp_norm(x), onto=attended)
 
 
 class Falcon:
@@ -47,7 +33,7 @@ class Falcon:
             rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
         self.config = config
         self.embedding = loader.embedding("transformer.word_embeddings")
-        self.blocks: list[ParallelBlock | gpt2.Block] = []
+        self.blocks: list[Block] = []
         for i in range(config.num_hidden_layers):
             layer = f"transformer.h.{i}"
             attention = Attention(
@@ -60,14 +46,14 @@ class Falcon:
                 rope=rope,
                 alibi=alibi,
             )
-            mlp = gpt2.MLP(
+            mlp = MLP(
                 loader.linear(f"{layer}.mlp.dense_h_to_4h", activation=GELU),
                 loader.linear(f"{layer}.mlp.dense_4h_to_h"),
             )
             if not config.parallel_attn:
                 input_norm = loader.layer_norm(f"{layer}.input_layernorm", eps)
                 mlp_norm = loader.layer_norm(f"{layer}.post_attention_layernorm", eps)
-                self.blocks.append(gpt2.Block(input_norm, attention, mlp_norm, mlp))
+                self.blocks.append(Block(input_norm, attention, mlp_norm, mlp))
             elif config.num_ln_in_parallel_attn == 2:
                 attention_norm = loader.layer_norm(f"{layer}.ln_attn", eps)
                 mlp_norm = loader.layer_norm(f"{layer}.ln_mlp", eps)

@@ -7,34 +7,12 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Its 
 from tinyserve.config import GPT2Config
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, LayerNorm, Linear, Normed
+from tinyserve.models.cache import KVCache
+from tinyserve.models.layers import MLP, Attention, Block
 from tinyserve.tensor.matmul import GELU, GELU_TANH
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
 _ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
-
-
-class MLP:
-    """down(gelu(up(x)))."""
-
-    def __init__(self, gelu_up: Linear, down: Linear):
-        self.gelu_up, self.down = gelu_up, down
-
-    def __call__(self, x: Array | Normed, onto: Array) -> Array:
-        return self.down(self.gelu_up(x), onto)
-
-
-class Block:
-    """Attention and MLP, each behind its norm, each added to the residual stream."""
-
-    def __init__(self, ln_1: LayerNorm, attention: Attention, ln_2: LayerNorm, mlp: MLP):
-        self.ln_1, self.attention, self.ln_2, self.mlp = ln_1, attention, ln_2, mlp
-
-    def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        x = self.attention(self.ln_1(x), batch, cache, onto=x)
-        return self.mlp(self.ln_2(x), onto=x)
 
 
 class GPT2:

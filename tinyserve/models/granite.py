@@ -8,7 +8,6 @@ al. 2017, arXiv:1701.06538, for the experts. Every product that ends in the resi
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from tinyserve.config import MAMBA, GraniteConfig
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerState
-from tinyserve.models.layers import Attention, GatedMLP, Linear, Normed, RMSNorm, Rope
+from tinyserve.models.layers import MLP, Attention, Block, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import rope_frequencies, rotate_halves
 from tinyserve.quantize import read_only
 from tinyserve.tensor import mamba2, moe
@@ -55,16 +54,12 @@ class Mamba:
         return self.out_proj(mamba2.gated_rms_norm(y, projected, self.norm, self.eps, self.groups), onto)
 
 
-class MLP(Protocol):
-    """What follows the second norm: `onto` plus its answer."""
-
-    def __call__(self, x: Normed, onto: Array) -> Array: ...
-
-
 class Mixture:
     """The experts that the router chooses for a token, by its weights, and the MLP that every token passes through."""
 
-    def __init__(self, router: Linear, up: Sequence[Linear], down: Sequence[Linear], top_k: int, shared: MLP | None):
+    def __init__(
+        self, router: Linear, up: Sequence[Linear], down: Sequence[Linear], top_k: int, shared: FeedForward | None
+    ):
         self.router, self.up, self.down, self.top_k, self.shared = router, up, down, top_k, shared
 
     def __call__(self, x: Normed, onto: Array) -> Array:
@@ -78,18 +73,6 @@ class Mixture:
         if self.shared is not None:
             onto = self.shared(x, onto)
         return onto + moe.combine(rows, order, weights)
-
-
-class Block:
-    """Attention or Mamba, and an MLP, each behind its norm, each added to the residual stream."""
-
-    def __init__(self, mixer_norm: RMSNorm, mixer: Attention | Mamba, mlp_norm: RMSNorm, mlp: MLP):
-        self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = mixer_norm, mixer, mlp_norm, mlp
-
-    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden); `cache` is the layer's, of the mixer's kind."""
-        x = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
-        return self.mlp(self.mlp_norm(x), onto=x)
 
 
 class Granite:
@@ -152,14 +135,14 @@ def _mamba(config: GraniteConfig, loader: Loader, layer: str) -> Mamba:
     )
 
 
-def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> MLP:
-    shared: MLP | None = None
+def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> FeedForward:
+    shared: FeedForward | None = None
     if config.model_type == "granite":
         up = loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
-        shared = GatedMLP(up, loader.linear(f"{layer}.mlp.down_proj").scaled(config.residual_multiplier))
+        shared = MLP(up, loader.linear(f"{layer}.mlp.down_proj").scaled(config.residual_multiplier))
     elif config.shared_intermediate_size:
         up = loader.gated(f"{layer}.shared_mlp.input_linear")
-        shared = GatedMLP(up, loader.linear(f"{layer}.shared_mlp.output_linear").scaled(config.residual_multiplier))
+        shared = MLP(up, loader.linear(f"{layer}.shared_mlp.output_linear").scaled(config.residual_multiplier))
     if not config.num_local_experts:
         assert shared is not None
         return shared

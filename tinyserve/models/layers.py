@@ -4,6 +4,7 @@ Knows kernels and shapes; which parts make a Llama and under which names they ar
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -103,15 +104,15 @@ class Rope:
         return cls(np.empty(0, np.float32), 0)
 
 
-class GatedMLP:
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+class MLP:
+    """down(up(x)), where `up` ends in an activation: a GELU, or SwiGLU's silu(gate(x)) · up(x)."""
 
-    def __init__(self, silu_gate_up: Linear, down: Linear):
-        self.silu_gate_up, self.down = silu_gate_up, down
+    def __init__(self, up: Linear, down: Linear):
+        self.up, self.down = up, down
 
     def __call__(self, x: Array | Normed, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
-        return self.down(self.silu_gate_up(x), onto)
+        return self.down(self.up(x), onto)
 
 
 class Attention:
@@ -149,3 +150,36 @@ class Attention:
             self.alibi,
         )  # (tokens, heads·head_dim)  # fmt: skip
         return self.out(mixed, onto)
+
+
+class Mixer(Protocol):
+    """Where tokens look at earlier ones: attention, or a Mamba; `cache` is the layer's, of the mixer's kind."""
+
+    def __call__(self, x: Normed, batch: Batch, cache: Any, onto: Array) -> Array: ...
+
+
+class FeedForward(Protocol):
+    """What thinks about each token alone: an MLP, or a mixture of them."""
+
+    def __call__(self, x: Normed, onto: Array) -> Array: ...
+
+
+class Block:
+    """A mixer and an MLP, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, mixer_norm: RMSNorm | LayerNorm, mixer: Mixer, mlp_norm: RMSNorm | LayerNorm, mlp: FeedForward):
+        self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = mixer_norm, mixer, mlp_norm, mlp
+
+    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        x = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
+        return self.mlp(self.mlp_norm(x), onto=x)
+
+
+class ParallelBlock(Block):
+    """The same side by side: both read x, each behind its norm or both behind one, and both are added to it."""
+
+    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        mixed = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
+        return self.mlp(self.mlp_norm(x), onto=mixed)

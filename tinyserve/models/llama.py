@@ -12,22 +12,9 @@ from tinyserve.config import LlamaConfig, RopeParameters
 from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache, LayerCache
-from tinyserve.models.layers import Attention, GatedMLP, RMSNorm, Rope
+from tinyserve.models.cache import KVCache
+from tinyserve.models.layers import MLP, Attention, Block, Rope
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
-
-
-class Block:
-    """Attention and MLP, each behind its norm, each added to the residual stream."""
-
-    def __init__(self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP):
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
-
-    def __call__(self, x: Array, batch: Batch, cache: LayerCache) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        x = self.attention(self.attention_norm(x), batch, cache, onto=x)
-        return self.mlp(self.mlp_norm(x), onto=x)
 
 
 class Llama:
@@ -52,7 +39,7 @@ class Llama:
                 rope=rope,
                 window=config.sliding_window or 0,
             )
-            mlp = GatedMLP(
+            mlp = MLP(
                 loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
                 loader.linear(f"{layer}.mlp.down_proj"),
             )
