@@ -53,7 +53,7 @@ def test_a_packed_gguf_is_its_original(tmp_path: Path) -> None:
 
 def test_weights_are_mapped_and_not_copied(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     packing.write(str(folder_of("llama")), tmp_path / "packed", "int8")
-    integers = LLM(tmp_path / "packed").model.blocks[0].attention.qkv.matrix.packed
+    integers = LLM(tmp_path / "packed").model.blocks[0].mixer.qkv.matrix.packed
     while isinstance(integers.base, np.ndarray):
         integers = integers.base
     assert isinstance(integers, np.memmap)
