@@ -55,6 +55,25 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
     assert tmp_path in folder.parents
 
 
+def test_a_cached_kernel_needs_no_compiler(tmp_path: Path) -> None:
+    code = """
+import numba.core.base, numpy as np
+from tinyserve.tensor.moe import group_by_expert, route
+prepared = []
+refresh = numba.core.base.BaseContext.refresh
+numba.core.base.BaseContext.refresh = lambda self: (prepared.append(1), refresh(self))[1]
+ids, weights = route(np.array([[0, 3, 1]], np.float32), 2)
+order, offsets = group_by_expert(ids, 3)
+print(bool(prepared), ids.tolist(), order.tolist(), offsets.tolist())
+"""
+    same = "[[1, 2]] [0, 1] [0, 0, 1, 2]"
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"False {same}"
+    # Another type of argument finds no machine code and compiles it, in a process that began with cached code.
+    code = code.replace("print(", "group_by_expert(ids.astype(np.int32), 3)\nprint(")
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
+
+
 def test_a_users_own_kernels_keep_their_cache() -> None:
     before = numba.config.CACHE_DIR
     _jit.kernel(lambda x: x)

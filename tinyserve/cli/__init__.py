@@ -3,6 +3,7 @@
 Every error becomes one sentence on stderr and an exit code; TINYSERVE_DEBUG=1 lets unforeseen ones through.
 """
 
+import gc
 import io
 import os
 import sys
@@ -84,6 +85,7 @@ app.command("quantize")(quantize)
 
 def main() -> None:
     """Run a command line; the process ends here, with 0, 1 (our fault), 2 (the user's), 130 or 141."""
+    gc.set_threshold(100_000)  # imports and vocabularies make many objects and no garbage: looking for it takes 0.1 s
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"

@@ -169,9 +169,12 @@ class Loader:
         blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
         if len(blocks) < len(tensors) or len({one.quantization for one in blocks}) > 1:
             return None
-        raw = np.zeros((shape[0], blocks[0].raw.shape[1]), np.uint8)
-        for place, one in zip(places, blocks, strict=True):
-            raw[place] = one.raw
+        if len(blocks) == 1 and isinstance(places[0], slice):
+            raw = blocks[0].raw
+        else:
+            raw = np.zeros((shape[0], blocks[0].raw.shape[1]), np.uint8)
+            for place, one in zip(places, blocks, strict=True):
+                raw[place] = one.raw
         packed = repack(Blocks(blocks[0].quantization, raw, shape), dtype)
         if packed is None:
             return None

@@ -18,8 +18,9 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
+from numba.core import caching, event
 from numba.core import config as numba_config
-from numba.core import event
+from numba.core.runtime.nrt import rtsys
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -39,15 +40,26 @@ def _compile(function: Callable[..., Any], parallel: bool) -> Any:
     # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
     numba_config.CACHE_DIR = str(cache_folder())
     try:
-        return numba.njit(
-            cache=True,
+        dispatcher = numba.njit(
             nogil=True,
             parallel=parallel,
             error_model="numpy",
             boundscheck=False,
         )(function)
+        dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
+        return dispatcher
     finally:
         numba_config.CACHE_DIR = before
+
+
+class _KernelCache(caching.FunctionCache):
+    """Numba's cache of machine code, which before the first kernel loads all that its compiler needs, 0.3 s of it."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load machine code for these argument types, or None: then Numba prepares its compiler, and compiles."""
+        rtsys.initialize(target_context)  # the allocator that machine code refers to
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 @cache

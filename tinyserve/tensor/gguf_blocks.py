@@ -73,51 +73,69 @@ def repack(blocks: Blocks, most_bits: int) -> Packed | None:
     if bits > most_bits or K % 32:
         return None
     panels, groups = padded(N, BLOCK) // PANEL, K // 32
-    raw = np.zeros((panels * PANEL, groups, size), np.uint8)
-    raw[:N] = blocks.raw.reshape(N, groups, size)
-
-    def halves(at: int) -> np.ndarray:
-        values = np.ascontiguousarray(raw[:, :, at : at + 2]).view(np.int16).reshape(panels, PANEL, groups)
-        return np.ascontiguousarray(values.transpose(0, 2, 1))
-
+    raw = blocks.raw.reshape(N, groups, size)
+    raw.flags.writeable = False  # as a mapped file's are: one compiled kernel, not two
+    scales = np.empty((panels, groups, PANEL), np.int16)
+    minimums = np.empty_like(scales) if blocks.quantization == "Q4_1" else NO_MINIMUMS
     if bits == 8:
         integers = np.empty((panels, K // 4, 4 * PANEL), np.int8)
-        _repack_bytes(raw, integers)
+        _repack_bytes(raw, integers, scales)
     else:
         integers = np.empty((panels, K // 8, 4 * PANEL), np.uint8)
-        _repack_nibbles(raw, size - 16, integers)
-    return Packed(integers, halves(0), halves(2) if blocks.quantization == "Q4_1" else NO_MINIMUMS)
+        _repack_nibbles(raw, integers, scales, minimums)
+    return Packed(integers, scales, minimums)
 
 
 @kernel
-def _repack_panel_of_bytes(raw, integers, p):
+def _half(block, at):
+    """The bits of a block's float16 at this byte."""
+    return np.int16(block[at]) | np.int16(block[at + 1]) << 8
+
+
+@kernel
+def _repack_panel_of_bytes(raw, integers, scales, p):
     for lane in range(PANEL):
+        row = p * PANEL + lane
         for g in range(raw.shape[1]):
-            for i in range(32):
-                byte = np.int32(np.int8(raw[p * PANEL + lane, g, 2 + i])) + ZERO_8
-                integers[p, g * 8 + i // 4, lane * 4 + i % 4] = np.int8(byte)
+            inside = row < len(raw)
+            scales[p, g, lane] = _half(raw[row, g], 0) if inside else np.int16(0)
+            for k in range(8):
+                for i in range(4):
+                    byte = np.int32(np.int8(raw[row, g, 2 + 4 * k + i])) if inside else np.int32(0)
+                    integers[p, g * 8 + k, lane * 4 + i] = np.int8(byte + ZERO_8)
 
 
 @parallel_kernel
-def _repack_bytes(raw, integers):
+def _repack_bytes(raw, integers, scales):
     for p in prange(len(integers)):
-        _repack_panel_of_bytes(raw, integers, np.int64(p))
+        _repack_panel_of_bytes(raw, integers, scales, np.int64(p))
 
 
 @kernel
-def _repack_panel_of_nibbles(raw, low, integers, p):
+def _repack_panel_of_nibbles(raw, integers, scales, minimums, p):
+    low = raw.shape[2] - 16
     for lane in range(PANEL):
+        row = p * PANEL + lane
         for g in range(raw.shape[1]):
+            if row >= len(raw):
+                scales[p, g, lane] = 0
+                if minimums.size:
+                    minimums[p, g, lane] = 0
+                integers[p, g * 4 : g * 4 + 4, lane * 4 : lane * 4 + 4] = 0
+                continue
+            block = raw[row, g]
+            scales[p, g, lane] = _half(block, 0)
+            if minimums.size:
+                minimums[p, g, lane] = _half(block, 2)
             # ggml's byte i holds weights i and i + 16; ours hold neighbouring fours.
-            for i in range(32):
-                byte = np.int32(raw[p * PANEL + lane, g, low + i % 16])
-                nibble = (byte >> (4 * (i // 16))) & 15
-                at = lane * 4 + i % 4
-                before = np.int32(integers[p, g * 4 + i // 8, at]) & 15 if i // 4 % 2 else 0
-                integers[p, g * 4 + i // 8, at] = np.uint8(before | nibble << (4 * (i // 4 % 2)))
+            for k in range(2):
+                for i in range(4):
+                    first, second = block[low + 8 * k + i], block[low + 8 * k + 4 + i]
+                    integers[p, g * 4 + k, lane * 4 + i] = first & 15 | (second & 15) << 4
+                    integers[p, g * 4 + 2 + k, lane * 4 + i] = first >> 4 | second & 240
 
 
 @parallel_kernel
-def _repack_nibbles(raw, low, integers):
+def _repack_nibbles(raw, integers, scales, minimums):
     for p in prange(len(integers)):
-        _repack_panel_of_nibbles(raw, low, integers, np.int64(p))
+        _repack_panel_of_nibbles(raw, integers, scales, minimums, np.int64(p))
