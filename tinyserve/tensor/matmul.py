@@ -28,7 +28,7 @@ from tinyserve.tensor.tiles import (
     zeros,
 )
 
-AHEAD = 4096  # bytes of weights that a single row asks for ahead of their use
+AHEAD = 2048  # bytes of weights that a single row asks for ahead of their use
 FINE = 2  # panels of a work item for a single row, where a block would leave a thread waiting for another's last
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
 FLOAT_ROWS, FLOAT_PANELS = 6, 4 if WIDE else 1
