@@ -164,6 +164,20 @@ def test_architectures_in_words(name: str, words: tuple[str, ...]) -> None:
     assert tuple(architecture(presets.get(name).config).values()) == words
 
 
+def test_what_is_granites_own_is_shown() -> None:
+    hybrid, mixture, experts = (inspect(f"granite-{name}")["sizes"] for name in ("350m", "4.0-h-tiny", "3.0-1b-a400m"))
+    assert hybrid == {
+        "hidden / MLP": "768 / 2048",
+        "Mamba2": "48 heads of 32, state 128, convolution 4, 1 group",
+        "multipliers": "embedding 12, attention 0.015625, residual 0.246, logits 1/3",
+    }
+    assert mixture["hidden / MLP"] == "1536 / 512 in each of 64 experts, 1024 shared"
+    assert experts["hidden / MLP"] == "1024 / 512 in each of 32 experts"
+    assert "Mamba2" not in experts
+    shown = run("inspect-config", "granite-350m").stdout
+    assert all(words in shown for words in hybrid.values())
+
+
 def test_a_model_of_mamba_layers_alone() -> None:
     raw = presets.get("granite-350m").raw_config
     words = architecture(parse_config(raw | {"layer_types": ["mamba"] * 32}))

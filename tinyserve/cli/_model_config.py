@@ -89,6 +89,25 @@ def architecture(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def sizes(config: ModelConfig) -> dict[str, str]:
+    """Say how wide things are, where one number does not: experts, Mamba2; and Granite's constants."""
+    words = {"hidden / MLP": f"{config.hidden_size} / {config.intermediate_size}"}
+    if not isinstance(config, GraniteConfig):
+        return words
+    shared = config.shared_intermediate_size
+    if config.num_local_experts:
+        words["hidden / MLP"] = f"{config.hidden_size} / {config.intermediate_size} in each of "
+        words["hidden / MLP"] += f"{config.num_local_experts} experts" + f", {shared} shared" * bool(shared)
+    elif shared:
+        words["hidden / MLP"] = f"{config.hidden_size} / {shared}"
+    if config.num_mamba_layers:
+        words["Mamba2"] = f"{config.mamba_n_heads} heads of {config.mamba_d_head}, state {config.mamba_d_state}, "
+        words["Mamba2"] += f"convolution {config.mamba_d_conv}, {_plural(config.mamba_n_groups, 'group')}"
+    words["multipliers"] = f"embedding {config.embedding_multiplier:g}, attention {config.attention_multiplier:g}, "
+    words["multipliers"] += f"residual {config.residual_multiplier:g}, logits 1/{config.logits_scaling:g}"
+    return words
+
+
 def attention_kind(config: ModelConfig) -> str:
     """MHA, GQA or MQA, by how many query heads share one key-value head."""
     if config.num_key_value_heads == config.num_attention_heads:
@@ -102,7 +121,7 @@ def _attention(config: ModelConfig) -> str:
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     words = f"{attention_kind(config)} {heads}"
     if config.num_mamba_layers:
-        words += f" in {_layers(config.num_attention_layers)}, Mamba2 in {config.num_mamba_layers}"
+        words += f" in {_plural(config.num_attention_layers, 'layer')}, Mamba2 in {config.num_mamba_layers}"
     if window := shapes.attention_window(config):
         words += f", window {window}"
     return words
@@ -116,11 +135,11 @@ def _complexity(config: ModelConfig) -> str:
     attention = f"O(n·{window})" if window else "O(n²)"
     if not config.num_mamba_layers:
         return attention
-    return f"{attention} in {_layers(config.num_attention_layers)}, O(n) in {config.num_mamba_layers}"
+    return f"{attention} in {_plural(config.num_attention_layers, 'layer')}, O(n) in {config.num_mamba_layers}"
 
 
-def _layers(number: int) -> str:
-    return f"{number} layer{'s' * (number != 1)}"
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _rope(rope: RopeParameters | None, otherwise: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets, shapes
-from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size
+from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size, sizes
 from tinyserve.config import MAMBA, ModelConfig, parse_config
 
 DEFAULT_BANDWIDTH = 40.0  # GB/s: what a desktop with two channels of DDR4 or DDR5 reads
@@ -84,6 +84,7 @@ def inspection(
         "unverified": list(preset.unverified) if preset else [],
         "model_type": config.model_type,
         "architecture": architecture(config),
+        "sizes": sizes(config),
         "attention_kind": attention_kind(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -175,7 +176,8 @@ def _show_architecture(console: Any, report: dict[str, Any]) -> None:
     table.add_row("architecture", report["model_type"])
     for name, words in report["architecture"].items():
         table.add_row(name, words)
-    table.add_row("hidden / MLP", f"{report['hidden_size']} / {report['intermediate_size']}")
+    for name, words in report["sizes"].items():
+        table.add_row(name, words)
     tied = "tied" if report["tie_word_embeddings"] else "untied"
     table.add_row("vocabulary", f"{report['vocab_size']}, {tied} head")
     table.add_row("context", f"{report['max_position_embeddings']} tokens")
