@@ -108,17 +108,21 @@ def is_help(parameter: Any) -> bool:
     return "--help" in parameter.opts
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def keep_current(path: Path, wanted: str, script: str, does: str) -> int:
+    """Write a page, or with --check tell whether it is what `script` writes; the exit code."""
+    parser = argparse.ArgumentParser(description=does)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
-    wanted = page()
     if parser.parse_args().check:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
+        if path.is_file() and path.read_text(encoding="utf-8") == wanted:
             return 0
-        print(f"{PAGE} is stale: run python scripts/make_cli_docs.py", file=sys.stderr)
+        print(f"{path} is stale: run python scripts/{script}", file=sys.stderr)
         return 1
-    PAGE.write_text(wanted, encoding="utf-8")
+    path.write_text(wanted, encoding="utf-8")
     return 0
+
+
+def main() -> int:
+    return keep_current(PAGE, page(), Path(__file__).name, __doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def test_the_page_has_every_command_with_examples(make_cli_docs: Any) -> None:
         _, _, section = page.partition(f"## tinyserve {name}\n")
         assert f"tinyserve {name} " in section.partition("```bash\n")[2].partition("```")[0] or name == "list"
     assert "\b" not in page
-    assert "| `--temperature`, `--temp` NUMBER | `0.0` | 0 is greedy; higher is more random. |" in page
+    assert (
+        "| `--temperature`, `--temp` NUMBER | the model's own, else 0 | 0 is greedy; higher is more random. |" in page
+    )
     assert "| `--json` |  | Print one JSON object with text, token ids and statistics. |" in page
 
 

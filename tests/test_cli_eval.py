@@ -221,7 +221,7 @@ def test_a_folder_is_no_text_and_some_text_is_needed(shell: Shell, model: Path, 
     ("options", "says"),
     [
         ("--window 0", r"'--window'.*1.*; see tinyserve eval --help"),
-        ("--window few", r"'--window'.*integer.*; see tinyserve eval --help"),
+        ("--window few", r"'--window'.*int.*; see tinyserve eval --help"),
         ("--tokens 1", r"'--tokens'.*2.*; see tinyserve eval --help"),
         ("--threads 0", r"--threads is 0; it must be at least 1"),
         ("--dtype int9", r"dtype 'int9' is not built; there are float32, .*Did you mean 'int8'"),

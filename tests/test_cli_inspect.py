@@ -15,6 +15,7 @@ from tinyserve import presets, shapes
 from tinyserve.cli._model_config import architecture, count, load_raw_config, size
 from tinyserve.cli.compare import compare
 from tinyserve.cli.inspect_config import inspect_config, layer_map
+from tinyserve.config import parse_config
 from tinyserve.errors import ConfigError, UnknownModelError, UserError
 
 app = typer.Typer()
@@ -22,8 +23,8 @@ app.command("inspect-config")(inspect_config)
 app.command("compare")(compare)
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "TERM": "dumb"})
+def run(*arguments: str, columns: int = 80) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "TERM": "dumb"})
 
 
 def inspect(*arguments: str) -> Any:
@@ -48,11 +49,30 @@ def test_the_hybrid_in_numbers() -> None:
 def test_the_roofline_counts_weights_cache_and_state() -> None:
     report = inspect("granite-350m", "--bandwidth", "10", "--context", "500")
     roofline = report["roofline"]
-    read = shapes.weight_bytes(presets.get("granite-350m").config, "int8") + 500 * 8192 + 2 * 22_622_208
+    weights = presets.get("granite-350m").config
+    read = shapes.weight_bytes(weights, "int8") + 500 * 4096 + 2 * 22_622_208
     assert roofline["bytes_per_token"]["int8"] == read
+    assert roofline["bytes_per_token"]["float32"] == 4 * 340_332_224 + 500 * 8192 + 2 * 22_622_208
     assert roofline["tokens_per_second"]["int8"] == round(1e10 / read, 2)
     assert roofline["bandwidth_gb_per_s"] == 10
     assert inspect("gpt2", "--context", "99999")["roofline"]["context"] == 1024
+
+
+def test_a_window_bounds_what_a_token_reads(tmp_path: Path) -> None:
+    """Mistral v0.1, whose window came before there was a null in its config."""
+    raw = presets.get("mistral-7b").raw_config | {"sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "all.json").write_text(json.dumps(raw | {"sliding_window": None}))
+    window, everything = str(tmp_path / "config.json"), str(tmp_path / "all.json")
+    read = {
+        (model, context): inspect(model, "--context", context)["roofline"]["bytes_per_token"]["int8"]
+        for model in (window, everything)
+        for context in ("4096", "8192")
+    }
+    assert read[window, "8192"] == read[window, "4096"] == read[everything, "4096"]
+    assert read[everything, "8192"] == read[everything, "4096"] + 4096 * 131_072
+    assert inspect(window)["architecture"]["complexity"] == "O(n·4096)"
+    assert "524.3 k, up to 4096" in run("compare", window, "--markdown").stdout
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -113,28 +133,29 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpt2", ("MHA 12/12 heads of 64", "learned", "LayerNorm", "GELU (tanh)", "sequential")),
+        ("gpt2", ("MHA 12/12 heads of 64", "learned", "LayerNorm", "GELU (tanh)", "sequential", "O(n²)")),
         (
             "falcon-7b",
-            ("MQA 71/1 heads of 64", "RoPE θ=10000", "LayerNorm", "GELU (erf)", "parallel, 1 norm"),
+            ("MQA 71/1 heads of 64", "RoPE θ=10000", "LayerNorm", "GELU (erf)", "parallel, 1 norm", "O(n²)"),
         ),
         (
             "falcon-40b",
-            ("GQA 128/8 heads of 64", "RoPE θ=10000", "LayerNorm", "GELU (erf)", "parallel, 2 norms"),
+            ("GQA 128/8 heads of 64", "RoPE θ=10000", "LayerNorm", "GELU (erf)", "parallel, 2 norms", "O(n²)"),
         ),
-        ("falcon-rw-1b", ("MHA 32/32 heads of 64", "ALiBi", "LayerNorm", "GELU (erf)", "sequential")),
+        ("falcon-rw-1b", ("MHA 32/32 heads of 64", "ALiBi", "LayerNorm", "GELU (erf)", "sequential", "O(n²)")),
         (
             "llama-3.2-1b",
-            ("GQA 32/8 heads of 64", "RoPE θ=500000, llama3 ×32", "RMSNorm", "SwiGLU", "sequential"),
+            ("GQA 32/8 heads of 64", "RoPE θ=500000, llama3 ×32", "RMSNorm", "SwiGLU", "sequential", "O(n²)"),
         ),
         (
             "granite-4.0-h-tiny",
             (
-                "GQA 12/4 heads of 128 in 4 of 40 layers, Mamba2 in the others",
-                "none",
+                "GQA 12/4 heads of 128 in 4 layers, Mamba2 in 36",
+                "none (NoPE)",
                 "RMSNorm",
                 "SwiGLU",
                 "sequential, 6 of 64 experts",
+                "O(n²) in 4 layers, O(n) in 36",
             ),
         ),
     ],
@@ -143,17 +164,81 @@ def test_architectures_in_words(name: str, words: tuple[str, ...]) -> None:
     assert tuple(architecture(presets.get(name).config).values()) == words
 
 
+def test_what_is_granites_own_is_shown() -> None:
+    hybrid, mixture, experts = (inspect(f"granite-{name}")["sizes"] for name in ("350m", "4.0-h-tiny", "3.0-1b-a400m"))
+    assert hybrid == {
+        "hidden / MLP": "768 / 2048",
+        "Mamba2": "48 heads of 32, state 128, convolution 4, 1 group",
+        "multipliers": "embedding 12, attention 0.015625, residual 0.246, logits 1/3",
+    }
+    assert mixture["hidden / MLP"] == "1536 / 512 in each of 64 experts, 1024 shared"
+    assert experts["hidden / MLP"] == "1024 / 512 in each of 32 experts"
+    assert "Mamba2" not in experts
+    shown = run("inspect-config", "granite-350m").stdout
+    assert all(words in shown for words in hybrid.values())
+
+
+def test_a_model_of_mamba_layers_alone() -> None:
+    raw = presets.get("granite-350m").raw_config
+    words = architecture(parse_config(raw | {"layer_types": ["mamba"] * 32}))
+    assert (words["attention"], words["complexity"]) == ("none: Mamba2 in every layer", "O(n)")
+    words = architecture(parse_config(raw | {"layer_types": ["mamba"] * 31 + ["attention"]}))
+    assert (words["attention"], words["complexity"]) == (
+        "GQA 12/4 heads of 64 in 1 layer, Mamba2 in 31",
+        "O(n²) in 1 layer, O(n) in 31",
+    )
+
+
+# The table of the project's aim, computed by hand: a token's keys and values are 2 · layers · key heads · head_dim
+# numbers of 2 bytes; a Mamba2 layer of the hybrid keeps 48·32·128 + 3·1792 numbers of 4 bytes.
+TABLE = {
+    "attention": ("MHA 12/12 heads of 64", "MQA 71/1 heads of 64", "GQA 32/8 heads of 128",
+                  "GQA 12/4 heads of 64 in 4 layers, Mamba2 in 28"),
+    "position": ("learned", "RoPE θ=10000", "RoPE θ=500000, llama3 ×8", "none (NoPE)"),
+    "norm": ("LayerNorm", "LayerNorm", "RMSNorm", "RMSNorm"),
+    "activation": ("GELU (tanh)", "GELU (erf)", "SwiGLU", "SwiGLU"),
+    "block": ("sequential", "parallel, 1 norm", "sequential", "sequential"),
+    "KV, 1k tokens": ("36.9 MB", "8.2 MB", "131.1 MB", "4.1 MB + 22.6 MB state"),
+    "KV, full": ("37.7 MB", "16.8 MB", "17.18 GB", "134.2 MB + 22.6 MB state"),
+    "complexity": ("O(n²)", "O(n²)", "O(n²)", "O(n²) in 4 layers, O(n) in 28"),
+    "context": ("1024 tokens", "2048 tokens", "131072 tokens", "32768 tokens"),
+    "parameters": ("124.4 M", "6.92 B", "8.03 B", "340.3 M"),
+}  # fmt: skip
+
+
+def test_the_architecture_table() -> None:
+    lines = run("compare", "gpt2", "falcon-7b", "llama-3.1-8b", "granite-350m", "--markdown").stdout.splitlines()
+    table = {cells[0]: tuple(cells[1:]) for line in lines if (cells := line.strip("| ").split(" | "))}
+    assert {name: table[name] for name in TABLE} == TABLE
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120, 200])
+@pytest.mark.parametrize(
+    "models", [("gpt2", "falcon-7b", "llama-3.1-8b", "granite-350m"), tuple(presets.names())], ids=["four", "all"]
+)
+def test_no_word_of_the_table_is_broken_at_any_width(columns: int, models: tuple[str, ...]) -> None:
+    shown = run("compare", *models, columns=columns).stdout
+    assert max(map(len, shown.splitlines())) <= columns
+    for row in json.loads(run("compare", *models, "--json").stdout)["models"]:
+        cells = {row["model"], row["model_type"], *(row[name] for name in architecture(presets.get("gpt2").config))}
+        assert {word for cell in cells for word in cell.split()} <= set(shown.split()), row["model"]
+    assert shown.count("architecture ") == 1 or (columns, len(models)) not in ((80, 4), (120, 4))
+
+
 def test_compare_has_three_forms() -> None:
     models = ("gpt2", "falcon-7b", "llama-7b", "granite-350m")
     rows = json.loads(run("compare", *models, "--json").stdout)["models"]
     assert [row["model"] for row in rows] == list(models)
     assert [row["attention_kind"] for row in rows] == ["MHA", "MQA", "MHA", "GQA"]
-    assert rows[2]["kv_bytes_per_1000_tokens"] == 1000 * 2 * 32 * 32 * 128 * 4
+    assert rows[2]["kv_bytes_per_1000_tokens"]["float32"] == 1000 * 2 * 32 * 32 * 128 * 4
+    assert rows[2]["kv_bytes_full_context"]["bfloat16"] == 4096 * 2 * 32 * 32 * 128 * 2
     assert [bool(row["state_bytes_per_sequence"]) for row in rows] == [False, False, False, True]
 
     table = run("compare", *models, "--markdown").stdout.splitlines()
     assert table[:2] == ["| | gpt2 | falcon-7b | llama-7b | granite-350m |", "|---|---|---|---|---|"]
+    *table, empty, note = table
     assert all(line.count("|") == 6 for line in table)
+    assert empty == "" and "bfloat16" in note
 
     shown = run("compare", *models)
     assert shown.exit_code == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tinyserve import presets, shapes
-from tinyserve.config import parse_config
+from tinyserve.config import GraniteConfig, parse_config
 from tinyserve.errors import UserError
 
 LLAMA = {
@@ -109,6 +109,21 @@ def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path
     assert {tensor.name: tensor.shape for tensor in shapes.tensor_shapes(written)} == saved
     # transformers writes every key, so an absent key means here what it means there.
     assert parse_config({"model_type": model_type, **sizes}) == written
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_have_as_many_parameters_as_in_transformers(name: str) -> None:
+    """At their full sizes: on torch's meta device a model of 41 billion parameters takes no memory."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    preset = presets.get(name)
+    raw = dict(preset.raw_config)
+    if isinstance(preset.config, GraniteConfig) and preset.config.num_mamba_layers:
+        raw["time_step_limit"] = preset.config.time_step_limit  # whose infinity transformers does not read as written
+    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shapes.parameter_count(preset.config) == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize(("name", "parameters"), list(PUBLISHED.items()))

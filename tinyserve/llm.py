@@ -104,6 +104,7 @@ class LLM:
         self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
+        self.generation_config, self.end_tokens = files.generation, files.end_tokens
         self.num_threads = _jit.set_threads(num_threads)
         num_blocks, self.max_model_len = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
@@ -147,11 +148,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
 
-        One SamplingParams serves all prompts, a list has one for each. Raises RequestError for a prompt that cannot
-        be served.
+        One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Raises
+        RequestError for a prompt that cannot be served.
         """
         batch = _as_prompts(prompts)
-        params = _as_params(sampling_params, len(batch))
+        params = self._params(sampling_params, len(batch))
         requests: list[Request] = []
         try:
             for prompt, one in zip(batch, params, strict=True):
@@ -174,7 +175,7 @@ class LLM:
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
         """
-        (params,) = _as_params(sampling_params, 1)
+        (params,) = self._params(sampling_params, 1)
         stream = self._stream(self._submit(prompt, params))
         next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
         return stream
@@ -213,6 +214,13 @@ class LLM:
                 f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream."
             )
         return self.tokenizer.encode_chat(self.chat_template.render(messages, **template_variables))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for; SamplingParams() where it does not ask to sample."""
+        return SamplingParams(**self.generation_config.sampling())
+
+    def _params(self, given: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        return _as_params(self.get_default_sampling_params() if given is None else given, count)
 
     def logits(self, token_ids: Prompt) -> "np.ndarray":
         """The logits (tokens, vocab) float32 of every position of one prefill, for tests and evaluation."""
@@ -339,8 +347,8 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     return [items] if is_one_prompt else items
 
 
-def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    several = [params or SamplingParams()] * count if params is None or isinstance(params, SamplingParams) else params
+def _as_params(params: SamplingParams | SequenceOf[SamplingParams], count: int) -> list[SamplingParams]:
+    several = [params] * count if isinstance(params, SamplingParams) else params
     if isinstance(several, str | Mapping) or not all(isinstance(one, SamplingParams) for one in several):
         raise RequestError(f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.")
     if len(several) != count:

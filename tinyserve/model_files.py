@@ -4,13 +4,14 @@ Knows what lies in a folder or a GGUF file and what only looks like it; computes
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tinyserve import hub, presets
 from tinyserve.chat import ChatTemplate
-from tinyserve.config import ModelConfig, parse_config
+from tinyserve.config import GenerationConfig, ModelConfig, parse_config
 from tinyserve.errors import CheckpointError, ConfigError, UserError
 from tinyserve.models import check_supported
 from tinyserve.tokenizer import Tokenizer
@@ -29,8 +30,14 @@ class ModelFiles:
     checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
-    eos_token_ids: frozenset[int]
+    generation: GenerationConfig
+    end_tokens: Mapping[int, list[str]]  # the ids that end an answer, and where each is said to
     raw_config: dict[str, Any]
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids that end an answer, whoever says so."""
+        return frozenset(self.end_tokens)
 
     @property
     def packed_dtype(self) -> str | None:
@@ -64,9 +71,9 @@ def _synthetic(name: str, raw: dict[str, Any] | None) -> ModelFiles:
         raw = read_json(folder / "config.json")
     config = parse_config(raw, name)
     check_supported(config)
-    return ModelFiles(
-        name, None, config, synthetic_checkpoint(config), None, None, frozenset(config.eos_token_ids), raw
-    )
+    ends = {token: ["config.json"] for token in config.eos_token_ids}
+    generation = GenerationConfig(source="generation_config.json")
+    return ModelFiles(name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
 
 
 def _from_folder(name: str, folder: Path) -> ModelFiles:
@@ -77,26 +84,26 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     raw = read_json(folder / "config.json")
     config = parse_config(raw, str(folder / "config.json"))
     check_supported(config)
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    eos = generation.get("eos_token_id")
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    file = folder / "generation_config.json"
+    generation = GenerationConfig.parse(read_json(file) if file.is_file() else {}, str(file))
     tokenizer = Tokenizer.from_folder(folder)
     checkpoint = open_safetensors(folder)
     if config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
-    return _assemble(name, folder, config, checkpoint, tokenizer, ends, raw)
+    return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:
-    from tinyserve.weights.gguf import hf_config, open_gguf
+    from tinyserve.weights.gguf import generation_config, hf_config, open_gguf
 
     file = open_gguf(path)
     raw = hf_config(file)
     config = parse_config(raw, str(path))
     check_supported(config)
     tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
-    return _assemble(name, path, config, file.tensors, tokenizer, set(), raw)
+    generation = GenerationConfig.parse(generation_config(file), str(path))
+    return _assemble(name, path, config, file.tensors, tokenizer, generation, raw)
 
 
 def _assemble(
@@ -105,13 +112,25 @@ def _assemble(
     config: ModelConfig,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    ends: set[int],
+    generation: GenerationConfig,
     raw: dict[str, Any],
 ) -> ModelFiles:
     source = tokenizer.chat_template
     template = ChatTemplate(source, tokenizer.special_tokens, name) if source else None
-    eos = frozenset(config.eos_token_ids) | ends | tokenizer.eos_token_ids | tokenizer.end_tokens()
-    return ModelFiles(name, path, config, checkpoint, tokenizer, template, eos, raw)
+    said: dict[str, Iterable[int]] = {
+        "config.json": config.eos_token_ids,
+        "generation_config.json": generation.eos_token_ids,
+        # What the tokenizer knows by itself: it has read the two configs as well.
+        "tokenizer": tokenizer.eos_token_ids.difference(config.eos_token_ids, generation.eos_token_ids),
+    }
+    if path.is_file():  # a GGUF file, whose metadata is all of these
+        said = {"metadata": set().union(*said.values())}
+    said["chat template"] = tokenizer.end_tokens() - tokenizer.eos_token_ids
+    ends: dict[int, list[str]] = {}
+    for origin, tokens in said.items():
+        for token in sorted(tokens):
+            ends.setdefault(token, []).append(origin)
+    return ModelFiles(name, path, config, checkpoint, tokenizer, template, generation, ends, raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None
             _copy_companions(files.path, partial)
         elif files.tokenizer is not None:
             files.tokenizer.save(partial)
-            ends = {"eos_token_id": sorted(files.eos_token_ids)}
-            (partial / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+            generation = files.generation.as_json() | {"eos_token_id": sorted(files.eos_token_ids)}
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         quantization = {"quant_method": PACKED, "version": VERSION, "dtype": dtype}
         config = files.raw_config | {"quantization_config": quantization}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

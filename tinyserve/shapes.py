@@ -289,6 +289,11 @@ def matmul_flops_per_token(config: ModelConfig) -> int:
     return round(flops)
 
 
+def attention_window(config: ModelConfig) -> int | None:
+    """How many positions a token's attention sees, itself included; None where it sees all."""
+    return config.sliding_window if isinstance(config, LlamaConfig) else None
+
+
 def attention_flops_per_position(config: ModelConfig) -> int:
     """The operations that each earlier position adds to one token: its scores and its share of the values."""
     return 4 * config.num_attention_layers * config.num_attention_heads * config.head_dim

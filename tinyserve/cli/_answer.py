@@ -5,15 +5,16 @@ Knows the Python API and the terminal; which words on the command line are the m
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.cli._sampling import decide, explain
 from tinyserve.errors import UserError
 
 if TYPE_CHECKING:
     from tinyserve.cli._progress import StartLine
     from tinyserve.llm import LLM
-    from tinyserve.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -24,13 +25,14 @@ class Question:
 
     model: str
     prompt: str
-    params: "SamplingParams"
+    sampling: Mapping[str, Any]  # SamplingParams by name, None where nothing was said
     system: str | None = None
     raw: bool = False
     dtype: str = "auto"
     threads: int | None = None
     json: bool = False
     quiet: bool = False
+    verbose: bool = False
 
 
 def read_prompt(prompt: str | None, model: str) -> str:
@@ -86,9 +88,14 @@ def answer(question: Question) -> None:
     if uses_template:
         messages = [{"role": "system", "content": question.system}] if question.system else []
         prompt = llm.chat_prompt([*messages, {"role": "user", "content": question.prompt}])
+    decoding = decide(llm, question.sampling, prompt, DEFAULT_MAX_TOKENS)
+    if question.verbose:
+        raw = "continued as it is (--raw)" if question.raw else "continued as it is: the model has no chat template"
+        line.clear()
+        print(explain(llm, decoding, "by the model's chat template" if uses_template else raw), file=sys.stderr)
     text, tokens, chunk = "", [], None
     try:
-        for chunk in llm.stream(prompt, question.params):
+        for chunk in llm.stream(prompt, decoding.params):
             line.clear()
             text += chunk.text
             tokens += chunk.token_ids
@@ -117,10 +124,10 @@ def answer(question: Question) -> None:
         return
     print(flush=True)
     if not question.quiet:
-        print(describe(statistics, question.params.max_tokens), file=sys.stderr)
+        print(describe(statistics, llm.max_model_len), file=sys.stderr)
 
 
-def describe(statistics: dict[str, Any], max_tokens: int) -> str:
+def describe(statistics: dict[str, Any], max_model_len: int) -> str:
     """The statistics as a line for people."""
     decode = statistics["decode_tokens_per_second"]
     parts = [
@@ -132,6 +139,7 @@ def describe(statistics: dict[str, Any], max_tokens: int) -> str:
         f"{statistics['dtype']}, {statistics['threads']} thread{'s' * (statistics['threads'] != 1)}",
     ]
     if statistics["finish_reason"] == "length":
-        full = statistics["output_tokens"] < max_tokens
-        parts.append("cut off where the context is full" if full else f"cut off at --max-tokens {max_tokens}")
+        full = statistics["prompt_tokens"] + statistics["output_tokens"] >= max_model_len
+        limit = f"at --max-tokens {statistics['output_tokens']}"
+        parts.append(f"cut off {'where the context is full' if full else limit}")
     return "[" + " · ".join(parts) + "]"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinyserve import presets
+from tinyserve import presets, shapes
 from tinyserve.config import FalconConfig, GPT2Config, GraniteConfig, LlamaConfig, ModelConfig, RopeParameters
 from tinyserve.errors import ConfigError
 
@@ -62,7 +62,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def architecture(config: ModelConfig) -> dict[str, str]:
-    """Say what the architecture is made of: attention, position, norm, activation, block."""
+    """Say what the architecture is made of, and how a prompt of n tokens costs it."""
     match config:
         case GPT2Config():
             exact = config.activation_function == "gelu"
@@ -75,7 +75,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
                 norms = config.num_ln_in_parallel_attn
                 block += f", {norms} norm{'s' * (norms > 1)}"
         case LlamaConfig() | GraniteConfig():
-            position, norm = _rope(config.rope, otherwise="none"), "RMSNorm"
+            position, norm = _rope(config.rope, otherwise="none (NoPE)"), "RMSNorm"
             activation, block = "SwiGLU", "sequential"
         case _:
             position = norm = activation = block = "not described yet (cli/_model_config.py)"
@@ -85,7 +85,27 @@ def architecture(config: ModelConfig) -> dict[str, str]:
         "norm": norm,
         "activation": activation,
         "block": block + _mixture(config),
+        "complexity": _complexity(config),
     }
+
+
+def sizes(config: ModelConfig) -> dict[str, str]:
+    """Say how wide things are, where one number does not: experts, Mamba2; and Granite's constants."""
+    words = {"hidden / MLP": f"{config.hidden_size} / {config.intermediate_size}"}
+    if not isinstance(config, GraniteConfig):
+        return words
+    shared = config.shared_intermediate_size
+    if config.num_local_experts:
+        words["hidden / MLP"] = f"{config.hidden_size} / {config.intermediate_size} in each of "
+        words["hidden / MLP"] += f"{config.num_local_experts} experts" + f", {shared} shared" * bool(shared)
+    elif shared:
+        words["hidden / MLP"] = f"{config.hidden_size} / {shared}"
+    if config.num_mamba_layers:
+        words["Mamba2"] = f"{config.mamba_n_heads} heads of {config.mamba_d_head}, state {config.mamba_d_state}, "
+        words["Mamba2"] += f"convolution {config.mamba_d_conv}, {_plural(config.mamba_n_groups, 'group')}"
+    words["multipliers"] = f"embedding {config.embedding_multiplier:g}, attention {config.attention_multiplier:g}, "
+    words["multipliers"] += f"residual {config.residual_multiplier:g}, logits 1/{config.logits_scaling:g}"
+    return words
 
 
 def attention_kind(config: ModelConfig) -> str:
@@ -96,13 +116,30 @@ def attention_kind(config: ModelConfig) -> str:
 
 
 def _attention(config: ModelConfig) -> str:
+    if not config.num_attention_layers:
+        return "none: Mamba2 in every layer"
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     words = f"{attention_kind(config)} {heads}"
     if config.num_mamba_layers:
-        words += f" in {config.num_attention_layers} of {config.num_hidden_layers} layers, Mamba2 in the others"
-    if isinstance(config, LlamaConfig) and config.sliding_window:
-        words += f", window {config.sliding_window}"
+        words += f" in {_plural(config.num_attention_layers, 'layer')}, Mamba2 in {config.num_mamba_layers}"
+    if window := shapes.attention_window(config):
+        words += f", window {window}"
     return words
+
+
+def _complexity(config: ModelConfig) -> str:
+    """How the work of n tokens grows: attention by pairs of them or by its window, Mamba2 by their number."""
+    if not config.num_attention_layers:
+        return "O(n)"
+    window = shapes.attention_window(config)
+    attention = f"O(n·{window})" if window else "O(n²)"
+    if not config.num_mamba_layers:
+        return attention
+    return f"{attention} in {_plural(config.num_attention_layers, 'layer')}, O(n) in {config.num_mamba_layers}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _rope(rope: RopeParameters | None, otherwise: str) -> str:

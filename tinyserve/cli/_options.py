@@ -5,18 +5,44 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.")]
+# What is None is not said: the model's generation_config.json decides, if it asks to sample (cli/_sampling.py).
 Temperature = Annotated[
-    float, typer.Option("--temperature", "--temp", metavar="NUMBER", help="0 is greedy; higher is more random.")
+    float | None,
+    typer.Option(
+        "--temperature",
+        "--temp",
+        metavar="NUMBER",
+        help="0 is greedy; higher is more random.  [default: the model's own, else 0]",
+    ),
 ]
 TopK = Annotated[
-    int, typer.Option("--top-k", "-k", metavar="NUMBER", help="Draw from this many most likely tokens; 0 from all.")
+    int | None,
+    typer.Option(
+        "--top-k",
+        "-k",
+        metavar="NUMBER",
+        help="Draw from this many most likely tokens; 0 from all.  [default: the model's own, else 0]",
+    ),
 ]
 TopP = Annotated[
-    float,
-    typer.Option("--top-p", "-p", metavar="NUMBER", help="Draw from the likeliest tokens of this total probability."),
+    float | None,
+    typer.Option(
+        "--top-p",
+        "-p",
+        metavar="NUMBER",
+        help="Draw from the likeliest tokens of this total probability.  [default: the model's own, else 1]",
+    ),
 ]
 MinP = Annotated[
-    float, typer.Option(metavar="NUMBER", help="Draw from tokens at least this probable relative to the best.")
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="Draw from tokens at least this probable relative to the best.  [default: the model's own, else 0]",
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Tell on stderr how it is decoded, who has decided it, and where it ends."),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes a random answer repeatable.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]

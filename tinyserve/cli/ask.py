@@ -12,7 +12,8 @@ import typer
 
 from tinyserve import presets
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
-from tinyserve.cli._options import Dtype, MinP, Seed, System, Temperature, Threads, TopK, TopP
+from tinyserve.cli._options import Dtype, MinP, Seed, System, Temperature, Threads, TopK, TopP, Verbose
+from tinyserve.cli._sampling import given
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -53,6 +54,9 @@ The answer is streamed to stdout, statistics go to stderr. MODEL is a family bel
 (tinyserve list --presets), a Hugging Face repo id, a folder of safetensors or a .gguf file; without one,
 smollm2-135m answers. Without a prompt, or with "-", the prompt is read from standard input.
 
+A model with a chat template answers, any other continues the text. What no option says is as the model's
+generation_config.json asks; --verbose shows what came of it.
+
 \b
 Examples:
   tinyserve ask "What is the capital of France?"
@@ -67,7 +71,14 @@ Prompt = Annotated[
     str | None,
     typer.Argument(metavar="PROMPT", help="The text to answer or continue; standard input when left out, or '-'."),
 ]
-MaxTokens = Annotated[int, typer.Option(metavar="NUMBER", help="At most this many new tokens.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="At most this many new tokens, and no more than the context has room for.  "
+        f"[default: the model's own, else {DEFAULT_MAX_TOKENS}]",
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="End the answer before this text; can be given several times."),
@@ -79,12 +90,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 
 def _ask(model: str, prompt: str | None, options: dict[str, Any]) -> None:
     """Build the question and have it answered; `options` are the flags by name."""
-    from tinyserve.sampling_params import SamplingParams
-
-    sampling = ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed")
-    params = SamplingParams(stop=options["stop"] or (), **{name: options[name] for name in sampling})
-    rest = {name: options[name] for name in ("system", "raw", "dtype", "threads", "quiet")}
-    answer(Question(model, read_prompt(prompt, model), params, json=options["json_"], **rest))
+    sampling = {
+        name: options[name] for name in ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "stop")
+    }
+    given(**sampling)
+    rest = {name: options[name] for name in ("system", "raw", "dtype", "threads", "quiet", "verbose")}
+    answer(Question(model, read_prompt(prompt, model), sampling, json=options["json_"], **rest))
 
 
 def _family_command(family: str, default: str) -> Callable[..., None]:
@@ -93,11 +104,11 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         variant: Annotated[
             str, typer.Option("--model", "-m", metavar="VARIANT", help="The variant, or a preset's name.")
         ] = default,
-        temperature: Temperature = 0.0,
-        max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
-        top_k: TopK = 0,
-        top_p: TopP = 1.0,
-        min_p: MinP = 0.0,
+        temperature: Temperature = None,
+        max_tokens: MaxTokens = None,
+        top_k: TopK = None,
+        top_p: TopP = None,
+        min_p: MinP = None,
         seed: Seed = None,
         stop: Stop = None,
         system: System = None,
@@ -106,6 +117,7 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         threads: Threads = None,
         json_: Json = False,
         quiet: Quiet = False,
+        verbose: Verbose = False,
     ) -> None:
         options = locals().copy()
         _ask(_variant(family, variant), prompt, options)
@@ -134,11 +146,11 @@ def any_model(
         str | None,
         typer.Option("--model", "-m", metavar="MODEL", help="The model, or a family's variant, as an option."),
     ] = None,
-    temperature: Temperature = 0.0,
-    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
     system: System = None,
@@ -147,6 +159,7 @@ def any_model(
     threads: Threads = None,
     json_: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Ask any model: a preset, a Hugging Face repo id, a folder of safetensors, a .gguf file."""
     options = locals().copy()

@@ -5,28 +5,37 @@ Knows the loop of asking and answering; the messages become text by the model's 
 
 import sys
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tinyserve import presets
-from tinyserve.cli._options import Dtype, MinP, Model, Seed, System, Temperature, Threads, TopK, TopP
+from tinyserve.cli._options import Dtype, MinP, Model, Seed, System, Temperature, Threads, TopK, TopP, Verbose
+from tinyserve.cli._sampling import decide, explain, given
 from tinyserve.errors import TinyserveError, UserError
 
+DEFAULT_MAX_TOKENS = 512
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line."
 
 
 def chat(
     model: Model = presets.DEFAULT,
     system: System = None,
-    temperature: Temperature = 0.0,
-    max_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="At most this many tokens an answer.")] = 512,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    temperature: Temperature = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            help=f"At most this many tokens an answer.  [default: the model's own, else {DEFAULT_MAX_TOKENS}]",
+        ),
+    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    verbose: Verbose = False,
 ) -> None:
     """Talk to a model in the terminal.
 
@@ -39,11 +48,12 @@ def chat(
       tinyserve chat smollm2-360m --system "You are a pirate." --temp 0.7
     """
     from tinyserve.cli._answer import check_text, load
-    from tinyserve.sampling_params import SamplingParams
 
-    params = SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
-    )
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "seed": seed,
+    }  # fmt: skip
+    given(**sampling)
     llm, start = load(model, dtype, threads, max_num_seqs=1)
     if llm.chat_template is None:
         raise UserError(f"{llm.name} has no chat template: let it continue a text with `tinyserve ask {model}`.")
@@ -83,7 +93,12 @@ def chat(
             text = ""
             try:
                 check_text(line)
-                for chunk in llm.stream_chat([*messages, question], params):
+                asked = llm.chat_prompt([*messages, question])
+                decoding = decide(llm, sampling, asked, DEFAULT_MAX_TOKENS)
+                if verbose:
+                    start.clear()
+                    print(explain(llm, decoding, "the conversation so far"), file=sys.stderr)
+                for chunk in llm.stream(asked, decoding.params):
                     start.clear()
                     text += chunk.text
                     print(chunk.text, end="", flush=True)

@@ -4,6 +4,7 @@ Knows how to lay the numbers out; they are counted in tinyserve/shapes.py.
 """
 
 import json
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from tinyserve.config import ModelConfig, parse_config
 from tinyserve.errors import UserError
 
 KV_TOKENS = 1000
+KV_DTYPE = "bfloat16"  # what keys and values are kept in unless something else is asked for
 
 
 def compare(
@@ -26,7 +28,8 @@ def compare(
 ) -> None:
     """Compare architectures side by side, offline.
 
-    Attention, position, norm, block, parameters, cache and work, from the configs alone.
+    Attention, position, norm, activation, block, complexity, context, cache, parameters and work, from the configs
+    alone.
 
     \b
     Examples:
@@ -46,7 +49,7 @@ def compare(
 
 def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
     """Collect one model's column, as plain data; sizes are bytes."""
-    kv = shapes.kv_bytes_per_token(config, "float32")
+    kv = {dtype: shapes.kv_bytes_per_token(config, dtype) for dtype in shapes.KV_DTYPES}
     return {
         "model": model,
         "model_type": config.model_type,
@@ -58,9 +61,11 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "parameters": shapes.parameter_count(config),
         "active_parameters": shapes.active_parameter_count(config),
-        "kv_bytes_per_1000_tokens": KV_TOKENS * kv,
+        "kv_bytes_per_1000_tokens": {dtype: KV_TOKENS * number for dtype, number in kv.items()},
+        "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
         "state_bytes_per_sequence": shapes.state_bytes_per_sequence(config),
         "flops_per_token": shapes.matmul_flops_per_token(config),
+        "attention_window": shapes.attention_window(config),
         "attention_flops_per_position": shapes.attention_flops_per_position(config),
     }
 
@@ -70,6 +75,8 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     parameters = count(row["parameters"])
     if row["active_parameters"] < row["parameters"]:
         parameters += f" ({count(row['active_parameters'])} active)"
+    state = f" + {size(row['state_bytes_per_sequence'])} state" if row["state_bytes_per_sequence"] else ""
+    window = f", up to {row['attention_window']}" if row["attention_window"] else ""
     return {
         "architecture": row["model_type"],
         "layers × hidden": f"{row['num_hidden_layers']} × {row['hidden_size']}",
@@ -78,17 +85,14 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "norm": row["norm"],
         "activation": row["activation"],
         "block": row["block"],
-        "context": str(row["max_position_embeddings"]),
+        "KV, 1k tokens": size(row["kv_bytes_per_1000_tokens"][KV_DTYPE]) + state,
+        "KV, full": size(row["kv_bytes_full_context"][KV_DTYPE]) + state,
+        "complexity": row["complexity"],
+        "context": f"{row['max_position_embeddings']} tokens",
         "parameters": parameters,
-        "KV, 1k tokens": size(row["kv_bytes_per_1000_tokens"]),
-        "state": size(row["state_bytes_per_sequence"]) if row["state_bytes_per_sequence"] else "–",
-        "FLOP per token": _work(row),
+        "FLOP per token": count(row["flops_per_token"]),
+        "+ per position": count(row["attention_flops_per_position"]) + window,
     }
-
-
-def _work(row: dict[str, Any]) -> str:
-    """Write the cost of one token: what the weights take, and what each earlier position adds."""
-    return f"{count(row['flops_per_token'])} + {count(row['attention_flops_per_position'])} × context"
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
@@ -96,7 +100,13 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     columns = [_cells(row) for row in rows]
     lines = ["| | " + " | ".join(row["model"] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cells[name] for cells in columns) + " |" for name in columns[0]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _NOTE])
+
+
+_NOTE = (
+    "The cache of one sequence in bfloat16, the state in float32; full: as long as the context. A prompt of n tokens "
+    "costs its complexity. FLOP of the matrix products, and of attention for each position it sees."
+)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -106,16 +116,49 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    per_table = max(1, (console.width - 18) // 20)
-    for start in range(0, len(rows), per_table):
-        part = rows[start : start + per_table]
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("", style="dim", no_wrap=True)
-        for row in part:
-            table.add_column(Text(row["model"]), header_style="bold", overflow="fold")
-        columns = [_cells(row) for row in part]
-        for name in columns[0]:
-            table.add_row(name, *(cells[name] for cells in columns))
+    models = [(row["model"], _cells(row)) for row in rows]
+    names = max(map(len, models[0][1]))
+    for part in _fitting(models, console.width - names):
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+        table.add_column("", style="dim", no_wrap=True, width=names)
+        for (model, _), width in zip(part, _widths(part, console.width - names), strict=True):
+            table.add_column(Text(model), header_style="bold", overflow="fold", width=width)
+        for name in part[0][1]:
+            table.add_row(name, *(cells[name] for _, cells in part))
         console.print(table)
         console.print()
-    console.print(Text("KV cache and state in float32, for one sequence.", style="dim"))
+    console.print(Text(_NOTE, style="dim"))
+
+
+_GAP, _LEAST = 2, 12
+_Column = tuple[str, dict[str, str]]  # a model's name, and its cells
+
+
+def _fitting(models: list[_Column], width: int) -> list[list[_Column]]:
+    """Share models out to tables of this width: as few tables as will do, as even as their number allows."""
+    for number in range(1, len(models)):
+        size, longer = divmod(len(models), number)
+        starts = [i * size + min(i, longer) for i in range(number + 1)]
+        tables = [models[start:end] for start, end in pairwise(starts)]
+        if all(sum(_GAP + _least_width(model) for model in table) <= width for table in tables):
+            return tables
+    return [[model] for model in models]
+
+
+def _widths(models: list[_Column], width: int) -> list[int]:
+    """The columns each model gets of `width`: what its words need; of the rest, as many as can be get all they want."""
+    widths = [_least_width(model) for model in models]
+    wanted = [max(len(model), *map(len, cells.values())) for model, cells in models]
+    rest = width - sum(_GAP + least for least in widths)
+    for i in sorted(range(len(models)), key=lambda i: wanted[i] - widths[i]):
+        if wanted[i] - widths[i] <= rest:
+            rest, widths[i] = rest - (wanted[i] - widths[i]), wanted[i]
+    widest = max(range(len(models)), key=lambda i: wanted[i] - widths[i])
+    widths[widest] += max(0, min(rest, wanted[widest] - widths[widest]))
+    return widths
+
+
+def _least_width(model: _Column) -> int:
+    """The columns that a model's longest word needs; a path may break anywhere."""
+    name, cells = model
+    return max(_LEAST, min(len(name), 2 * _LEAST), *(len(word) for cell in cells.values() for word in cell.split()))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets, shapes
-from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size
+from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size, sizes
 from tinyserve.config import MAMBA, ModelConfig, parse_config
 
 DEFAULT_BANDWIDTH = 40.0  # GB/s: what a desktop with two channels of DDR4 or DDR5 reads
@@ -65,9 +65,13 @@ def inspection(
     parameters = shapes.parameter_count(config)
     kv = {dtype: shapes.kv_bytes_per_token(config, dtype) for dtype in shapes.KV_DTYPES}
     state = shapes.state_bytes_per_sequence(config)
-    # A decoded token reads the weights and the cache once, and both reads and writes the recurrent state.
+    # A decoded token reads the weights and the cache once, and both reads and writes the recurrent state. The cache is
+    # kept as it is by default: in bfloat16, but for float32 weights.
+    seen = min(context, shapes.attention_window(config) or context)
     read = {
-        dtype: shapes.weight_bytes_per_token(config, dtype) + context * kv["float32"] + 2 * state
+        dtype: shapes.weight_bytes_per_token(config, dtype)
+        + seen * kv["float32" if dtype == "float32" else "bfloat16"]
+        + 2 * state
         for dtype in shapes.WEIGHT_DTYPES
     }
     return {
@@ -80,6 +84,7 @@ def inspection(
         "unverified": list(preset.unverified) if preset else [],
         "model_type": config.model_type,
         "architecture": architecture(config),
+        "sizes": sizes(config),
         "attention_kind": attention_kind(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -89,6 +94,7 @@ def inspection(
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
+        "attention_window": shapes.attention_window(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": list(config.eos_token_ids),
@@ -170,7 +176,8 @@ def _show_architecture(console: Any, report: dict[str, Any]) -> None:
     table.add_row("architecture", report["model_type"])
     for name, words in report["architecture"].items():
         table.add_row(name, words)
-    table.add_row("hidden / MLP", f"{report['hidden_size']} / {report['intermediate_size']}")
+    for name, words in report["sizes"].items():
+        table.add_row(name, words)
     tied = "tied" if report["tie_word_embeddings"] else "untied"
     table.add_row("vocabulary", f"{report['vocab_size']}, {tied} head")
     table.add_row("context", f"{report['max_position_embeddings']} tokens")
@@ -218,8 +225,8 @@ def _show_memory(console: Any, report: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         Text(
-            f"One sequence with {roofline['context']} tokens of float32 cache, memory read at "
-            f"{roofline['bandwidth_gb_per_s']:g} GB/s (--bandwidth; 40 is an assumption).",
+            f"One sequence with {roofline['context']} tokens in its cache (bfloat16, but float32 with float32), "
+            f"memory read at {roofline['bandwidth_gb_per_s']:g} GB/s (--bandwidth; 40 is an assumption).",
             style="dim",
         )
     )

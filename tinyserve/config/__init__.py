@@ -8,6 +8,7 @@ from typing import Any
 
 from tinyserve.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
 from tinyserve.config.falcon import LEGACY_TYPES, FalconConfig
+from tinyserve.config.generation import GenerationConfig
 from tinyserve.config.gpt2 import GPT2Config
 from tinyserve.config.granite import GraniteConfig
 from tinyserve.config.llama import LlamaConfig
@@ -20,6 +21,7 @@ __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "FalconConfig",
     "GPT2Config",
+    "GenerationConfig",
     "GraniteConfig",
     "LlamaConfig",
     "ModelConfig",

@@ -142,7 +142,7 @@ class Fields:
         value: int | None = self.integer(key, default=default, minimum=0)
         return value
 
-    def token_ids(self, key: str, *, default: int) -> tuple[int, ...]:
+    def token_ids(self, key: str, *, default: int | None) -> tuple[int, ...]:
         """Read one token id or a list of them, as a tuple without repeats."""
         value = self.raw.get(key, default)
         listed = value if isinstance(value, list | tuple) else [] if value is None else [value]

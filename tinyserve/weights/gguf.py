@@ -231,6 +231,16 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     return raw
 
 
+def generation_config(file: GGUFFile) -> dict[str, Any]:
+    """What the metadata says of sampling, under the keys of generation_config.json."""
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    names["repetition_penalty"] = "penalty_repeat"
+    found = {key: file.metadata.get(f"general.sampling.{name}") for key, name in names.items()}
+    # Seven digits: 0.6 is kept as the float32 nearest to it.
+    raw = {key: float(f"{n:.7g}") if isinstance(n, float) else n for key, n in found.items() if n is not None}
+    return raw | {"do_sample": bool(raw.get("temperature"))}
+
+
 def _vocab_size(file: GGUFFile) -> int:
     vocabulary, embedding = file.metadata.get("tokenizer.ggml.tokens"), file.tensors.tensors.get("token_embd.weight")
     if isinstance(vocabulary, list):

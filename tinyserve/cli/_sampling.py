@@ -1,0 +1,79 @@
+"""How an answer is decoded: by what the command line says, else by what the model's makers say, else greedily.
+
+Knows the names of the flags and who is asked before whom; the values are checked by SamplingParams.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyserve.llm import LLM
+    from tinyserve.sampling_params import SamplingParams
+
+DEFAULT = "default"
+_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """SamplingParams, and who has decided each of them: a flag, a file, or the default."""
+
+    params: "SamplingParams"
+    origins: Mapping[str, str]
+    prompt_tokens: int
+
+
+def given(**options: Any) -> "SamplingParams":
+    """Check what the command line says before a model is loaded; what is None is not said. Raises RequestError."""
+    from tinyserve.sampling_params import SamplingParams
+
+    return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def decide(llm: "LLM", options: Mapping[str, Any], prompt: str | list[int], max_tokens: int) -> Decoding:
+    """Settle every option for a prompt; `max_tokens` is for when nobody says.
+
+    The prompt and the answer together never come to more than the context.
+    """
+    assert llm.tokenizer is not None  # only synthetic weights have none
+    prompt_tokens = len(llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    model = llm.generation_config
+    fallback = {"temperature": 1.0 if model.do_sample else 0.0, **_NEUTRAL, "max_tokens": max_tokens}
+    file = Path(model.source).name
+    values, origins = dict(options), {}
+    for name, value in fallback.items():
+        if options.get(name) is not None:
+            origins[name] = f"--{name.replace('_', '-')}"
+        elif name in model.sampling():
+            values[name], origins[name] = model.sampling()[name], file
+        else:
+            values[name], origins[name] = value, DEFAULT
+    if model.do_sample and origins["temperature"] == DEFAULT:
+        origins["temperature"] = f"{file} asks to sample"
+    room = llm.max_model_len - prompt_tokens
+    if values["max_tokens"] > room:
+        origins["max_tokens"] = f"what is left; {values['max_tokens']} by {origins['max_tokens']}"
+        values["max_tokens"] = max(1, room)  # without any room the engine refuses the prompt
+    return Decoding(given(**values), origins, prompt_tokens)
+
+
+def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
+    """Lines for --verbose: the prompt, each option and who has decided it, the tokens that end an answer."""
+    params, origins, model = decoding.params, decoding.origins, llm.generation_config
+    tokens = f"{decoding.prompt_tokens} token{'s' * (decoding.prompt_tokens != 1)}"
+    lines = [
+        ("prompt", f"{tokens} of a context of {llm.max_model_len}, {prompt_is}"),
+        ("temperature", f"{params.temperature:g}{' (greedy)' * (not params.temperature)}"),
+    ]
+    if params.temperature:
+        lines += [(name, f"{getattr(params, name):g}") for name in _NEUTRAL]
+    lines.append(("max_tokens", str(params.max_tokens)))
+    lines = [(name, f"{words}  [{origins[name]}]" if name in origins else words) for name, words in lines]
+    assert llm.tokenizer is not None
+    for token, said in sorted(llm.end_tokens.items()):
+        spelled = llm.tokenizer.token_bytes(token, skip_special_tokens=False).decode(errors="replace")
+        lines.append(("ends at", f"{token} {spelled}  [{', '.join(said)}]"))
+    lines += [("not obeyed", f"{words}  [{Path(model.source).name}]") for words in model.not_obeyed]
+    return "\n".join(f"{name:<12} {words}" for name, words in lines)
