@@ -48,7 +48,12 @@ def _draw(tensor: TensorShape) -> Array:
 
 
 def _repeat(pool: Array, name: str, shape: tuple[int, ...]) -> Array:
-    return np.resize(np.roll(pool, -(zlib.crc32(name.encode()) % _POOL)), math.prod(shape)).reshape(shape)
+    pool = np.roll(pool, -(zlib.crc32(name.encode()) % _POOL))
+    # np.resize would do it too, but keeps whole pools alive behind what it returns.
+    numbers = np.empty(math.prod(shape), pool.dtype)
+    for begin in range(0, numbers.size, _POOL):
+        numbers[begin : begin + _POOL] = pool[: numbers.size - begin]
+    return numbers.reshape(shape)
 
 
 @cache
