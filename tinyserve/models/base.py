@@ -56,18 +56,27 @@ class Loader:
         max_model_len: int,
         progress: Callable[[int, int], None] | None = None,
     ):
-        """Check every tensor's presence and shape before anything is allocated; raises CheckpointError."""
+        """Check every tensor before anything is allocated; raises CheckpointError for one that is missing, misshapen,
+        or left over.
+        """
         self.checkpoint, self.dtype, self.max_model_len = checkpoint, dtype, max_model_len
         self.nbytes = 0
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
         shapes = {tensor.name: tensor.shape for tensor in tensor_shapes(config)}
-        packed = {f"{name}.weight" for key in checkpoint if key.endswith(f".{_INTEGERS}") for name in _names(key)}
+        packed: set[str] = set()
+        parts: set[str] = set()
+        for key in checkpoint:
+            layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{_INTEGERS}") else []
+            if layers and all(layer in shapes for layer in layers):
+                packed.update(layers)
+                parts.update(f"{key.removesuffix(_INTEGERS)}{part}" for part in Packed._fields)
         for name, shape in shapes.items():
             if name not in packed:
                 checkpoint.check(name, shape)
             self._total += math.prod(shape)
+        checkpoint.check_nothing_is_left_over(shapes.keys() | parts)
         self._shapes = shapes
 
     def array(self, name: str) -> Array:

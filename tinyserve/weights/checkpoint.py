@@ -3,7 +3,7 @@
 Knows neither file formats (they hand it readers) nor models (they rename what it holds).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +14,13 @@ from tinyserve.tensor.quant import Packed
 
 Array = np.ndarray
 
+# What old checkpoints keep beside their weights although it follows from the config: RoPE's frequencies.
+_COMPUTED = "rotary_emb.inv_freq"
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor not read yet: its shape is known, `read` brings it as float32, `file` is where errors point.
+    """A tensor not read yet: its shape is known, `read` brings it as float32, `file` and `name` are for errors.
 
     `blocks` brings a matrix as the quantized blocks that its file keeps, where it does; `stored` brings integers as
     they are in the file, mapped and not read; `packed` makes a whole matrix of any shape (N, K), as a dtype has it.
@@ -29,6 +32,7 @@ class LazyTensor:
     blocks: Callable[[], Blocks] | None = None
     stored: Callable[[], Array] | None = None
     packed: Callable[[tuple[int, int], str], Packed] | None = None
+    name: str = ""  # its file's own: a model may know it by another
 
     def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
         """The same tensor with `change` applied when it is read, which gives it another shape."""
@@ -46,18 +50,17 @@ class LazyTensor:
 
 
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Matrices one above the other, or several such stacks side by side: (..., rows, columns), joined along rows.
+    """Parts (..., rows, columns) of one shape, each matrix of the first above that of the second, and so on.
 
-    Raises CheckpointError for matrices of different widths.
+    Raises CheckpointError for matrices of different shapes.
     """
-    first = parts[0]
-    if len({(*part.shape[:-2], part.shape[-1:]) for part in parts}) > 1 or len(first.shape) < 2:
+    first, count = parts[0], len(parts)
+    if len({part.shape for part in parts}) > 1 or len(first.shape) < 2:
         raise CheckpointError(
-            f"{first.file}: tensors of shapes {', '.join(str(list(part.shape)) for part in parts)} belong one above "
-            f"the other, and cannot be."
+            f"{first.file}: tensors {', '.join(repr(part.name) for part in parts)} are parts of one, and cannot be, "
+            f"with the shapes {', '.join(str(list(part.shape)) for part in parts)}."
         )
-    rows = sum(part.shape[-2] for part in parts)
-    shape = (*first.shape[:-2], rows, first.shape[-1])
+    shape = (*first.shape[:-2], count * first.shape[-2], first.shape[-1])
     blocks = None
     kept = [part.blocks() for part in parts if part.blocks]
     if len(kept) == len(parts) and len({one.quantization for one in kept}) == 1:
@@ -68,7 +71,10 @@ def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
             whole = joined.reshape(-1, joined.shape[-1])
             return Blocks(kept[0].quantization, whole, (len(whole), shape[-1]))
 
-    return LazyTensor(shape, first.file, lambda: np.concatenate([part.read() for part in parts], axis=-2), blocks)
+    def read() -> Array:
+        return np.concatenate([part.read() for part in parts], axis=-2)
+
+    return LazyTensor(shape, first.file, read, blocks, name=" and ".join(part.name for part in parts))
 
 
 class Checkpoint(Mapping[str, Array]):
@@ -104,6 +110,20 @@ class Checkpoint(Mapping[str, Array]):
                 f"the config belongs to another model."
             )
         if tensor.shape != shape:
+            own = f" ({tensor.name!r} in the file)" if tensor.name not in ("", name) else ""
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, but the config implies {list(shape)}."
+                f"{tensor.file}: tensor {name!r}{own} has shape {list(tensor.shape)}, but the config implies "
+                f"{list(shape)}."
             )
+
+    def check_nothing_is_left_over(self, names: Container[str]) -> None:
+        """Raise CheckpointError for a tensor that is none of `names`, under the name that its file has for it."""
+        left = [name for name in self.tensors if name not in names and not name.endswith(_COMPUTED)]
+        if not left:
+            return
+        tensor = self.tensors[left[0]]
+        others = f" (nor are {len(left) - 1} others)" if len(left) > 1 else ""
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name or left[0]!r} is no part of the model that the config describes"
+            f"{others}: the config belongs to another model, or asks for something that is not built."
+        )

@@ -24,21 +24,8 @@ MAGIC = b"GGUF"
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 SUPPORTED = (
-    "F32",
-    "F16",
-    "BF16",
-    "F64",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-)
+    "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,7 +162,7 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
     blocks = None
     if len(shape) >= 2 and quantization.name in gguf_blocks.FAST:
         blocks = partial(gguf_blocks.Blocks, quantization.name, raw, (rows, columns))
-    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape), blocks)
+    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape), blocks, name=name)
 
 
 def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
@@ -222,6 +209,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             raise ConfigError(f"{file.path} lacks the metadata key {full!r}; convert the model again.")
         return metadata.get(full, *default)
 
+    for name, built in (_BUILT["*"] | _BUILT.get(str(architecture), {})).items():
+        if (value := key(name, built)) not in (built, None):
+            raise ConfigError(f"{file.path}: {architecture}.{name} is {value!r}, which is not supported; {built!r} is.")
     raw = build(key, file)
     raw["vocab_size"] = key("vocab_size", None) or _vocab_size(file)
     raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
@@ -229,6 +219,26 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     raw["eos_token_id"] = sorted({end for end in ends if end is not None})
     raw["tie_word_embeddings"] = "output.weight" not in file.tensors
     return raw
+
+
+# Keys that turn a known architecture into one that is not built, and their values where it is.
+_BUILT = {
+    "*": {"attention.causal": True, "pooling_type": 0},
+    "llama": {"expert_count": 0},  # Mixtral
+}
+
+
+def _rope_scaling(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
+    """RoPE's base, and how it is stretched; raises ConfigError for a way that is not built."""
+    architecture, scaling = file.metadata["general.architecture"], key("rope.scaling.type", "none")
+    rope = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
+    if scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": key("rope.scaling.factor")}
+    elif scaling != "none":
+        raise ConfigError(
+            f"{file.path}: {architecture}.rope.scaling.type {scaling!r} is not supported; none and linear are."
+        )
+    return rope
 
 
 def _vocab_size(file: GGUFFile) -> int:
@@ -257,7 +267,7 @@ def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
 
 def _falcon(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
     kv_heads, two_norms = key("attention.head_count_kv", 1), "blk.0.attn_norm_2.weight" in file.tensors
-    scaling = key("rope.scaling.type", "none")
+    _check_rotation(key, file)
     return {
         "model_type": "falcon",
         "num_hidden_layers": key("block_count"),
@@ -270,33 +280,16 @@ def _falcon(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
         "new_decoder_architecture": two_norms or kv_heads != 1,
         "num_ln_in_parallel_attn": 2 if two_norms else 1,
         "bias": "blk.0.attn_qkv.bias" in file.tensors,
-        "rope_parameters": {
-            "rope_type": "default" if scaling == "none" else scaling,
-            "rope_theta": key("rope.freq_base", 10000.0),
-            "factor": key("rope.scaling.factor", None),
-        },
+        "rope_parameters": _rope_scaling(key, file),
     }
 
 
 def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    architecture = file.metadata["general.architecture"]
-    scaling = key("rope.scaling.type", "none")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": key("rope.scaling.factor")}
-    elif scaling != "none":
-        raise ConfigError(
-            f"{file.path}: {architecture}.rope.scaling.type {scaling!r} is not supported; none and linear are."
-        )
+    rope = _rope_scaling(key, file)
     if "rope_freqs.weight" in file.tensors:
         # llama.cpp bakes Llama 3's scaling into a tensor of divisors; its extremes give the rule's parameters back.
         rope |= _llama3_scaling(file.tensors["rope_freqs.weight"], key)
-    rotated, width = key("rope.dimension_count", None), key("attention.key_length", None)
-    if None not in (rotated, width) and rotated != width:
-        raise ConfigError(
-            f"{file.path}: {architecture}.rope.dimension_count is {rotated} and a head is {width} wide; only the "
-            f"rotation of whole heads is supported."
-        )
+    _check_rotation(key, file)
     return {
         "model_type": "llama",
         "num_hidden_layers": key("block_count"),
@@ -312,6 +305,19 @@ def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
         "attention_bias": _has(file, "attn_q.bias"),
         "mlp_bias": _has(file, "ffn_gate.bias"),
     }
+
+
+def _check_rotation(key: Callable[..., Any], file: GGUFFile) -> None:
+    """Raise ConfigError where only a part of each head is rotated."""
+    rotated, width = key("rope.dimension_count", None), key("attention.key_length", None)
+    hidden, heads = key("embedding_length"), key("attention.head_count")
+    if width is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        width = hidden // heads
+    if None not in (rotated, width) and rotated != width:
+        raise ConfigError(
+            f"{file.path}: {file.metadata['general.architecture']}.rope.dimension_count is {rotated} and a head is "
+            f"{width} wide; only the rotation of whole heads is supported."
+        )
 
 
 def _has(file: GGUFFile, part: str) -> bool:

@@ -83,7 +83,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         stored = None
         if kept_as := _STORED.get(entry["dtype"]):
             stored = partial(_stored, data[start + first : start + last], tuple(entry["shape"]), kept_as)
-        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read, stored=stored)
+        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read, stored=stored, name=name)
     return tensors
 
 
