@@ -89,7 +89,8 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:
-    from tinyserve.weights.gguf import hf_config, open_gguf
+    from tinyserve.weights.gguf import open_gguf
+    from tinyserve.weights.gguf_config import hf_config
 
     file = open_gguf(path)
     raw = hf_config(file)

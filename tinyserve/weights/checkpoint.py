@@ -3,8 +3,11 @@
 Knows neither file formats (they hand it readers) nor models (they rename what it holds).
 """
 
+import math
+import mmap
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -13,9 +16,24 @@ from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.quant import Packed
 
 Array = np.ndarray
+Index = slice | np.ndarray
 
 # What old checkpoints keep beside their weights although it follows from the config: RoPE's frequencies.
 _COMPUTED = "rotary_emb.inv_freq"
+
+
+class MappedFile:
+    """A file's bytes, mapped into memory: pages that have been read can be given back."""
+
+    def __init__(self, path: Path):
+        self.bytes = np.memmap(path, np.uint8, mode="r")
+
+    def forget(self, start: int, end: int) -> None:
+        """Take bytes start..end out of this process's memory, where the system can; they may be read again."""
+        mapping = getattr(self.bytes, "_mmap", None)
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED") and end > start:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,8 @@ class LazyTensor:
 
     `blocks` brings a matrix as the quantized blocks that its file keeps, where it does; `stored` brings integers as
     they are in the file, mapped and not read; `packed` makes a whole matrix of any shape (N, K), as a dtype has it.
+    `take` brings some rows of a matrix alone, or of its transpose, all axes but the last being one; `forget` gives the
+    memory of what has been read back.
     """
 
     shape: tuple[int, ...]
@@ -33,20 +53,32 @@ class LazyTensor:
     stored: Callable[[], Array] | None = None
     packed: Callable[[tuple[int, int], str], Packed] | None = None
     name: str = ""  # its file's own: a model may know it by another
+    take: Callable[[Index, bool], Array] | None = None
+    forget: Callable[[], None] = lambda: None
 
     def map(self, change: Callable[[Array], Array], shape: tuple[int, ...]) -> "LazyTensor":
         """The same tensor with `change` applied when it is read, which gives it another shape."""
-        return replace(self, shape=shape, read=lambda: change(self.read()), blocks=None, stored=None, packed=None)
+        return LazyTensor(shape, self.file, lambda: change(self.read()), name=self.name, forget=self.forget)
 
     def reordered(self, change: Callable[[Array], Array]) -> "LazyTensor":
         """The same tensor with its rows in another order: `change` takes (rows, anything), be it numbers or blocks."""
         blocks = self.blocks
         changed = None if blocks is None else lambda: (b := blocks()) and replace(b, raw=change(b.raw))
-        return replace(self, read=lambda: change(self.read()), blocks=changed)
+        take = self.take
+
+        def take_reordered(index: Index, transposed: bool) -> Array:
+            assert take is not None
+            order = change(np.arange(math.prod(self.shape[:-1])))
+            return take(index, True)[:, order] if transposed else take(order[index], False)
+
+        turned = None if take is None else take_reordered
+        return replace(self, read=lambda: change(self.read()), blocks=changed, take=turned)
 
     def transposed(self) -> "LazyTensor":
         """The same matrix the other way round."""
-        return self.map(np.transpose, self.shape[::-1])
+        take = self.take
+        turned = None if take is None else lambda index, transposed: take(index, not transposed)
+        return replace(self.map(np.transpose, self.shape[::-1]), take=turned)
 
 
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
@@ -74,7 +106,26 @@ def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     def read() -> Array:
         return np.concatenate([part.read() for part in parts], axis=-2)
 
-    return LazyTensor(shape, first.file, read, blocks, name=" and ".join(part.name for part in parts))
+    def take(index: Index, transposed: bool) -> Array:
+        if transposed:
+            return read().reshape(-1, shape[-1]).T[index]
+        rows = first.shape[-2]  # of one matrix: of each stack the first part has so many, then the second
+        stack, row = np.divmod(np.arange(math.prod(shape[:-1]))[index], count * rows)
+        which, row = np.divmod(row, rows)
+        taken = np.empty((len(row), shape[-1]), np.float32)
+        for i, part in enumerate(parts):
+            mine = which == i
+            if part.take and mine.any():
+                taken[mine] = part.take(stack[mine] * rows + row[mine], False)
+        return taken
+
+    def forget() -> None:
+        for part in parts:
+            part.forget()
+
+    name = " and ".join(part.name for part in parts)
+    by_rows = take if all(part.take for part in parts) else None
+    return LazyTensor(shape, first.file, read, blocks, name=name, take=by_rows, forget=forget)
 
 
 class Checkpoint(Mapping[str, Array]):
