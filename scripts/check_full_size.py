@@ -38,6 +38,7 @@ LAYERS: dict[str, int | None] = {
     "llama-3.2-1b": 2,
     "mistral-7b": 2,
     "granite-350m": None,  # its attention layers are few and far between
+    "granite-1b": 8,  # the sixth is the first with attention
 }
 TOKENS = 64
 TOLERANCE = 1e-4  # of the largest logit, as in tests/test_models.py

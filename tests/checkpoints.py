@@ -326,7 +326,8 @@ def gguf_metadata(raw: Mapping[str, Any]) -> dict[str, Any]:
             "rope.freq_base": rope.get("rope_theta", 10000.0),
         }
         if "head_dim" in raw:
-            sizes["attention.key_length"] = raw["head_dim"]
+            sizes |= dict.fromkeys(("attention.key_length", "attention.value_length"), raw["head_dim"])
+            sizes["rope.dimension_count"] = raw["head_dim"]
         if rope.get("rope_type") == "linear":
             sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
         if "logits_scaling" in raw:

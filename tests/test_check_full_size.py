@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import check_full_size
 
 
-@pytest.mark.parametrize("name", ["gpt2", "falcon-40b", "falcon-rw", "llama-3"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon-40b", "falcon-rw", "llama-3", "granite-hybrid"])
 def test_a_comparison(name: str) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tinyserve import LLM, SamplingParams
 from tinyserve.errors import CheckpointError, ConfigError, UserError
 from tinyserve.tensor import gguf_blocks, quant, reference
-from tinyserve.weights.gguf import config_from_gguf, open_gguf
+from tinyserve.weights.gguf import open_gguf
+from tinyserve.weights.gguf_config import config_from_gguf
 
 RAW = checkpoints.CONFIGS["llama-grouped"]
 Type = gguf.GGMLQuantizationType

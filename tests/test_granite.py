@@ -197,12 +197,12 @@ def test_what_is_not_built_is_refused(changed: dict[str, Any], tmp_path: Path) -
 
 
 def test_stacked_matrices() -> None:
-    a, b = np.arange(24.0).reshape(2, 3, 4), np.arange(16.0).reshape(2, 2, 4)
+    a, b = np.arange(24.0).reshape(2, 3, 4), np.arange(24.0, 48.0).reshape(2, 3, 4)
     whole = stacked([LazyTensor(part.shape, "x.gguf", lambda part=part: part) for part in (a, b)])
-    assert whole.shape == (2, 5, 4) and whole.blocks is None
+    assert whole.shape == (2, 6, 4) and whole.blocks is None
     np.testing.assert_array_equal(whole.read(), np.concatenate([a, b], axis=1))
-    for other in (np.zeros((2, 2, 5)), np.zeros((3, 2, 4)), np.zeros((2, 4))):
-        with pytest.raises(CheckpointError, match=r"x\.gguf.*one above the other"):
+    for other in (np.zeros((2, 3, 5)), np.zeros((2, 2, 4)), np.zeros((3, 3, 4)), np.zeros((3, 4))):
+        with pytest.raises(CheckpointError, match=r"x\.gguf: tensors .* are parts of one"):
             stacked([LazyTensor(part.shape, "x.gguf", lambda: a) for part in (a, other)])
 
 

@@ -570,15 +570,6 @@ def test_a_tokenizer_that_knows_more_than_the_model(
         llm.generate("text")
 
 
-def test_a_stray_bias_is_not_applied(tmp_path: Path, llm_of: Callable[..., LLM]) -> None:
-    """The config says which tensors a model has; one that happens to lie beside them is nobody's."""
-    config = checkpoints.CONFIGS["llama"]
-    tensors = checkpoints.tensors_of(config)
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(3, np.float32)
-    folder = checkpoints.write_folder(tmp_path, config, tensors)
-    np.testing.assert_array_equal(LLM(folder, dtype="float32").logits([1, 2, 3]), llm_of("llama").logits([1, 2, 3]))
-
-
 def test_a_stop_string_that_comes_of_the_last_bytes(llm_of: Callable[..., LLM]) -> None:
     """Bytes that never became a character are one when the answer ends, and may complete a stop string."""
     llm = llm_of("llama")

@@ -95,7 +95,8 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:
-    from tinyserve.weights.gguf import generation_config, hf_config, open_gguf
+    from tinyserve.weights.gguf import open_gguf
+    from tinyserve.weights.gguf_config import generation_config, hf_config
 
     file = open_gguf(path)
     raw = hf_config(file)

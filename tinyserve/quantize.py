@@ -5,7 +5,7 @@ Knows dtypes and their kernels; it does not know which layer a matrix belongs to
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,13 +158,42 @@ def pack(weight: Array, dtype: str) -> Matrix:
 
     Raises OverflowError for weights too large for a float16 scale.
     """
+    return pack_parts([weight], weight.shape, dtype)
+
+
+def pack_parts(parts: Iterable[Array], shape: tuple[int, int], dtype: str) -> Matrix:
+    """The same for a matrix whose rows come in parts, each of them but the last a multiple of quant.BLOCK."""
     if not is_integer(dtype):
-        return FloatMatrix(weight.shape, quant.pack_float(weight, bfloat16=dtype == "bfloat16"))
-    bits, activation_bits = bits_of(dtype)
+        panels = ((quant.pack_float(part, bfloat16=dtype == "bfloat16"),) for part in parts)
+        return FloatMatrix(shape, *stack_panels(panels, shape[0]))
+    packed = stack_panels((_pack_integers(part, dtype) for part in parts), shape[0])
+    return IntegerMatrix(shape, quant.Packed(*packed), bits_of(dtype)[1])
+
+
+def _pack_integers(weight: Array, dtype: str) -> quant.Packed:
+    bits = bits_of(dtype)[0]
     packed = (quant.pack_bytes if bits == 8 else quant.pack_nibbles)(weight, GROUP[dtype])
     if not packed.is_finite():
         raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
-    return IntegerMatrix(weight.shape, packed, activation_bits)
+    return packed
+
+
+def stack_panels(parts: Iterable[tuple[Array, ...]], rows: int) -> tuple[Array, ...]:
+    """Packed parts of a matrix of so many rows as one; of the parts there is never more than one."""
+    whole: tuple[Array, ...] = ()
+    total, done = quant.padded(rows, quant.BLOCK) // quant.PANEL, 0
+    for part in parts:
+        panels = len(part[0])
+        if panels == total:
+            return tuple(part)
+        whole = whole or tuple(
+            np.empty((total, *array.shape[1:]), array.dtype) if array.size else array for array in part
+        )
+        for into, array in zip(whole, part, strict=True):
+            if array.size:
+                into[done : done + panels] = array
+        done += panels
+    return whole
 
 
 def repack(blocks: gguf_blocks.Blocks, dtype: str) -> quant.Packed | None:

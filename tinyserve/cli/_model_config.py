@@ -30,7 +30,7 @@ def load_raw_config(model: str) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         raise presets.unknown_model(model)
     if path.suffix == ".gguf":
-        from tinyserve.weights.gguf import config_from_gguf
+        from tinyserve.weights.gguf_config import config_from_gguf
 
         return config_from_gguf(path), str(path)
     return _read_json(path), str(path)

@@ -55,14 +55,19 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    """Refuse what no architecture here can load: quantized checkpoints, and classifiers."""
-    quantization = fields.raw.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if quantization and method != PACKED:
-        fields.refuse(
-            f"'quantization_config' has the method {method!r}, which is not supported; take the model's "
-            "float16, bfloat16 or float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
-        )
+    """Refuse what no architecture here can load: quantized checkpoints, encoders, classifiers, stretched positions."""
+    for key in ("quantization_config", "compression_config"):
+        quantization = fields.raw.get(key)
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        if quantization and method != PACKED:
+            fields.refuse(
+                f"{key!r} has the method {method!r}, which is not supported; take the model's float16, bfloat16 or "
+                "float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+            )
+    for key in ("add_cross_attention", "is_encoder_decoder"):
+        if fields.boolean(key, default=False):
+            fields.refuse(f"{key!r} is true, but only decoders without an encoder are supported.")
+    fields.rope(max_position_embeddings=1)  # a type that is not built is refused although no head may be rotated
     for architecture in fields.names("architectures"):
         if "Classification" in architecture or "QuestionAnswering" in architecture:
             fields.refuse(

@@ -160,12 +160,31 @@ class Fields:
             )
         if self.has("head_dim"):
             return int(self.integer("head_dim"))
-        if hidden_size % heads:
-            self.refuse(
-                f"the hidden size {hidden_size} is not a multiple of the {heads} attention heads, "
-                "and there is no 'head_dim' to say how wide a head is."
-            )
+        self._check_shares(hidden_size, heads, ", and there is no 'head_dim' to say how wide a head is")
         return hidden_size // heads
+
+    def equal_heads(self, hidden_size: int, heads: int, kv_heads: int) -> int:
+        """The same where the heads share the hidden size out, and `head_dim` can only repeat what that gives."""
+        self._check_shares(hidden_size, heads, "")
+        head_dim = self.heads(hidden_size, heads, kv_heads)
+        if head_dim * heads != hidden_size:
+            self.refuse(
+                f"'head_dim' is {head_dim}, but {heads} heads that share the hidden size {hidden_size} out are "
+                f"{hidden_size // heads} wide."
+            )
+        return head_dim
+
+    def _check_shares(self, hidden_size: int, heads: int, but: str) -> None:
+        if hidden_size % heads:
+            width, number = (
+                self._spelled("hidden_size", "n_embd", "n_embed"),
+                self._spelled("num_attention_heads", "n_head"),
+            )
+            self.refuse(f"{width!r} {hidden_size} is not a multiple of the {heads} attention heads ({number!r}){but}.")
+
+    def _spelled(self, *keys: str) -> str:
+        """Whichever of a key's spellings the file has."""
+        return next((key for key in keys if self.has(key)), keys[0])
 
     def check_rotary(self, head_dim: int) -> None:
         """Refuse heads that RoPE cannot turn."""
@@ -183,8 +202,8 @@ class Fields:
         scaling = Fields(values, f"{self.source}: in {key!r}")
         theta = scaling.number("rope_theta", default=self.number("rope_theta", default=default_theta))
         for owner in (self, scaling):
-            if owner.number("partial_rotary_factor", default=1.0) != 1.0:
-                owner.refuse("'partial_rotary_factor' is not 1, but only the rotation of whole heads is supported.")
+            if (rotated := owner.number("partial_rotary_factor", default=1.0)) != 1.0:
+                owner.refuse(f"'partial_rotary_factor' is {rotated}, but only whole heads (1.0) can be rotated.")
         kind = "rope_type" if scaling.has("rope_type") else "type"
         rope_type = scaling.choice(kind, ("default", "linear", "llama3"), default="default")
         if rope_type == "default":

@@ -45,11 +45,7 @@ class FalconConfig(ModelConfig):
             kv_heads = fields.integer("num_kv_heads", "n_head_kv", default=heads)
         else:
             kv_heads = 1 if multi_query else heads  # falcon-7b writes 71 and has 1
-        head_dim = fields.heads(hidden_size, heads, kv_heads)
-        if head_dim * heads != hidden_size:
-            fields.refuse(
-                f"'head_dim' is {head_dim}, but the {heads} heads of a Falcon share the hidden size {hidden_size} out."
-            )
+        head_dim = fields.equal_heads(hidden_size, heads, kv_heads)
         alibi = fields.boolean("alibi", default=False)
         if not alibi:
             fields.check_rotary(head_dim)

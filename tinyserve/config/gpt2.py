@@ -21,8 +21,6 @@ class GPT2Config(ModelConfig):
     @classmethod
     def parse(cls, fields: Fields, model_type: str) -> Self:
         """Read a GPT-2 config.json; defaults are those of transformers' GPT2Config."""
-        if fields.boolean("add_cross_attention", default=False):
-            fields.refuse("'add_cross_attention' is true, but only decoders without an encoder are supported.")
         hidden_size = fields.integer("n_embd", "hidden_size")
         heads = fields.integer("n_head", "num_attention_heads")
         layers = fields.integer("n_layer", "num_hidden_layers")
@@ -33,7 +31,7 @@ class GPT2Config(ModelConfig):
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            head_dim=fields.heads(hidden_size, heads, heads),
+            head_dim=fields.equal_heads(hidden_size, heads, heads),
             intermediate_size=fields.integer("n_inner", "intermediate_size", default=4 * hidden_size),
             max_position_embeddings=fields.integer("n_positions", "max_position_embeddings"),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=True),

@@ -76,9 +76,10 @@ class GraniteConfig(ModelConfig):
         hybrid = model_type == "granitemoehybrid"
         layer_types = _layer_types(fields, layers) if hybrid else (ATTENTION,) * layers
         head_dim = fields.heads(hidden_size, heads, kv_heads)
-        rotates = not hybrid or _rotates(fields)
+        rotates = _rotates(fields, ("rope", "nope") if hybrid else ("rope",))
         if rotates:
             fields.check_rotary(head_dim)
+        fields.choice("normalization_function", ("rmsnorm",), default="rmsnorm")
         extra: dict[str, Any] = {}
         if model_type != "granite":
             extra |= _experts(fields, minimum=0 if hybrid else 1)
@@ -113,9 +114,9 @@ class GraniteConfig(ModelConfig):
         )
 
 
-def _rotates(fields: Fields) -> bool:
-    """Whether a hybrid's attention has RoPE: only where `position_embedding_type` says so."""
-    return fields.choice("position_embedding_type", ("rope", "nope"), default="nope") == "rope"
+def _rotates(fields: Fields, kinds: tuple[str, ...]) -> bool:
+    """Whether attention has RoPE; where there is a choice, only if `position_embedding_type` says so."""
+    return fields.choice("position_embedding_type", kinds, default=kinds[-1]) == "rope"
 
 
 def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ Knows no architecture by name; `models/__init__.py` keeps that table.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +16,22 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
 from tinyserve.models.layers import Embedding, LayerNorm, Linear, RMSNorm
-from tinyserve.quantize import IntegerMatrix, Matrix, at_least_8_bits, bits_of, is_integer, no_bias, pack, repack
+from tinyserve.quantize import (
+    IntegerMatrix,
+    Matrix,
+    at_least_8_bits,
+    bits_of,
+    is_integer,
+    no_bias,
+    pack_parts,
+    repack,
+    stack_panels,
+)
 from tinyserve.shapes import tensor_shapes
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
 from tinyserve.tensor.quant import BLOCK, PANEL, Packed, padded
-from tinyserve.weights.checkpoint import Checkpoint, LazyTensor
+from tinyserve.weights.checkpoint import Checkpoint, Index, LazyTensor
 
 Array = np.ndarray
 
@@ -56,18 +66,27 @@ class Loader:
         max_model_len: int,
         progress: Callable[[int, int], None] | None = None,
     ):
-        """Check every tensor's presence and shape before anything is allocated; raises CheckpointError."""
+        """Check every tensor before anything is allocated; raises CheckpointError for one that is missing, misshapen,
+        or left over.
+        """
         self.checkpoint, self.dtype, self.max_model_len = checkpoint, dtype, max_model_len
         self.nbytes = 0
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
         shapes = {tensor.name: tensor.shape for tensor in tensor_shapes(config)}
-        packed = {f"{name}.weight" for key in checkpoint if key.endswith(f".{_INTEGERS}") for name in _names(key)}
+        packed: set[str] = set()
+        parts: set[str] = set()
+        for key in checkpoint:
+            layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{_INTEGERS}") else []
+            if layers and all(layer in shapes for layer in layers):
+                packed.update(layers)
+                parts.update(f"{key.removesuffix(_INTEGERS)}{part}" for part in Packed._fields)
         for name, shape in shapes.items():
             if name not in packed:
                 checkpoint.check(name, shape)
             self._total += math.prod(shape)
+        checkpoint.check_nothing_is_left_over(shapes.keys() | parts)
         self._shapes = shapes
 
     def array(self, name: str) -> Array:
@@ -169,15 +188,27 @@ class Loader:
         blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
         if len(blocks) < len(tensors) or len({one.quantization for one in blocks}) > 1:
             return None
-        if len(blocks) == 1 and isinstance(places[0], slice):
-            raw = blocks[0].raw
-        else:
-            raw = np.zeros((shape[0], blocks[0].raw.shape[1]), np.uint8)
-            for place, one in zip(places, blocks, strict=True):
-                raw[place] = one.raw
-        packed = repack(Blocks(blocks[0].quantization, raw, shape), dtype)
-        if packed is None:
+        kind, width = blocks[0].quantization, blocks[0].raw.shape[1]
+        whole = len(blocks) == 1 and isinstance(places[0], slice)
+
+        def repacked(start: int, end: int) -> Packed | None:
+            if whole:
+                raw = blocks[0].raw[start:end]
+            else:
+                raw = np.zeros((end - start, width), np.uint8)
+                for i, source, place in _within(start, end, places):
+                    raw[place] = blocks[i].raw[source]
+            packed = repack(Blocks(kind, raw, (end - start, shape[1])), dtype)
+            for tensor in tensors:
+                tensor.forget()
+            return packed
+
+        steps = _steps(*shape)
+        first = repacked(*steps[0])
+        if first is None:
             return None
+        rest = (part for step in steps[1:] if (part := repacked(*step)) is not None)
+        packed = Packed(*stack_panels(chain([first], rest), shape[0]))
         if not packed.is_finite():
             raise CheckpointError(
                 f"{tensors[0].file}: the weights of {key!r} hold scales that are no numbers: they are damaged, "
@@ -188,21 +219,29 @@ class Loader:
     def _from_floats(
         self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
     ) -> Matrix:
-        def read(name: str) -> Array:
-            tensor = self._read(f"{name}.weight")
-            return tensor.T if transposed else tensor.reshape(-1, tensor.shape[-1])
+        """A few rows at a time are floats: the peak is the packed matrix and those."""
+        whole_names = [f"{name}.weight" for name in names]
+        # What cannot be taken row by row is read once and as a whole.
+        alone = all(self.checkpoint.tensors[name].take for name in whole_names)
 
-        if len(names) == 1 and isinstance(places[0], slice):
-            whole = read(names[0])
-        else:
-            # Each part is forgotten when it is in its place: the peak is the whole and one part.
-            whole = np.zeros(shape, np.float32)
-            for name, place in zip(names, places, strict=True):
-                whole[place] = read(name)
+        def parts() -> Iterator[Array]:
+            for start, end in _steps(*shape) if alone else [(0, shape[0])]:
+                rows = np.empty((0, 0), np.float32)
+                for i, source, place in _within(start, end, places):
+                    taken = self._take(whole_names[i], source, transposed)
+                    if len(taken) == end - start and isinstance(place, slice):
+                        rows = taken
+                    else:
+                        rows = rows if rows.size else np.zeros((end - start, shape[1]), np.float32)
+                        rows[place] = taken
+                yield rows
+                for name in whole_names:
+                    self.checkpoint.tensors[name].forget()
+
         try:
-            return pack(whole, dtype)
+            return pack_parts(parts(), shape, dtype)
         except OverflowError as error:
-            name = f"{names[0]}.weight"
+            name = whole_names[0]
             file = self.checkpoint.tensors[name].file
             raise CheckpointError(f"{file}: tensor {name!r} cannot be {dtype}: {error}; use bfloat16.") from None
 
@@ -212,8 +251,26 @@ class Loader:
     def layer_norm(self, name: str, eps: float) -> LayerNorm:
         return LayerNorm(self.array(f"{name}.weight"), self.array(f"{name}.bias"), eps)
 
+    def _take(self, name: str, index: Index, transposed: bool) -> Array:
+        """Rows of a matrix, or of its transpose."""
+        tensor = self.checkpoint.tensors[name]
+        if tensor.take is None:
+            whole = self._read(name)
+            whole = whole.reshape(-1, whole.shape[-1])
+            return (whole.T if transposed else whole)[index]
+        rows = tensor.take(index, transposed)
+        if not np.isfinite(rows.sum()):
+            self._check_numbers(name, self.checkpoint[name])
+        self._advance(rows.size)
+        return rows
+
     def _read(self, name: str) -> Array:
         array = self.checkpoint[name]
+        self._check_numbers(name, array)
+        self._advance(array.size)
+        return array
+
+    def _check_numbers(self, name: str, array: Array) -> None:
         # A sum is not a number if anything in it is not, and costs a tenth of looking at each.
         if not np.isfinite(array.sum()) and not (finite := np.isfinite(array)).all():
             where = [int(i) for i in np.argwhere(~finite)[0]]
@@ -221,14 +278,13 @@ class Loader:
                 f"{self.checkpoint.tensors[name].file}: tensor {name!r} holds {array[tuple(where)]} at {where}: the "
                 f"weights are damaged, download them again."
             )
-        self._advance(array.size)
-        return array
 
     def _advance(self, count: int) -> None:
         self._done += count
         self._progress(self._done, self._total)
 
 
+_AT_ONCE = 1 << 20  # weights that are floats at the same time while a matrix is packed
 _INTEGERS = Packed._fields[0]
 _Places = Sequence[slice | Array]
 _Arrange = Callable[[Sequence[int]], tuple[int, _Places]]
@@ -237,6 +293,24 @@ _Arrange = Callable[[Sequence[int]], tuple[int, _Places]]
 def _names(key: str) -> list[str]:
     """The layers that are one matrix under this name in a packed checkpoint."""
     return key.removesuffix(f".{_INTEGERS}").split("+")
+
+
+def _steps(rows: int, columns: int) -> list[tuple[int, int]]:
+    """First and last rows of the parts in which a matrix is packed, each a multiple of BLOCK but for the last."""
+    step = padded(max(1, _AT_ONCE // max(1, columns)), BLOCK)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _within(start: int, end: int, places: _Places) -> Iterator[tuple[int, Index, Index]]:
+    """Which rows of which parts belong into rows start..end, and where there: (part, rows of it, rows of these)."""
+    for i, place in enumerate(places):
+        if isinstance(place, slice):
+            first, last = max(start, place.start), min(end, place.stop)
+            if first < last:
+                yield i, slice(first - place.start, last - place.start), slice(first - start, last - start)
+        elif len(mine := np.flatnonzero((place >= start) & (place < end))):
+            is_run = mine[-1] - mine[0] + 1 == len(mine)
+            yield i, slice(mine[0], mine[-1] + 1) if is_run else mine, place[mine] - start
 
 
 def _one_after_the_other(rows: Sequence[int]) -> tuple[int, _Places]:

@@ -6,7 +6,7 @@ al. 2017, arXiv:1701.06538, for the experts. Every product that ends in the resi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerState
 from tinyserve.models.layers import MLP, Attention, Block, FeedForward, Linear, Normed, Rope
-from tinyserve.models.llama import rope_frequencies, rotate_halves
+from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
 from tinyserve.quantize import read_only
 from tinyserve.tensor import mamba2, moe
 from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor, stacked
@@ -175,9 +175,9 @@ _GGUF_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "
 _GGUF_SHARED_MLP = {"ffn_down": "shared_mlp.output_linear"}
 # What llama.cpp's converter takes apart: gates, and what they let through.
 _GGUF_STACKED = {
-    ("ffn_gate", "ffn_up"): "shared_mlp.input_linear",
-    ("ffn_gate_shexp", "ffn_up_shexp"): "shared_mlp.input_linear",
-    ("ffn_gate_exps", "ffn_up_exps"): "block_sparse_moe.input_linear",
+    "ffn_gate": ("ffn_up", "shared_mlp.input_linear"),
+    "ffn_gate_shexp": ("ffn_up_shexp", "shared_mlp.input_linear"),
+    "ffn_gate_exps": ("ffn_up_exps", "block_sparse_moe.input_linear"),
 }
 
 
@@ -189,6 +189,7 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
     names = _GGUF_NAMES | (_GGUF_MLP if plain else _GGUF_SHARED_MLP)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors: dict[str, LazyTensor] = {}
+    upper_halves: set[str] = set()
     for name, tensor in checkpoint.tensors.items():
         match name.split("."):
             case ["token_embd", kind]:
@@ -197,10 +198,12 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
                 tensors[f"model.norm.{kind}"] = tensor
             case ["output", kind]:
                 tensors[f"lm_head.{kind}"] = tensor
+            case ["rope_freqs", "weight"] if config.rope is not None:
+                check_divisors(tensor, config.rope, config.head_dim)
             case ["blk", layer, "ssm_a"]:
-                tensors[f"model.layers.{layer}.mamba.A_log"] = tensor.map(_log_of_minus, tensor.shape[:1])
+                tensors[f"model.layers.{layer}.mamba.A_log"] = _column(tensor, _log_of_minus)
             case ["blk", layer, "ssm_d"]:
-                tensors[f"model.layers.{layer}.mamba.D"] = tensor.map(np.ravel, tensor.shape[:1])
+                tensors[f"model.layers.{layer}.mamba.D"] = _column(tensor, np.ravel)
             case ["blk", layer, "ssm_dt", "bias"]:
                 tensors[f"model.layers.{layer}.mamba.dt_bias"] = tensor
             case ["blk", layer, part, kind] if part in names:
@@ -211,11 +214,19 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
                 elif part == "ssm_norm":  # (groups, size)
                     tensor = tensor.map(np.ravel, (math.prod(tensor.shape),))
                 tensors[f"model.layers.{layer}.{names[part]}.{kind}"] = tensor
-            case ["blk", layer, part, "weight"] if not plain:
-                for (gate, up), whole in _GGUF_STACKED.items():
-                    if part == gate and (other := checkpoint.tensors.get(f"blk.{layer}.{up}.weight")):
-                        tensors[f"model.layers.{layer}.{whole}.weight"] = stacked([tensor, other])
-    return Checkpoint(tensors, checkpoint.source)
+            case ["blk", layer, part, "weight"] if not plain and part in _GGUF_STACKED:
+                up, whole = _GGUF_STACKED[part]
+                if other := checkpoint.tensors.get(f"blk.{layer}.{up}.weight"):
+                    tensors[f"model.layers.{layer}.{whole}.weight"] = stacked([tensor, other])
+                    upper_halves.add(f"blk.{layer}.{up}.weight")
+            case _:
+                tensors[name] = tensor
+    return Checkpoint({name: tensors[name] for name in tensors if name not in upper_halves}, checkpoint.source)
+
+
+def _column(tensor: LazyTensor, change: Callable[[Array], Array]) -> LazyTensor:
+    """A vector that llama.cpp keeps as (n, 1); of any other shape it is refused as it is."""
+    return tensor.map(change, tensor.shape[:1]) if tensor.shape[1:] in ((), (1,)) else tensor
 
 
 def _log_of_minus(a: Array) -> Array:

@@ -102,22 +102,23 @@ def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
             case ["output", kind]:
                 tensors[f"lm_head.{kind}"] = tensor
             case ["rope_freqs", "weight"]:
-                _check_divisors(tensor, config)
+                check_divisors(tensor, config.rope, config.head_dim)
             case ["blk", layer, part, kind] if part in _GGUF_NAMES:
                 if part in heads:
                     tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
                 tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
+            case _:
+                tensors[name] = tensor
     return Checkpoint(tensors, checkpoint.source)
 
 
-def _check_divisors(tensor: LazyTensor, config: LlamaConfig) -> None:
+def check_divisors(tensor: LazyTensor, rope: RopeParameters, head_dim: int) -> None:
     """GGUF's rope_freqs divide the frequencies: what the config's rule makes of them must come to the same."""
-    plain = rope_frequencies(RopeParameters(config.rope.rope_theta), config.head_dim)
-    expected = plain / rope_frequencies(config.rope, config.head_dim)
+    expected = rope_frequencies(RopeParameters(rope.rope_theta), head_dim) / rope_frequencies(rope, head_dim)
     if tensor.shape != expected.shape or not np.allclose(tensor.read(), expected, rtol=1e-4):
         raise CheckpointError(
-            f"{tensor.file}: tensor 'rope_freqs.weight' is not Llama 3's scaling of {config.rope.factor:g} from "
-            f"{config.rope.original_max_position_embeddings} positions, and no other is supported."
+            f"{tensor.file}: tensor 'rope_freqs.weight' is not Llama 3's scaling of {rope.factor:g} from "
+            f"{rope.original_max_position_embeddings} positions, and no other is supported."
         )
 
 

@@ -76,7 +76,7 @@ def repack(blocks: Blocks, most_bits: int) -> Packed | None:
     raw = blocks.raw.reshape(N, groups, size)
     raw.flags.writeable = False  # as a mapped file's are: one compiled kernel, not two
     scales = np.empty((panels, groups, PANEL), np.int16)
-    minimums = np.empty_like(scales) if blocks.quantization == "Q4_1" else NO_MINIMUMS
+    minimums = np.empty(scales.shape if blocks.quantization == "Q4_1" else NO_MINIMUMS.shape, np.int16)
     if bits == 8:
         integers = np.empty((panels, K // 4, 4 * PANEL), np.int8)
         _repack_bytes(raw, integers, scales)

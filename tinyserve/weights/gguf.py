@@ -1,4 +1,4 @@
-"""GGUF files: metadata, tensors (widened to float32, or as the blocks they are kept in), and the config they imply.
+"""GGUF files: metadata, and tensors, widened to float32 or as the blocks they are kept in.
 
 Knows the file format; what a block means is told by the gguf package, and by tensor/gguf_blocks.py for the common
 ones. The header is read here because that package spends seconds on a vocabulary's 100,000 strings, several times what
@@ -7,7 +7,6 @@ the rest of loading a small model takes.
 
 import math
 import struct
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,30 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from tinyserve.errors import CheckpointError, ConfigError
+from tinyserve.errors import CheckpointError
 from tinyserve.tensor import gguf_blocks
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
+from tinyserve.weights.checkpoint import Array, Checkpoint, Index, LazyTensor, MappedFile
 
 MAGIC = b"GGUF"
 # Element types of GGUF's metadata: 0..7 and 10..12 are numbers, 8 a string, 9 an array (gguf.GGUFValueType).
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 SUPPORTED = (
-    "F32",
-    "F16",
-    "BF16",
-    "F64",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-)
+    "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,8 @@ def open_gguf(path: Path) -> GGUFFile:
         raise CheckpointError(
             f"{path} is {path.stat().st_size} bytes long, too short for a GGUF file: download it again."
         )
-    data = np.memmap(path, np.uint8, mode="r")
+    mapped = MappedFile(path)
+    data = mapped.bytes
     cursor = _Cursor(path, data)
     if bytes(data[:4]) != MAGIC:
         raise CheckpointError(f"{path} does not start with 'GGUF': it is not a GGUF file, or a download was cut off.")
@@ -147,13 +134,14 @@ def open_gguf(path: Path) -> GGUFFile:
     if not isinstance(alignment, int) or alignment < 1:
         raise CheckpointError(f"{path}: general.alignment is {alignment!r}, which aligns nothing; the file is corrupt.")
     start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _tensor(path, data, start + offset, name, shape, kind) for name, shape, kind, offset in entries}
+    tensors = {name: _tensor(path, mapped, start + offset, name, shape, kind) for name, shape, kind, offset in entries}
     return GGUFFile(path, metadata, Checkpoint(tensors, str(path)))
 
 
-def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...], kind: int) -> LazyTensor:
+def _tensor(path: Path, file: MappedFile, at: int, name: str, shape: tuple[int, ...], kind: int) -> LazyTensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    data = file.bytes
     known = {int(quant) for quant in GGMLQuantizationType}
     quantization = GGMLQuantizationType(kind) if kind in known else None
     if quantization is None or quantization.name not in SUPPORTED:
@@ -172,10 +160,20 @@ def _tensor(path: Path, data: Array, at: int, name: str, shape: tuple[int, ...],
             f"download it again."
         )
     raw = data[at : at + size].reshape(rows, columns // block * block_bytes)
-    blocks = None
-    if len(shape) >= 2 and quantization.name in gguf_blocks.FAST:
-        blocks = partial(gguf_blocks.Blocks, quantization.name, raw, (rows, columns))
-    return LazyTensor(shape, str(path), partial(_dequantize, raw, quantization, shape), blocks)
+    blocks = take = None
+    if len(shape) >= 2:
+        take = partial(_take, raw, quantization, columns)
+        if quantization.name in gguf_blocks.FAST:
+            blocks = partial(gguf_blocks.Blocks, quantization.name, raw, (rows, columns))
+    read, forget = partial(_dequantize, raw, quantization, shape), partial(file.forget, at, at + size)
+    return LazyTensor(shape, str(path), read, blocks, name=name, take=take, forget=forget)
+
+
+def _take(raw: Array, quantization: Any, columns: int, index: Index, transposed: bool) -> Array:
+    if transposed:  # which blocks do not know
+        return _dequantize(raw, quantization, (len(raw), columns)).T[index]
+    rows = raw[index]
+    return _dequantize(rows, quantization, (len(rows), columns))
 
 
 def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
@@ -195,205 +193,3 @@ def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
             from gguf.quants import dequantize
 
             return np.asarray(dequantize(raw, quantization), np.float32).reshape(shape)
-
-
-# --- the config.json that a file's metadata implies ---------------------------------------------------------------
-
-
-def config_from_gguf(path: Path) -> dict[str, Any]:
-    """The config a GGUF file implies, under Hugging Face's keys; raises ConfigError naming the missing key."""
-    return hf_config(open_gguf(path))
-
-
-def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The same for an opened file."""
-    metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    build = _CONFIGS.get(str(architecture))
-    if build is None:
-        raise ConfigError(
-            f"{file.path}: general.architecture {architecture!r} is not supported; tinyserve reads GGUF files of "
-            f"{', '.join(_CONFIGS)}."
-        )
-
-    def key(name: str, *default: Any) -> Any:
-        full = f"{architecture}.{name}"
-        if full not in metadata and not default:
-            raise ConfigError(f"{file.path} lacks the metadata key {full!r}; convert the model again.")
-        return metadata.get(full, *default)
-
-    raw = build(key, file)
-    raw["vocab_size"] = key("vocab_size", None) or _vocab_size(file)
-    raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    raw["eos_token_id"] = sorted({end for end in ends if end is not None})
-    raw["tie_word_embeddings"] = "output.weight" not in file.tensors
-    return raw
-
-
-def generation_config(file: GGUFFile) -> dict[str, Any]:
-    """What the metadata says of sampling, under the keys of generation_config.json."""
-    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names["repetition_penalty"] = "penalty_repeat"
-    found = {key: file.metadata.get(f"general.sampling.{name}") for key, name in names.items()}
-    # Seven digits: 0.6 is kept as the float32 nearest to it.
-    raw = {key: float(f"{n:.7g}") if isinstance(n, float) else n for key, n in found.items() if n is not None}
-    return raw | {"do_sample": bool(raw.get("temperature"))}
-
-
-def _vocab_size(file: GGUFFile) -> int:
-    vocabulary, embedding = file.metadata.get("tokenizer.ggml.tokens"), file.tensors.tensors.get("token_embd.weight")
-    if isinstance(vocabulary, list):
-        return len(vocabulary)
-    if vocabulary is not None or embedding is None:
-        raise ConfigError(
-            f"{file.path}: tokenizer.ggml.tokens is {vocabulary!r:.60}, not a vocabulary; convert the model again."
-        )
-    return embedding.shape[0]
-
-
-def _gpt2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "n_layer": key("block_count"),
-        "n_embd": key("embedding_length"),
-        "n_head": key("attention.head_count"),
-        "n_inner": key("feed_forward_length"),
-        "n_positions": key("context_length"),
-        "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
-        "activation_function": "gelu_new",
-    }
-
-
-def _falcon(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    kv_heads, two_norms = key("attention.head_count_kv", 1), "blk.0.attn_norm_2.weight" in file.tensors
-    scaling = key("rope.scaling.type", "none")
-    return {
-        "model_type": "falcon",
-        "num_hidden_layers": key("block_count"),
-        "hidden_size": key("embedding_length"),
-        "ffn_hidden_size": key("feed_forward_length"),
-        "num_attention_heads": key("attention.head_count"),
-        "num_kv_heads": kv_heads,
-        "max_position_embeddings": key("context_length"),
-        "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
-        "new_decoder_architecture": two_norms or kv_heads != 1,
-        "num_ln_in_parallel_attn": 2 if two_norms else 1,
-        "bias": "blk.0.attn_qkv.bias" in file.tensors,
-        "rope_parameters": {
-            "rope_type": "default" if scaling == "none" else scaling,
-            "rope_theta": key("rope.freq_base", 10000.0),
-            "factor": key("rope.scaling.factor", None),
-        },
-    }
-
-
-def _llama(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    architecture = file.metadata["general.architecture"]
-    scaling = key("rope.scaling.type", "none")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": key("rope.scaling.factor")}
-    elif scaling != "none":
-        raise ConfigError(
-            f"{file.path}: {architecture}.rope.scaling.type {scaling!r} is not supported; none and linear are."
-        )
-    if "rope_freqs.weight" in file.tensors:
-        # llama.cpp bakes Llama 3's scaling into a tensor of divisors; its extremes give the rule's parameters back.
-        rope |= _llama3_scaling(file.tensors["rope_freqs.weight"], key)
-    rotated, width = key("rope.dimension_count", None), key("attention.key_length", None)
-    if None not in (rotated, width) and rotated != width:
-        raise ConfigError(
-            f"{file.path}: {architecture}.rope.dimension_count is {rotated} and a head is {width} wide; only the "
-            f"rotation of whole heads is supported."
-        )
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": key("block_count"),
-        "hidden_size": key("embedding_length"),
-        "intermediate_size": key("feed_forward_length"),
-        "num_attention_heads": key("attention.head_count"),
-        "num_key_value_heads": key("attention.head_count_kv", None),
-        "head_dim": key("attention.key_length", None),
-        "max_position_embeddings": key("context_length"),
-        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
-        "hidden_act": "silu",
-        "rope_parameters": rope,
-        "attention_bias": _has(file, "attn_q.bias"),
-        "mlp_bias": _has(file, "ffn_gate.bias"),
-    }
-
-
-def _has(file: GGUFFile, part: str) -> bool:
-    """Whether any layer has this tensor."""
-    return any(name.startswith("blk.") and name.split(".", 2)[2:] == [part] for name in file.tensors)
-
-
-def _llama3_scaling(divisors: Array, key: Callable[..., Any]) -> dict[str, Any]:
-    """Llama 3's rule (low 1, high 4, 8192 positions before stretching) has one free number, the largest divisor."""
-    return {
-        "rope_type": "llama3",
-        "factor": float(divisors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": key("rope.scaling.original_context_length", 8192),
-    }
-
-
-def _granite(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    """Granite's three architectures: which one a file is told by its own parts, as llama.cpp tells it."""
-    raw = _llama(key, file)
-    experts, shared = key("expert_count", 0), key("expert_shared_feed_forward_length", 0)
-    kv_heads = raw["num_key_value_heads"]
-    if isinstance(kv_heads, list):  # one a layer; a layer without is recurrent
-        raw["num_key_value_heads"] = max(kv_heads, default=0)
-        raw["layer_types"] = ["attention" if heads else "mamba" for heads in kv_heads]
-    raw |= {
-        "embedding_multiplier": key("embedding_scale", 1.0),
-        "attention_multiplier": key("attention.scale"),
-        "residual_multiplier": key("residual_scale", 1.0),
-        "logits_scaling": key("logit_scale", 1.0),
-        "num_local_experts": experts,
-        "num_experts_per_tok": key("expert_used_count", 0) if experts else 0,
-    }
-    rotates = key("rope.scaling.finetuned", True)
-    if rotates and "mamba" not in raw.get("layer_types", ()) and not shared:
-        return raw | {"model_type": "granitemoe" if experts else "granite"}
-    layers = raw["num_hidden_layers"]
-    raw |= {
-        "model_type": "granitemoehybrid",
-        "position_embedding_type": "rope" if rotates else "nope",
-        "shared_intermediate_size": shared or raw["intermediate_size"],
-        "layer_types": raw.get("layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0),
-    }
-    return raw | (_mamba2(key, file) if "mamba" in raw["layer_types"] else {})
-
-
-def _mamba2(key: Callable[..., Any], file: GGUFFile) -> dict[str, Any]:
-    inner, heads, hidden = key("ssm.inner_size"), key("ssm.time_step_rank"), key("embedding_length")
-    counts = all(isinstance(size, int) and size > 0 for size in (inner, heads, hidden))
-    if not counts or inner % heads or inner % hidden:
-        raise ConfigError(
-            f"{file.path}: ssm.inner_size {inner!r} is not a multiple of ssm.time_step_rank {heads!r} and of "
-            f"embedding_length {hidden!r}; convert the model again."
-        )
-    return {
-        "mamba_n_heads": heads,
-        "mamba_d_head": inner // heads,
-        "mamba_expand": inner // hidden,
-        "mamba_d_state": key("ssm.state_size"),
-        "mamba_d_conv": key("ssm.conv_kernel"),
-        "mamba_n_groups": key("ssm.group_count"),
-        "mamba_conv_bias": _has(file, "ssm_conv1d.bias"),
-        "mamba_proj_bias": _has(file, "ssm_in.bias"),
-    }
-
-
-_CONFIGS: Mapping[str, Callable[[Callable[..., Any], GGUFFile], dict[str, Any]]] = {
-    "gpt2": _gpt2,
-    "falcon": _falcon,
-    "llama": _llama,
-    "granite": _granite,
-    "granitemoe": _granite,
-    "granitehybrid": _granite,
-}

@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from tinyserve.errors import CheckpointError
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
+from tinyserve.weights.checkpoint import Array, Checkpoint, Index, LazyTensor, MappedFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,44 +64,47 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({error}): it is truncated or corrupt, download it again."
         ) from None
-    data = np.memmap(path, np.uint8, mode="r")
+    file = MappedFile(path)
+    data = file.bytes
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        convert = _CONVERT.get(entry["dtype"])
-        read = partial(
-            _read,
-            data[start + first : start + last],
-            tuple(entry["shape"]),
-            convert,
-            entry["dtype"],
-            name,
-            path,
-        )
-        stored = None
-        if kept_as := _STORED.get(entry["dtype"]):
-            stored = partial(_stored, data[start + first : start + last], tuple(entry["shape"]), kept_as)
-        tensors[name] = LazyTensor(tuple(entry["shape"]), str(path), read, stored=stored)
-    return tensors
+    return {
+        name: _tensor(path, file, start, name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"])
+        for name, entry in header.items()
+    }
 
 
-def _read(
-    data: Array,
-    shape: tuple[int, ...],
-    convert: Callable[[Array], Array] | None,
-    dtype: str,
-    name: str,
-    path: Path,
-) -> Array:
-    if convert is None:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype}; tinyserve reads {', '.join(_CONVERT)} "
-            f"(a quantized checkpoint needs its unquantized original)."
-        )
-    return convert(np.ascontiguousarray(data)).reshape(shape)
+def _tensor(
+    path: Path, file: MappedFile, start: int, name: str, dtype: str, shape: tuple[int, ...], offsets: list[int]
+) -> LazyTensor:
+    first, end = (start + offset for offset in offsets)
+    data = file.bytes[first:end]
+    take = stored = None
+    read: Callable[[], Array]
+    if dtype in _CONVERT:
+        kept_as, convert = _CONVERT[dtype]
+        values = data.view(kept_as).reshape(shape)
+        read = partial(convert, values)
+        if len(shape) >= 2:
+            take = partial(_take, values.reshape(-1, shape[-1]), convert)
+    else:
+        read = partial(_refuse, path, name, dtype)
+    if dtype in _STORED:
+        stored = partial(_stored, data, shape, _STORED[dtype])
+    forget = partial(file.forget, first, end)
+    return LazyTensor(shape, str(path), read, stored=stored, name=name, take=take, forget=forget)
+
+
+def _take(matrix: Array, convert: Callable[[Array], Array], index: Index, transposed: bool) -> Array:
+    return convert(matrix[:, index].T if transposed else matrix[index])
+
+
+def _refuse(path: Path, name: str, dtype: str) -> NoReturn:
+    raise CheckpointError(
+        f"{path}: tensor {name!r} has dtype {dtype}; tinyserve reads {', '.join(_CONVERT)} "
+        f"(a quantized checkpoint needs its unquantized original)."
+    )
 
 
 _STORED = {"I8": np.int8, "U8": np.uint8, "I16": np.int16}
@@ -111,14 +115,14 @@ def _stored(data: Array, shape: tuple[int, ...], kept_as: type) -> Array:
 
 
 def _widen_bfloat16(data: Array) -> Array:
-    wide = data.view("<u2").astype(np.uint32)
+    wide = data.astype(np.uint32)
     wide <<= 16  # in place: one tensor in memory, not two
     return wide.view(np.float32)
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold is an infinity in it
 def _narrow_float64(data: Array) -> Array:
-    return data.view("<f8").astype(np.float32)
+    return data.astype(np.float32)
 
 
 @cache
@@ -137,11 +141,12 @@ def _float8_values(exponent_bits: int) -> Array:
     return np.where(byte & 0x80, -value, value).astype(np.float32)
 
 
-_CONVERT: dict[str, Callable[[Array], Array]] = {
-    "F32": lambda data: data.view("<f4"),
-    "F16": lambda data: data.view("<f2").astype(np.float32),
-    "BF16": _widen_bfloat16,
-    "F64": _narrow_float64,
-    "F8_E4M3": lambda data: _float8_values(4)[data],
-    "F8_E5M2": lambda data: _float8_values(5)[data],
+# How a dtype is kept, and how it becomes float32.
+_CONVERT: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "F32": ("<f4", np.asarray),
+    "F16": ("<f2", lambda data: data.astype(np.float32)),
+    "BF16": ("<u2", _widen_bfloat16),
+    "F64": ("<f8", _narrow_float64),
+    "F8_E4M3": ("u1", lambda data: _float8_values(4)[data]),
+    "F8_E5M2": ("u1", lambda data: _float8_values(5)[data]),
 }
