@@ -5,6 +5,8 @@ gguf_blocks.py does is specified by the gguf package.)
 """
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -122,6 +124,37 @@ def matmul_integer(
     quantized = quantize_activations(h, group, largest).astype(np.float64)
     weights = unpack(w, w_scales, minimums, len(w) * PANEL, x.shape[1])
     return _finish(quantized @ weights.T, width, bias, scale, activation, residual)
+
+
+def grouped_matmul_float(
+    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, offsets: Array, w: Array, width: int,
+    scale: float, activation: int,
+) -> Array:  # fmt: skip
+    y = np.empty((len(x), width), np.float32)
+    after = width, np.empty(0), scale, activation, np.empty(0)
+    for mine, (w_of_expert,) in _experts(offsets, w):
+        y[mine] = matmul_float(x[mine], norm, norm_weight, norm_bias, eps, w_of_expert, *after)
+    return y
+
+
+def grouped_matmul_integer(
+    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, kind: Array, largest: float, zero: int,
+    offsets: Array, w: Array, w_scales: Array, minimums: Array, width: int, scale: float, activation: int,
+) -> Array:  # fmt: skip
+    y = np.empty((len(x), width), np.float32)
+    before = norm, norm_weight, norm_bias, eps, kind, largest, zero
+    after = width, np.empty(0), scale, activation, np.empty(0)
+    for mine, (integers, scales, least) in _experts(offsets, w, w_scales, minimums):
+        y[mine] = matmul_integer(x[mine], *before, integers, scales, least, *after)
+    return y
+
+
+def _experts(offsets: Array, *arrays: Array) -> Iterator[tuple[slice, list[Array]]]:
+    """The rows of each expert that has any, and its part of each array."""
+    parts = zip(*(np.split(array, len(offsets) - 1) for array in arrays), strict=True)
+    for (first, last), part in zip(pairwise(offsets), parts, strict=True):
+        if first < last:
+            yield slice(first, last), list(part)
 
 
 def _finish(product: Array, width: int, bias: Array, scale: float, activation: int, residual: Array) -> Array:
