@@ -1,4 +1,4 @@
-"""Granite's own: states that belong to sequences, experts that are views of one matrix, and what is refused."""
+"""Granite's own: states that belong to sequences, experts that are one matrix, and what is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from tinyserve.model_runner import plan_cache
 from tinyserve.models.cache import KVCache
 from tinyserve.quantize import IntegerMatrix
 from tinyserve.shapes import state_bytes_per_sequence
+from tinyserve.tensor.quant import BLOCK, PANEL
 from tinyserve.weights.checkpoint import LazyTensor, stacked
 
 HYBRIDS = ["granite-hybrid", "granite-hybrid-moe", "granite-hybrid-rope"]
@@ -139,12 +140,13 @@ def test_a_model_of_mamba_layers_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
-def test_experts_are_views_of_one_matrix(dtype: str, llm_of: Callable[..., LLM]) -> None:
+def test_experts_are_one_matrix(dtype: str, llm_of: Callable[..., LLM]) -> None:
+    """Each has whole blocks of it, whatever its own width."""
     mixture = llm_of("granite-hybrid-moe", dtype).model.blocks[0].mlp
-    for layers in (mixture.up, mixture.down):
-        assert len(layers) == 5
-        packed = [layer.matrix.packed for layer in layers]
-        assert all(one.base is packed[0].base and one.flags.c_contiguous for one in packed)
+    for experts in (mixture.up, mixture.down):
+        assert mixture.count == 5 and experts.width % BLOCK
+        assert experts.matrix.shape[0] == len(experts.matrix.packed) * PANEL
+        assert experts.matrix.shape[0] % (5 * BLOCK) == 0
 
 
 def test_the_router_keeps_8_bits(llm_of: Callable[..., LLM]) -> None:
@@ -228,7 +230,7 @@ def test_blocks_of_experts_are_kept_to_the_bit(kind: gguf.GGMLQuantizationType, 
     llm = LLM(quantized, dtype="int8", kv_cache_dtype="float32")
     for layer in range(3):
         ours, theirs = (
-            [*mlp.up, *mlp.down, mlp.shared.up, mlp.shared.down]
+            [mlp.up, mlp.down, mlp.shared.up, mlp.shared.down]
             for mlp in (model.blocks[layer].mlp for model in (llm.model, exact.model))
         )
         for one, other in zip(ours, theirs, strict=True):

@@ -157,9 +157,10 @@ class Recorder:
         self.logits: dict[int, list[np.ndarray]] = {}
         sample = llm._runner._sample
 
-        def recording(sequence: Any, logits: np.ndarray) -> Any:
-            self.logits.setdefault(sequence.request_id, []).append(logits.copy())
-            return sample(sequence, logits)
+        def recording(sequences: list[Any], logits: np.ndarray) -> Any:
+            for sequence, row in zip(sequences, logits, strict=True):
+                self.logits.setdefault(sequence.request_id, []).append(row.copy())
+            return sample(sequences, logits)
 
         monkeypatch.setattr(llm._runner, "_sample", recording)
 

@@ -48,9 +48,10 @@ class ModelRunner:
         with _jit.one_at_a_time(self.num_threads):
             hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
             logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
+            sampled = self._sample([scheduled[i].sequence for i in complete], logits)
         results: list[Sampled | None] = [None] * len(scheduled)
-        for row, i in enumerate(complete):
-            results[i] = self._sample(scheduled[i].sequence, logits[row])
+        for i, result in zip(complete, sampled, strict=True):
+            results[i] = result
         return results
 
     def logits(self, token_ids: list[int], chunk: int) -> Array:
@@ -109,17 +110,34 @@ class ModelRunner:
         state_slots = np.array([sequence.state_slot for sequence, _ in work])
         return Batch(token_ids, positions, slots, sequence_of, tables, np.cumsum([0, *counts]), state_slots)
 
-    def _sample(self, sequence: Sequence, logits: Array) -> Sampled:
-        params = sequence.params
-        if not np.isfinite(logits.max()):
-            return Sampled(-1, error="The model computed logits that are not numbers: its weights are damaged.")
+    def _sample(self, sequences: list[Sequence], logits: Array) -> list[Sampled]:
+        params, vocab = [sequence.params for sequence in sequences], logits.shape[1]
+        token_ids = sample(
+            logits,
+            np.array([p.temperature for p in params], np.float64),
+            np.array([min(p.top_k, vocab) for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float64),
+            np.array([p.min_p for p in params], np.float64),
+            np.array([self._uniform(sequence) for sequence in sequences]),
+        )
+        damage = "The model computed logits that are not numbers: its weights are damaged."
+        results = [Sampled(int(token)) if token >= 0 else Sampled(-1, error=damage) for token in token_ids]
+        wanted = [row for row, p in enumerate(params) if p.logprobs is not None and token_ids[row] >= 0]
+        if wanted:
+            counts = np.array([params[row].logprobs for row in wanted], np.int64)
+            found = log_probabilities(logits[wanted], token_ids[wanted], counts)
+            for row, logprobs in zip(wanted, found, strict=True):
+                results[row] = results[row]._replace(logprobs=logprobs)
+        return results
+
+    def _uniform(self, sequence: Sequence) -> float:
+        """The next random number of a request's own generator; one that is greedy needs none."""
+        if sequence.params.temperature == 0:
+            return 0.0
         generator = self._generators.get(sequence.request_id)
         if generator is None:
-            generator = self._generators[sequence.request_id] = np.random.default_rng(params.seed)
-        token = sample(logits, params.temperature, params.top_k, params.top_p, params.min_p, generator)
-        if params.logprobs is None:
-            return Sampled(token)
-        return Sampled(token, log_probabilities(logits, token, params.logprobs))
+            generator = self._generators[sequence.request_id] = np.random.default_rng(sequence.params.seed)
+        return generator.random()
 
 
 class _Tokens(Protocol):

@@ -5,14 +5,14 @@ Knows dtypes and their kernels; it does not know which layer a matrix belongs to
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tinyserve.errors import UserError
-from tinyserve.tensor import dot_product, gguf_blocks, matmul, norm, quant
+from tinyserve.tensor import dot_product, gguf_blocks, grouped_matmul, matmul, norm, quant
 
 Array = np.ndarray
 
@@ -66,10 +66,6 @@ class Matrix(ABC):
     def rows(self, ids: Array) -> Array:
         """Rows `ids` (tokens,) -> (tokens, K) float32: what an embedding looks up."""
 
-    @abstractmethod
-    def split(self, count: int) -> "Sequence[Matrix]":
-        """`count` matrices one above the other, N / count outputs each, a multiple of quant.BLOCK: views, no copies."""
-
     def matmul(
         self,
         x: Array,
@@ -88,8 +84,22 @@ class Matrix(ABC):
         before = (x, norm.kind, norm.weight, norm.bias, norm.eps)
         return self._product(before, (width or self.shape[0], bias, scale, activation, residual))
 
+    def grouped_matmul(
+        self, x: Array, offsets: Array, *, norm: Norm, scale: np.float32, activation: int, width: int
+    ) -> Array:
+        """The same for a matrix that is several ones above the other, without bias and residual.
+
+        Rows offsets[e] .. offsets[e + 1] of x (rows, K) meet the e-th of them; offsets (experts + 1,) int64, and each
+        has as many rows, a multiple of quant.BLOCK.
+        """
+        before = (x, norm.kind, norm.weight, norm.bias, norm.eps)
+        return self._grouped_product(before, offsets, (width, scale, activation))
+
     @abstractmethod
     def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array: ...
+
+    @abstractmethod
+    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array: ...
 
 
 class FloatMatrix(Matrix):
@@ -105,12 +115,11 @@ class FloatMatrix(Matrix):
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_float(self.packed, ids, self.shape[1])
 
-    def split(self, count: int) -> "list[FloatMatrix]":
-        shape = self.shape[0] // count, self.shape[1]
-        return [FloatMatrix(shape, part) for part in np.split(self.packed, count)]
-
     def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
         return matmul.matmul_float(*before, self.packed, *after)
+
+    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array:
+        return grouped_matmul.grouped_matmul_float(*before, offsets, self.packed, *after)
 
 
 class IntegerMatrix(Matrix):
@@ -132,14 +141,19 @@ class IntegerMatrix(Matrix):
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_integer(self.packed, self.scales, self.minimums, ids, self.shape[1])
 
-    def split(self, count: int) -> "list[IntegerMatrix]":
-        shape = self.shape[0] // count, self.shape[1]
-        parts = zip(*(np.split(array, count) for array in (self.packed, self.scales, self.minimums)), strict=True)
-        return [IntegerMatrix(shape, quant.Packed(*part), self._activation_bits) for part in parts]
-
     def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-        kept = (self.packed, self.scales, self.minimums)
-        return matmul.matmul_integer(*before, self._kind, self._largest, self._zero, *kept, *after)
+        return matmul.matmul_integer(*before, *self._rounding, *self._kept, *after)
+
+    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array:
+        return grouped_matmul.grouped_matmul_integer(*before, *self._rounding, offsets, *self._kept, *after)
+
+    @property
+    def _rounding(self) -> tuple[Any, ...]:
+        return self._kind, self._largest, self._zero
+
+    @property
+    def _kept(self) -> tuple[Array, ...]:
+        return self.packed, self.scales, self.minimums
 
 
 def bits_of(dtype: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from tinyserve.config import ModelConfig
 from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache
-from tinyserve.models.layers import Embedding, LayerNorm, Linear, RMSNorm
+from tinyserve.models.layers import Embedding, Experts, LayerNorm, Linear, RMSNorm
 from tinyserve.quantize import (
     IntegerMatrix,
     Matrix,
@@ -111,17 +111,17 @@ class Loader:
         width = sum(self._shapes[f"{name}.weight"][0] for name in names) // 2
         return Linear(self._matrix(names, self.dtype, arrange), self._bias(names, arrange), SILU_MUL, width)
 
-    def experts(self, name: str) -> list[Linear]:
-        """The experts of a tensor (experts, outputs, inputs), a layer each."""
+    def experts(self, name: str) -> Experts:
+        """The experts of a tensor (experts, outputs, inputs)."""
         experts, width, _ = self._shapes[f"{name}.weight"]
         matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _one_after_the_other, experts))
-        return [Linear(part, no_bias(), width=width) for part in matrix.split(experts)]
+        return Experts(matrix, PLAIN, width)
 
-    def gated_experts(self, name: str) -> list[Linear]:
+    def gated_experts(self, name: str) -> Experts:
         """The same for experts that have gates above what they let through, as in `gated`."""
         experts, rows, _ = self._shapes[f"{name}.weight"]
         matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _halves_panel_by_panel, experts))
-        return [Linear(part, no_bias(), SILU_MUL, rows // 2) for part in matrix.split(experts)]
+        return Experts(matrix, SILU_MUL, rows // 2)
 
     def head(self, name: str) -> Linear:
         """A head that is no embedding, or a router: like an embedding, it keeps 8 bits."""

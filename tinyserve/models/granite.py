@@ -6,7 +6,7 @@ al. 2017, arXiv:1701.06538, for the experts. Every product that ends in the resi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from tinyserve.config import MAMBA, GraniteConfig
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KVCache, LayerState
-from tinyserve.models.layers import MLP, Attention, Block, FeedForward, Linear, Normed, Rope
+from tinyserve.models.layers import MLP, Attention, Block, Experts, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
 from tinyserve.quantize import read_only
 from tinyserve.tensor import mamba2, moe
@@ -57,19 +57,16 @@ class Mamba:
 class Mixture:
     """The experts that the router chooses for a token, by its weights, and the MLP that every token passes through."""
 
-    def __init__(
-        self, router: Linear, up: Sequence[Linear], down: Sequence[Linear], top_k: int, shared: FeedForward | None
-    ):
-        self.router, self.up, self.down, self.top_k, self.shared = router, up, down, top_k, shared
+    def __init__(self, router: Linear, up: Experts, down: Experts, count: int, top_k: int, shared: FeedForward | None):
+        self.router, self.up, self.down, self.shared = router, up, down, shared
+        self.count, self.top_k = count, top_k
 
     def __call__(self, x: Normed, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
         ids, weights = moe.route(self.router(x), self.top_k)
-        order, offsets = moe.group_by_expert(ids, len(self.up))
+        order, offsets = moe.group_by_expert(ids, self.count)
         rows = moe.gather_rows(x.x, order)  # (tokens·k, hidden), expert by expert
-        for up, down, first, last in zip(self.up, self.down, offsets[:-1], offsets[1:], strict=True):
-            if first < last:
-                rows[first:last] = down(up(Normed(rows[first:last], x.norm)))
+        rows = self.down(self.up(Normed(rows, x.norm), offsets), offsets)
         if self.shared is not None:
             onto = self.shared(x, onto)
         return onto + moe.combine(rows, order, weights)
@@ -150,7 +147,8 @@ def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> FeedForward:
     return Mixture(
         loader.head(f"{name}.router.layer"),
         loader.gated_experts(f"{name}.input_linear"),
-        [down.scaled(config.residual_multiplier) for down in loader.experts(f"{name}.output_linear")],
+        loader.experts(f"{name}.output_linear").scaled(config.residual_multiplier),
+        config.num_local_experts,
         config.num_experts_per_tok,
         shared,
     )

@@ -59,6 +59,25 @@ class Linear:
         )  # fmt: skip
 
 
+class Experts:
+    """activation(scale · (x · Wᵀ)) with a W for each expert, one above the other in one matrix: one kernel for all."""
+
+    def __init__(self, matrix: Matrix, activation: int, width: int, scale: float = 1.0):
+        self.matrix, self.activation, self.width = matrix, activation, width
+        self.scale = np.float32(scale)
+
+    def scaled(self, scale: float) -> "Experts":
+        """The same experts, times a constant."""
+        return Experts(self.matrix, self.activation, self.width, scale)
+
+    def __call__(self, x: Array | Normed, offsets: Array) -> Array:
+        """x (rows, inputs), of which offsets[e] .. offsets[e + 1] are expert e's -> (rows, width)."""
+        x, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, NO_NORM)
+        return self.matrix.grouped_matmul(
+            x, offsets, norm=norm, scale=self.scale, activation=self.activation, width=self.width
+        )
+
+
 class Embedding:
     """A row for each token; as a head, the product of a hidden state with every row."""
 

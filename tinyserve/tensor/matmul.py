@@ -134,14 +134,20 @@ def _float_item(item, chunks, panels, h, w, y, bias, scale, activation, residual
     """A chunk of rows by some panels of outputs."""
     panel, first = item // chunks * panels, item % chunks * CHUNK
     rows = min(CHUNK, h.shape[0] - first)
+    float_block(panel, panel, panels, first, rows, h, w, y, bias, scale, activation, residual)
+
+
+@kernel
+def float_block(w_panel, panel, panels, first, rows, h, w, y, bias, scale, activation, residual):
+    """Rows first .. first + rows by `panels` panels of w from w_panel on, which are y's from `panel` on."""
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
     while rows >= FLOAT_ROWS and r < rows:
         r = min(r, rows - FLOAT_ROWS)  # the last tile does some rows again: they come to the same
-        _float_tile_n(h, first + r, w, panel, panels, product, r * BLOCK)
+        _float_tile_n(h, first + r, w, w_panel, panels, product, r * BLOCK)
         r += FLOAT_ROWS
     while r < rows:
-        _float_tile_1(h, first + r, w, panel, panels, product, r * BLOCK)
+        _float_tile_1(h, first + r, w, w_panel, panels, product, r * BLOCK)
         r += 1
     _finish(product, rows, y, first, panel * PANEL, panels * PANEL, bias, scale, activation, residual)
 
@@ -153,17 +159,29 @@ def _integer_item(
     """The same for integers."""
     panel, first = item // chunks * panels, item % chunks * CHUNK
     rows = min(CHUNK, q.shape[0] - first)
+    integer_block(
+        panel, panel, panels, first, rows, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale,
+        activation, residual,
+    )  # fmt: skip
+
+
+@kernel
+def integer_block(
+    w_panel, panel, panels, first, rows, q, starts, x_scales, x_sums, w, w_scales, minimums, y, bias, scale,
+    activation, residual,
+):  # fmt: skip
+    """The same for integers."""
     product = np.empty(rows * BLOCK, np.float32)
     r = 0
     while rows >= 3 and r < rows:
         r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
         _integer_tile_3(
-            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, panels, product, r * BLOCK
+            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, w_panel, panels, product, r * BLOCK
         )
         r += 3
     while r < rows:
         _integer_tile_1(
-            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, panel, panels, product, r * BLOCK
+            q, starts, x_scales, x_sums, first + r, w, w_scales, minimums, w_panel, panels, product, r * BLOCK
         )
         r += 1
     _finish(product, rows, y, first, panel * PANEL, panels * PANEL, bias, scale, activation, residual)
@@ -220,19 +238,14 @@ def matmul_integer(
     weights have been raised by.
     """
     M = x.shape[0]
-    groups = w_scales.shape[1]
-    group = w.shape[1] // groups * inputs_per_load(w)
-    q = np.empty((M, groups * group), kind.dtype)
-    starts = np.empty((M, groups), np.int32)
-    x_scales = np.empty((M, groups), np.float32)
-    x_sums = np.empty((M, groups), np.float32)
+    group, q, starts, x_scales, x_sums = room_for_rows(M, kind, w, w_scales)
     if M == 1:
-        _prepare_row(
+        prepare_row(
             x, norm, norm_weight, norm_bias, eps, np.int64(0), q, starts, x_scales, x_sums, group, largest, zero
         )
     else:
         for m in prange(M):
-            _prepare_row(
+            prepare_row(
                 x, norm, norm_weight, norm_bias, eps, np.int64(m), q, starts, x_scales, x_sums, group, largest, zero
             )
     y = np.empty((M, width), np.float32)
@@ -247,7 +260,16 @@ def matmul_integer(
 
 
 @kernel
-def _prepare_row(x, norm, norm_weight, norm_bias, eps, m, q, starts, scales, sums, group, largest, zero):
+def room_for_rows(M, kind, w, w_scales):
+    """How many inputs share a scale of w; and, for M quantized rows, integers, starts, scales and sums to be filled."""
+    groups = w_scales.shape[1]
+    group = w.shape[1] // groups * inputs_per_load(w)
+    q, starts = np.empty((M, groups * group), kind.dtype), np.empty((M, groups), np.int32)
+    return group, q, starts, np.empty((M, groups), np.float32), np.empty((M, groups), np.float32)
+
+
+@kernel
+def prepare_row(x, norm, norm_weight, norm_bias, eps, m, q, starts, scales, sums, group, largest, zero):
     if norm:
         K = x.shape[1]
         h = np.empty((1, K), np.float32)

@@ -1,7 +1,7 @@
 """A mixture of experts' routing: which experts a token goes to, in what order the rows are computed, and their sum.
 
 Shazeer et al. 2017, arXiv:1701.06538. Knows no expert: between `gather_rows` and `combine`, each expert's rows lie
-side by side and are one matrix product each.
+side by side, as grouped_matmul.py wants them.
 
 A token takes k places, token·k + rank, rank 0 for its likeliest expert; an `order` lists places.
 """

@@ -5,6 +5,8 @@ gguf_blocks.py does is specified by the gguf package.)
 """
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -124,6 +126,37 @@ def matmul_integer(
     return _finish(quantized @ weights.T, width, bias, scale, activation, residual)
 
 
+def grouped_matmul_float(
+    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, offsets: Array, w: Array, width: int,
+    scale: float, activation: int,
+) -> Array:  # fmt: skip
+    y = np.empty((len(x), width), np.float32)
+    after = width, np.empty(0), scale, activation, np.empty(0)
+    for mine, (w_of_expert,) in _experts(offsets, w):
+        y[mine] = matmul_float(x[mine], norm, norm_weight, norm_bias, eps, w_of_expert, *after)
+    return y
+
+
+def grouped_matmul_integer(
+    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, kind: Array, largest: float, zero: int,
+    offsets: Array, w: Array, w_scales: Array, minimums: Array, width: int, scale: float, activation: int,
+) -> Array:  # fmt: skip
+    y = np.empty((len(x), width), np.float32)
+    before = norm, norm_weight, norm_bias, eps, kind, largest, zero
+    after = width, np.empty(0), scale, activation, np.empty(0)
+    for mine, (integers, scales, least) in _experts(offsets, w, w_scales, minimums):
+        y[mine] = matmul_integer(x[mine], *before, integers, scales, least, *after)
+    return y
+
+
+def _experts(offsets: Array, *arrays: Array) -> Iterator[tuple[slice, list[Array]]]:
+    """The rows of each expert that has any, and its part of each array."""
+    parts = zip(*(np.split(array, len(offsets) - 1) for array in arrays), strict=True)
+    for (first, last), part in zip(pairwise(offsets), parts, strict=True):
+        if first < last:
+            yield slice(first, last), list(part)
+
+
 def _finish(product: Array, width: int, bias: Array, scale: float, activation: int, residual: Array) -> Array:
     """product (M, packed outputs) float64 -> activation(scale · (product + bias)) + residual (M, width) float32."""
     if bias.size:
@@ -215,3 +248,43 @@ def attention(
             weights = np.exp(scores - scores.max())
             out[m, head] = weights @ v[:, head * kv_heads // heads] / weights.sum()
     return out.reshape(len(qkv), -1)
+
+
+def sample(logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, uniform: Array) -> Array:
+    return np.array(
+        [_sample_row(*row) for row in zip(logits, temperature, top_k, top_p, min_p, uniform, strict=True)], np.int64
+    )
+
+
+def _sample_row(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    if not np.isfinite(logits.max()):
+        return -1
+    if temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")  # likeliest first, of equals the lower id
+    if 0 < top_k < logits.size:
+        order = order[:top_k]
+    wide = logits[order].astype(np.float64)
+    with np.errstate(over="ignore"):
+        probabilities = np.exp((wide - wide.max()) / temperature)
+    probabilities /= probabilities.sum()
+    if top_p < 1:
+        # A token stays if those before it do not yet add up to top_p: the first one always does.
+        keep = np.cumsum(probabilities) - probabilities < top_p
+        order, probabilities = order[keep], probabilities[keep]
+    keep = probabilities >= min_p * probabilities.max()
+    ids, probabilities = order[keep], probabilities[keep]
+    by_id = np.argsort(ids)
+    cumulative = np.cumsum(probabilities[by_id])
+    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return int(ids[by_id][min(drawn, len(ids) - 1)])
+
+
+def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, float]]:
+    results = []
+    for row, token, count in zip(logits.astype(np.float64), chosen, counts, strict=True):
+        shifted = row - row.max()
+        normalised = shifted - np.log(np.exp(shifted).sum())
+        best = np.argsort(-normalised, kind="stable")[:count]
+        results.append({int(i): float(normalised[i]) for i in [*best, token]})
+    return results

@@ -319,6 +319,9 @@ max_lane = _function(
 )
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
 sum_lanes_int = _function((_I,), types.int32, lambda b, x: _fold(b, x, b.add))
+zero_below = _function(
+    (_F, _F), _F, lambda b, x, least: b.select(b.fcmp_ordered(">=", x, least), x, emit_constant(0.0))
+)
 first_lanes = _function(
     (_F, _F, types.intp), _F, lambda b, x, other, count: b.select(emit_lanes_below(b, count), x, other)
 )
