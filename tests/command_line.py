@@ -117,6 +117,15 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
+    def wait_until_it_sleeps(self) -> None:
+        """Python asks for signals before it reads: a Ctrl-C between prompt and read is seen after the next key only."""
+        asleep, deadline = 0, time.monotonic() + 60
+        while asleep < 3:
+            assert time.monotonic() < deadline, "the program never waits for a key"
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            asleep = asleep + 1 if state == "S" else 0
+            time.sleep(0.02)
+
     def end(self, timeout: float = 60) -> int:
         """Read to the end; the exit code."""
         while self._read():

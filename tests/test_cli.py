@@ -273,6 +273,7 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
         with Terminal("rm", "owner/name", HF_HOME=str(tmp_path)) as terminal:
             terminal.wait_for("Delete owner/name")
             terminal.wait_for("from this disk? [y/N]:")
+            terminal.wait_until_it_sleeps()
             terminal.type(typed)
             assert terminal.end() == code
             assert "Traceback" not in terminal.shown
