@@ -9,6 +9,7 @@ import pytest
 
 from tinyserve import LLM
 from tinyserve.quantize import GROUP, IntegerMatrix
+from tinyserve.shapes import weight_bytes
 from tinyserve.tensor import quant
 from tinyserve.weights.synthetic import packed_matrix
 
@@ -45,3 +46,10 @@ def test_a_synthetic_model_is_the_real_ones_size_and_its_logits_are_normal(
     z = (logits - logits.mean()) / logits.std()
     assert logits.std() > 0.01
     assert 2 < (z**4).mean() < 5  # 3 for a normal distribution
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "w8a16", "w8a8", "w4a16", "w4a8"])
+def test_the_bytes_that_shapes_counts_are_those_of_the_model(dtype: str) -> None:
+    """smollm2-135m has no dimension that packing fills up, so the sizes are equal and not just alike."""
+    llm = LLM("smollm2-135m", dtype=dtype, load_format="dummy", max_model_len=64)
+    assert llm.model.nbytes == weight_bytes(llm.config, dtype)

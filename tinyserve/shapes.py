@@ -28,7 +28,8 @@ KV_DTYPES: Final = ("float32", "bfloat16", "int8")
 
 _SHORT: Final = {"w8a16": "int8", "w8a8": "int8", "w4a16": "int4", "w4a8": "int4"}
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
-_INT8_GROUP, _INT4_GROUP, _SCALE_BYTES = 64, 32, 2  # a float16 scale for so many inputs; w8a8 has one for 32
+# A float16 scale for so many inputs; beside 16-bit activations, 8 bits need fewer.
+_GROUP, _WIDE_GROUP, _SCALE_BYTES = 32, 64, 2
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _active_experts(config: ModelConfig) -> float:
 
 def tensor_bytes(tensor: TensorShape, dtype: str) -> int:
     """The bytes of one tensor in memory; `dtype` is one of WEIGHT_DTYPES."""
+    group_of_8_bits = _GROUP if dtype.endswith("a8") else _WIDE_GROUP
     dtype = _SHORT.get(dtype, dtype)
     if dtype not in WEIGHT_DTYPES:
         raise UserError(f"there is no weight dtype {dtype!r}; take one of {', '.join(WEIGHT_DTYPES)}.")
@@ -239,15 +241,15 @@ def tensor_bytes(tensor: TensorShape, dtype: str) -> int:
     inputs = tensor.shape[tensor.in_axis]
     outputs = tensor.size // inputs
     if dtype == "int4" and tensor.component not in ("embedding", "head", "router"):
-        return outputs * (math.ceil(inputs / 2) + math.ceil(inputs / _INT4_GROUP) * _SCALE_BYTES)
-    return outputs * (inputs + math.ceil(inputs / _INT8_GROUP) * _SCALE_BYTES)
+        return outputs * (math.ceil(inputs / 2) + math.ceil(inputs / _GROUP) * _SCALE_BYTES)
+    return outputs * (inputs + math.ceil(inputs / group_of_8_bits) * _SCALE_BYTES)
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """The bytes of all weights in memory; `dtype` is one of WEIGHT_DTYPES.
 
-    int8 is w8a16 and w8a8, matrices by 8 bits in groups of 64 inputs with a float16 scale; int4 is w4a16 and w4a8, 4
-    bits by groups of 32, but embedding, head and router as in int8. All else is float32.
+    int8 is w8a16, matrices by 8 bits in groups of 64 inputs with a float16 scale (w8a8: of 32); int4 is w4a16, 4 bits
+    by groups of 32 (w4a8 too), but embedding, head and router as in w8a16 (in w8a8). All else is float32.
     """
     return sum(tensor_bytes(tensor, dtype) for tensor in _tensors(config))
 
