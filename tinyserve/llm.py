@@ -372,6 +372,6 @@ def _announcer() -> Progress:
 
 
 _ANNOUNCED = {
-    "compile": "compiling kernels for this processor (the first time, about half a minute)",
+    "compile": "compiling kernels for this processor (the first time, up to a minute)",
     "wait": "another process is compiling the kernels: waiting for it",
 }

@@ -66,7 +66,7 @@ class StartLine:
         if self._terminal:
             self._write(line)
         elif self._compiled <= 1:
-            about = " (the first time, about half a minute)" if self._compiled else ""
+            about = " (the first time, up to a minute)" if self._compiled else ""
             print(f"tinyserve: {line.split(':')[0]}{about}", file=sys.stderr)
 
     def _write(self, line: str) -> None:

@@ -25,6 +25,6 @@ def warmup(
     from tinyserve.sampling_params import SamplingParams
 
     llm, line = load(model, dtype, None)
-    # Drawn, with log-probabilities: a greedy answer needs no kernels of its own.
-    llm.generate([[0, 0, 0]], SamplingParams(temperature=1, max_tokens=2, logprobs=1, ignore_eos=True))
+    # Drawn: a greedy answer needs no kernels of its own.
+    llm.generate([[0, 0, 0]], SamplingParams(temperature=1, max_tokens=2, ignore_eos=True))
     print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({line.seconds:.1f} s).")
