@@ -61,6 +61,11 @@ def test_every_command_is_listed() -> None:
     assert set(command.commands) == set(COMMANDS)
 
 
+def test_help_names_every_family(shell: Shell) -> None:
+    text = re.sub(r"\W", "", shell("--help").out).lower()
+    assert all(family in text for family in FAMILIES)
+
+
 def test_help_of_ask_shows_the_options_and_the_families(shell: Shell) -> None:
     text = shell("ask", "--help").out
     assert text.startswith("Usage: tinyserve ask [OPTIONS] [MODEL] [PROMPT]\n")

@@ -41,7 +41,7 @@ _ORDER = ("ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "
 app = typer.Typer(
     name="tinyserve",
     cls=Commands,
-    help="""Run GPT-2, Llama, Mistral and SmolLM2 on a CPU, from Hugging Face checkpoints and GGUF files.
+    help="""Run GPT-2, Falcon, Llama, Mistral, SmolLM2 and Granite on a CPU, from Hugging Face checkpoints or GGUF.
 
 \b
 Start with:

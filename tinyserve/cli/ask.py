@@ -200,7 +200,7 @@ FAMILIES = {
     "falcon": ("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", "rw-1b, 7b, 7b-instruct, 40b"),
     "granite": (
         "350m",
-        "Granite 4.0 (IBM): hybrids with Mamba2, dense, and mixtures of experts.",
+        "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts.",
         "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny",
     ),
 }
