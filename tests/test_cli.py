@@ -1,5 +1,6 @@
 """The command line as a whole: help, versions, errors of one sentence, and the commands that only need a model."""
 
+import errno
 import json
 import re
 import subprocess
@@ -240,6 +241,19 @@ def test_a_bug_is_a_sentence_too_unless_debugging(shell: Shell, monkeypatch: pyt
     monkeypatch.setenv("TINYSERVE_DEBUG", "1")
     with pytest.raises(RuntimeError, match="no such luck"):
         shell("pull", "gpt2")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_too_little_memory_is_a_sentence(error: Exception, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be mapped says it as an OSError, and names no file."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "resolve", full)
+    result = shell("pull", "gpt2")
+    assert result.code == 1
+    assert result.sentence == "there is not enough memory: take a smaller model, or --dtype int4."
 
 
 # --- the other commands ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Every error becomes one sentence on stderr and an exit code; TINYSERVE_DEBUG=1 lets unforeseen ones through.
 """
 
+import errno
 import gc
 import io
 import os
@@ -26,6 +27,7 @@ from tinyserve.cli.warmup import warmup
 from tinyserve.errors import TinyserveError, UserError
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports death by SIGINT and SIGPIPE
+NO_MEMORY = "tinyserve: there is not enough memory: take a smaller model, or --dtype int4."
 _UsageError: Any = typer.BadParameter.__mro__[1]  # from click, which newer versions of Typer bring along
 
 
@@ -97,10 +99,12 @@ def main() -> None:
         _end("", INTERRUPTED)
     except BrokenPipeError:
         _end("", PIPE_CLOSED)
-    except OSError as error:
-        _end(f"tinyserve: {error.filename or 'standard output'}: {error.strerror or error}.", 1)
     except MemoryError:
-        _end("tinyserve: there is not enough memory: take a smaller model, or --dtype int8.", 1)
+        _end(NO_MEMORY, 1)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            _end(NO_MEMORY, 1)
+        _end(f"tinyserve: {error.filename or 'standard output'}: {error.strerror or error}.", 1)
     except Exception as error:
         if os.environ.get("TINYSERVE_DEBUG"):
             raise
