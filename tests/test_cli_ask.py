@@ -273,13 +273,31 @@ def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
 
 
 def test_a_pipe_closed_before_a_short_command_prints(plain: Path) -> None:
-    for command in ("list --presets", "compare gpt2 llama-7b --json", "--help"):
+    for command in (
+        "list --presets",
+        "compare gpt2 llama-7b",
+        "inspect-config gpt2",
+        "inspect-config gpt2 --json",
+        "--help",
+    ):
         process = start(*command.split())
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
         process.stderr.close()
         assert process.wait(60) == 141
+
+
+def test_streams_that_were_never_open(plain: Path) -> None:
+    for command in (
+        ("list", "--presets"),
+        ("compare", "gpt2"),
+        ("ask", plain, "Hello", "--max-tokens", "2", "--quiet"),
+    ):
+        shut = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", *PROGRAM, *map(str, command)], stderr=subprocess.PIPE, env=environment()
+        )
+        assert (shut.returncode, shut.stderr) == (0, b""), command
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])

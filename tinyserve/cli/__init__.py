@@ -139,6 +139,8 @@ def run(arguments: list[str]) -> int:
 def _end(message: str, code: int) -> None:
     if message:
         print(message, file=sys.stderr)
+    if sys.stdout is None:  # closed before the process began (>&-): what was printed went nowhere
+        raise SystemExit(code)
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -197,8 +197,9 @@ def _heading(recipe: dict[str, Any]) -> str:
 
 
 def _print_table(results: "Sequence[Measurement]", limits: "Limits") -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from tinyserve.cli._console import Output
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("work", no_wrap=True)
@@ -222,7 +223,7 @@ def _print_table(results: "Sequence[Measurement]", limits: "Limits") -> None:
             end_section=i + 1 < len(results) and work.kind != results[i + 1].work.kind,
         )
     # A file or a pipe has no width that anything would have to fit into.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Output(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _short(number: float, beside: float | None = None) -> str:

@@ -111,11 +111,12 @@ _NOTE = (
 
 def _show(rows: list[dict[str, Any]]) -> None:
     """Print the table for people, a column per model; more models than fit go into a further table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from tinyserve.cli._console import Output
+
+    console = Output(highlight=False)
     models = [(row["model"], _cells(row)) for row in rows]
     names = max(map(len, models[0][1]))
     for part in _fitting(models, console.width - names):

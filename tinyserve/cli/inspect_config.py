@@ -129,10 +129,11 @@ def layer_map(layer_types: list[str], per_row: int = LAYERS_PER_ROW) -> list[str
 
 def _show(report: dict[str, Any]) -> None:
     """Print the report for people; nothing in it needs more than 80 columns."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from tinyserve.cli._console import Output
+
+    console = Output(highlight=False)
     title = Text(report["model"], style="bold")
     if report["repo"]:
         revision = report["revision"]
