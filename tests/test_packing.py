@@ -59,6 +59,12 @@ def test_weights_are_mapped_and_not_copied(folder_of: Callable[[str], Path], tmp
     assert isinstance(integers, np.memmap)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    packing.write(str(folder_of("gpt2")), tmp_path / "packed", "int8")
+    modes = {file.stat().st_mode for file in (tmp_path / "packed").glob("[cm]*.*")}
+    assert len(modes) == 1
+
+
 def test_shards(folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "SHARD", 100_000)
     nbytes, files = packing.write(str(folder_of("llama")), tmp_path / "packed", "int8")

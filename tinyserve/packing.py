@@ -54,6 +54,8 @@ def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None
         quantization = {"quant_method": PACKED, "version": VERSION, "dtype": dtype}
         config = files.raw_config | {"quantization_config": quantization}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+            shutil.copymode(partial / "config.json", weights)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
