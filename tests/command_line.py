@@ -20,7 +20,7 @@ import pytest
 
 from tinyserve import cli
 
-PROGRAM = [sys.executable, "-c", "from tinyserve.cli import main; main()"]
+PROGRAM = [sys.executable, "-m", "tinyserve"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`ask` and `chat`: where the prompt and the model come from, what goes to which stream, and how each run ends."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -313,6 +314,14 @@ def test_ctrl_c_ends_quietly(endless: Path, form: tuple[str, ...]) -> None:
     assert process.returncode == 130
     assert err == b""
     assert out == b"" if form else out.endswith(b"\n")
+
+
+def test_ctrl_c_while_the_program_is_imported_ends_quietly(tmp_path: Path) -> None:
+    """A module that is imported first presses it; a traceback of imports is what Python would print."""
+    (tmp_path / "typer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([*PROGRAM, "list"], env=environment(PYTHONPATH=path), capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_ctrl_c_in_a_terminal_leaves_a_clean_line(endless: Path) -> None:
