@@ -4,10 +4,8 @@ from typing import Any
 
 import pytest
 from fakes import FakeRunner
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tinyserve.blocks import BlockAllocator
+from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
@@ -19,7 +17,7 @@ END = 99
 def build(
     runner: FakeRunner | None = None, num_blocks: int = 64, max_model_len: int = 256, seqs: int = 4, budget: int = 32
 ) -> Engine:
-    blocks = BlockAllocator(num_blocks, 16)
+    blocks = BlockManager(num_blocks, 16)
     return Engine(runner or FakeRunner(), blocks, frozenset({END}), max_model_len, seqs, budget)
 
 
@@ -180,61 +178,3 @@ def test_a_runner_that_fails_loses_nothing() -> None:
         engine.step()
     engine.finish(sequence, "abort")
     assert engine.blocks.num_free == 64 and not engine.has_work()
-
-
-requests = st.tuples(st.integers(1, 70), st.integers(1, 40))
-actions = st.lists(st.one_of(requests, st.just("step"), st.tuples(st.just("abort"), st.integers(0, 20))), max_size=40)
-
-
-@given(actions=actions, blocks=st.integers(5, 20), seqs=st.integers(1, 5), budget=st.integers(1, 40))
-def test_all_blocks_come_back(actions: list[Any], blocks: int, seqs: int, budget: int) -> None:
-    """After any mix of requests, steps and cancellations, blocks and slots are free and requests have their answers."""
-    runner = FakeRunner(lambda sequence: END if (7 * sequence.request_id + sequence.num_output) % 13 == 12 else 1)
-    engine = build(runner, blocks, max_model_len=80, seqs=seqs, budget=budget)
-    sequences: list[Sequence] = []
-    for action in actions:
-        match action:
-            case "step":
-                if engine.has_work():
-                    engine.step()
-            case ("abort", i):
-                if i < len(sequences):
-                    engine.finish(sequences[i], "abort")
-            case (length, max_tokens):
-                sequences.append(engine.add([5] * length, params(max_tokens)))
-        held = [block for sequence in sequences for block in sequence.block_table]
-        assert len(held) == len(set(held)) == blocks - engine.blocks.num_free
-    run(engine)
-    assert engine.blocks.num_free == blocks
-    assert sorted(engine._free_slots) == list(range(seqs))
-    for sequence in sequences:
-        assert sequence.block_table == []
-        most = min(sequence.params.max_tokens, 80 - len(sequence.prompt_token_ids))
-        match sequence.finish_reason:
-            case "length":
-                assert sequence.num_output == most
-            case "stop":
-                assert sequence.token_ids[-1] == END and sequence.num_output <= most
-            case reason:
-                assert reason == "abort" and sequence.num_output <= most
-
-
-def test_the_allocator() -> None:
-    blocks = BlockAllocator(4, 16)
-    assert [blocks.blocks_for(tokens) for tokens in (0, 1, 16, 17, 64, 65)] == [0, 1, 1, 2, 4, 5]
-    assert blocks.can_allocate(64) and not blocks.can_allocate(65)
-    first, second = blocks.allocate(17), blocks.allocate(32)
-    assert sorted(first + second) == [0, 1, 2, 3] and blocks.num_free == 0 and not blocks.can_allocate(1)
-    blocks.free(first)
-    assert blocks.num_free == 2 and sorted(blocks.allocate(32)) == sorted(first)
-
-
-def test_a_double_free_raises() -> None:
-    blocks = BlockAllocator(4, 16)
-    held = blocks.allocate(32)
-    blocks.free(held)
-    with pytest.raises(KeyError):
-        blocks.free(held)
-    with pytest.raises(KeyError):
-        blocks.free([99])
-    assert blocks.num_free == 4

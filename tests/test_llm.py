@@ -447,7 +447,7 @@ def test_an_unknown_option(option: str, nearest: str | None, folder_of: Callable
         ({"dtype": None}, ["None", "float32"]),
         ({"max_model_len": 100, "kv_cache_memory": 100_000}, ["kv_cache_memory", "100"]),
         ({"load_format": "pickle"}, ["pickle", "auto", "dummy"]),
-        ({"enable_prefix_caching": True}, ["enable_prefix_caching"]),
+        ({"enable_prefix_caching": "yes"}, ["enable_prefix_caching", "yes", "True or False"]),
     ],
 )
 def test_an_option_outside_its_range(

@@ -130,6 +130,7 @@ def plan(
         + _state_bytes(config, fitting),
         "max_num_batched_tokens": STEP,
         "block_size": BLOCK,
+        "enable_prefix_caching": False,  # what is measured is computed
     }
     return Plan(fitting, skipped, options)
 

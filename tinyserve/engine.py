@@ -1,15 +1,18 @@
 """Which sequences run in the next step, and when each one ends: list-and-deque code over token ids.
 
-Knows neither text nor arrays; a runner is handed in, and a fake one of a dozen lines can be.
+Knows neither text nor arrays; a runner is handed in, and a fake one of a few dozen lines can be.
 """
 
+from bisect import insort
 from collections import deque
+from dataclasses import replace
 from itertools import count
 from time import perf_counter
 from typing import Protocol
 
-from tinyserve.blocks import BlockAllocator
+from tinyserve.blocks import BlockManager
 from tinyserve.errors import RequestError
+from tinyserve.prefix_cache import NoPrefixCache, Prefix
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Scheduled, Sequence
 
@@ -19,32 +22,44 @@ class Runner(Protocol):
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]: ...
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Make a block hold what another does."""
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Make a slot remember what another does."""
+
 
 class Engine:
-    """Continuous batching, first come first served: decodes first, then as much prefill as the token budget holds.
+    """Continuous batching, by priority and then first come first served.
 
-    A sequence is admitted when the blocks it can come to need are free, so that none is ever stopped halfway.
+    Each step computes a token for every sequence that decodes, then as much prefill as the token budget holds. Blocks
+    are handed out as sequences grow; when they run out, the one that came last gives its own back and waits again.
     """
 
     def __init__(
         self,
         runner: Runner,
-        blocks: BlockAllocator,
+        blocks: BlockManager,
         eos_token_ids: frozenset[int],
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        prefixes: NoPrefixCache | None = None,
     ):
         self.runner, self.blocks, self.eos_token_ids = runner, blocks, eos_token_ids
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.prefixes = prefixes or NoPrefixCache(blocks)
+        self.waiting: list[Sequence] = []  # both by place in the queue
         self.running: list[Sequence] = []
         self._free_slots = deque(range(max_num_seqs))
         self._ids = count()
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
-        """Queue a request; raises RequestError, with the numbers, for one that can never be served."""
+    def add(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
+        """Queue a request, those of a lower `priority` first; raises RequestError for one that can never be served.
+
+        With `params.n` above 1 the other answers are the sequence's `forks`.
+        """
         if not prompt_token_ids:
             raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.")
         if len(prompt_token_ids) >= self.max_model_len:
@@ -52,15 +67,19 @@ class Engine:
                 f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
                 f"{self.max_model_len}, the answer included: shorten the prompt."
             )
-        sequence = Sequence(next(self._ids), list(prompt_token_ids), params)
-        needed = self._most_tokens(sequence)
+        needed = min(len(prompt_token_ids) + params.max_tokens, self.max_model_len)
         if self.blocks.blocks_for(needed) > self.blocks.num_blocks:
             raise RequestError(
                 f"The request can come to {needed} tokens and the cache holds "
                 f"{self.blocks.num_blocks * self.blocks.block_size}: lower max_tokens, or raise kv_cache_memory."
             )
-        self.waiting.append(sequence)
-        return sequence
+        first, *forks = (
+            Sequence(next(self._ids), list(prompt_token_ids), _params_of_answer(params, i), priority)
+            for i in range(params.n)
+        )
+        first.forks = forks
+        self._wait(first)
+        return first
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -71,23 +90,16 @@ class Engine:
         grown = []
         try:
             results = self.runner.execute(scheduled)
+            for (sequence, num_tokens), sampled in zip(scheduled, results, strict=True):
+                if sampled is not None:
+                    grown.append(sequence)
+                self._advance(sequence, num_tokens, sampled)
         except BaseException:
             # A state may have moved on, and cannot go back: whoever tries again reads everything from the start.
             for sequence, _ in scheduled:
-                sequence.num_computed = 0
+                if sequence.is_running:
+                    self._requeue(sequence, keep_state=False)
             raise
-        for (sequence, num_tokens), sampled in zip(scheduled, results, strict=True):
-            sequence.num_computed += num_tokens
-            if sampled is None:
-                continue
-            grown.append(sequence)
-            if sampled.error is not None:
-                sequence.error = sampled.error
-                self.finish(sequence, "error")
-                continue
-            sequence.append(sampled.token_id, sampled.logprobs)
-            if reason := self._finish_reason(sequence):
-                self.finish(sequence, reason)
         return grown
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -95,36 +107,137 @@ class Engine:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        self.blocks.free(sequence.block_table)
-        sequence.block_table = []
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._free_slots.append(sequence.state_slot)
-        else:
+        if sequence.is_running:
+            self._stop_running(sequence, keep_state=reason != "error")
+        elif sequence in self.waiting:  # else it is a fork, and is left out when its time comes
             self.waiting.remove(sequence)
+        self._queue_forks(sequence)
 
-    def _most_tokens(self, sequence: Sequence) -> int:
-        return min(sequence.most_tokens, self.max_model_len)
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks: it waits in its old place, to be computed again where nothing is left."""
+        sequence.metrics.preemptions += 1
+        self._requeue(sequence, keep_state=True)
+
+    # --- one step -----------------------------------------------------------------------------------------------
 
     def _schedule(self) -> list[Scheduled]:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self.blocks.can_allocate(self._most_tokens(sequence)):
-                break
-            sequence.block_table = self.blocks.allocate(self._most_tokens(sequence))
-            sequence.state_slot = self._free_slots.popleft()
-            sequence.metrics.first_scheduled = perf_counter()
-            self.running.append(self.waiting.popleft())
-        budget = self.max_num_batched_tokens
-        scheduled = []
+        for sequence in list(self.running):
+            self._fork_when_ready(sequence)
+        budget, scheduled, preempted = self.max_num_batched_tokens, [], False
         # Those with one token to go are decoding: they come first, so that a long prompt stalls nobody.
         for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed > 1):
-            num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
-            if num_tokens == 0:
+            if budget == 0:
                 break
+            num_tokens = self._chunk(sequence, budget)
+            if not sequence.is_running or not self._grow(sequence, num_tokens):
+                preempted = True
+                continue
+            budget -= num_tokens
+            scheduled.append(Scheduled(sequence, num_tokens))
+        # Where blocks have run out, a newcomer would only take those of the next in need.
+        while budget and not preempted and self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self._fork_when_ready(sequence)
+            num_tokens = self._chunk(sequence, budget)
             budget -= num_tokens
             scheduled.append(Scheduled(sequence, num_tokens))
         return scheduled
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many of a sequence's tokens come next; forks and those who reuse states wait at places of their own."""
+        done, end = sequence.num_computed, len(sequence.token_ids)
+        if sequence.forks:
+            end = len(sequence.prompt_token_ids) - 1
+        if done < sequence.split_at:
+            end = min(end, sequence.split_at)
+        return min(end - done, budget)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a sequence the blocks for its next tokens, by preempting the last; False where that is itself."""
+        needed = self.blocks.blocks_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
+        while needed > self.blocks.num_free:
+            last = self.running[-1]
+            self.preempt(last)
+            if last is sequence:
+                return False
+        sequence.block_table += self.blocks.allocate(max(0, needed))
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if self._start(sequence, self.prefixes.reusable_prefix(sequence.token_ids)):
+            self.waiting.remove(sequence)
+            return True
+        if self.running:
+            return False
+        # A block to be copied and its copy may be one more than there are: all of it is computed then.
+        self._start(sequence, Prefix())
+        self.waiting.remove(sequence)
+        return True
+
+    def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
+        """Let a sequence run from the end of `prefix`; False where there is no room for it.
+
+        There is when all its tokens find blocks, and every fourth sequence that runs one more: about as many as they
+        need in the next four steps, so that a newcomer is not preempted at once.
+        """
+        tail = [] if prefix.tail is None else [prefix.tail]
+        shared = [*prefix.blocks]
+        self.blocks.share(shared + tail)
+        needed = self.blocks.blocks_for(len(sequence.token_ids)) - len(shared)
+        if needed + len(self.running) // 4 > self.blocks.num_free:
+            self.blocks.free(shared + tail)
+            return False
+        table, slot = shared + self.blocks.allocate(needed), self._free_slots.popleft()
+        try:
+            if prefix.tail is not None:
+                self.runner.copy_block(prefix.tail, table[len(shared)])
+            if prefix.state_slot is not None:
+                self.runner.copy_state(prefix.state_slot, slot)
+        except BaseException:
+            self.blocks.free(table)
+            self._free_slots.append(slot)
+            raise
+        finally:
+            self.blocks.free(tail)
+        sequence.block_table, sequence.state_slot, sequence.num_computed = table, slot, prefix.num_tokens
+        sequence.num_recorded, sequence.key = len(shared), prefix.key
+        sequence.split_at, sequence.last_snapshot = prefix.split_at, prefix.num_tokens
+        if sequence.metrics.first_scheduled is None:
+            sequence.metrics.first_scheduled = perf_counter()
+            sequence.metrics.cached_tokens = prefix.num_tokens
+        insort(self.running, sequence, key=_place)
+        return True
+
+    def _fork_when_ready(self, sequence: Sequence) -> None:
+        """Where all but the last token of a prompt is computed, its other answers go on from there.
+
+        Each computes the last token itself, since a state cannot be wound back to it.
+        """
+        done, size = sequence.num_computed, self.blocks.block_size
+        if not sequence.forks or done < len(sequence.prompt_token_ids) - 1:
+            return
+        forks, sequence.forks = sequence.forks, []
+        table, full = sequence.block_table, done // size
+        tail = table[full] if done % size else None
+        prefix = Prefix(done, tuple(table[:full]), sequence.key, tail, sequence.state_slot)
+        for fork in forks:
+            if fork.finish_reason is None and not (len(self.running) < self.max_num_seqs and self._start(fork, prefix)):
+                self._wait(fork)
+
+    def _advance(self, sequence: Sequence, num_tokens: int, sampled: Sampled | None) -> None:
+        """Take in what a step has computed of a sequence."""
+        if sampled is not None and sampled.error is not None:
+            sequence.error = sampled.error
+            self.finish(sequence, "error")
+            return
+        sequence.num_computed += num_tokens
+        self.prefixes.record(sequence, self.runner.copy_state)
+        if sampled is not None:
+            sequence.append(sampled.token_id, sampled.logprobs)
+            if reason := self._finish_reason(sequence):
+                self.finish(sequence, reason)
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
         token, params = sequence.token_ids[-1], sequence.params
@@ -133,3 +246,33 @@ class Engine:
         if sequence.num_output >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
             return "length"
         return None
+
+    # --- comings and goings -------------------------------------------------------------------------------------
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_place)
+
+    def _requeue(self, sequence: Sequence, keep_state: bool) -> None:
+        self._stop_running(sequence, keep_state)
+        self._wait(sequence)
+
+    def _stop_running(self, sequence: Sequence, keep_state: bool) -> None:
+        self.running.remove(sequence)
+        self._free_slots.append(self.prefixes.keep_state(sequence) if keep_state else sequence.state_slot)
+        self.blocks.free(sequence.block_table)
+        sequence.stop_running()
+
+    def _queue_forks(self, sequence: Sequence) -> None:
+        for fork in sequence.forks:
+            if fork.finish_reason is None:
+                self._wait(fork)
+        sequence.forks = []
+
+
+def _place(sequence: Sequence) -> tuple[int, int]:
+    return sequence.place
+
+
+def _params_of_answer(params: SamplingParams, index: int) -> SamplingParams:
+    """Each answer to a prompt draws from a stream of its own: the seed and the answer's number, as in vLLM."""
+    return params if params.seed is None else replace(params, seed=params.seed + index)

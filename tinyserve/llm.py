@@ -3,7 +3,6 @@
 Builds the runner and the engine and hands them down; knows nothing of kernels, files or the network beyond whom to ask.
 """
 
-import difflib
 import sys
 import threading
 from collections import deque
@@ -15,10 +14,12 @@ from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
-from tinyserve.blocks import BlockAllocator
+from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
+from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError, UserError
-from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk
+from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
+from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
 from tinyserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,14 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
 
-Prompt = str | SequenceOf[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
-
-_OPTIONS = (
-    "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "kv_cache_dtype",
-    "block_size", "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
-)  # fmt: skip
 
 
 class LLM:
@@ -54,7 +49,7 @@ class LLM:
         kv_cache_memory: int | None = None,
         kv_cache_dtype: str = "auto",
         block_size: int = 16,
-        enable_prefix_caching: bool = False,
+        enable_prefix_caching: bool = True,
         num_threads: int | None = None,
         seed: int | None = None,
         load_format: str = "auto",
@@ -70,6 +65,8 @@ class LLM:
         kv_cache_memory: bytes for keys, values and states; by default at most half of what is free.
         kv_cache_dtype: "float32", "bfloat16", "int8", or "auto": bfloat16 unless dtype is float32.
         block_size: tokens in a block of the cache, a multiple of 16.
+        enable_prefix_caching: keep what finished requests have computed while nobody else needs its room, and take it
+            over where a prompt begins with the same tokens; no answer changes by a bit.
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
@@ -77,7 +74,7 @@ class LLM:
             KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
             steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
         """
-        _check_options(
+        check_options(
             unknown,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -87,8 +84,8 @@ class LLM:
             kv_cache_memory=kv_cache_memory,
             seed=seed,
         )
-        if enable_prefix_caching:
-            raise UserError("enable_prefix_caching is not built yet; leave it out.")
+        if not isinstance(enable_prefix_caching, bool):
+            raise UserError(f"enable_prefix_caching is {enable_prefix_caching!r}; it must be True or False.")
         from tinyserve.model_files import open_model
         from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
         from tinyserve.models import build_model
@@ -106,25 +103,32 @@ class LLM:
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.generation_config, self.end_tokens = files.generation, files.end_tokens
         self.num_threads = _jit.set_threads(num_threads)
-        num_blocks, self.max_model_len = plan_cache(
+        self.cache_plan = plan = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
-            self.kv_cache_dtype,
+            self.kv_cache_dtype, snapshots=enable_prefix_caching,
         )  # fmt: skip
+        self.max_model_len = plan.max_model_len
         self._progress, self._compiled = progress or _announcer(), 0
         with _jit.on_compile(self._report_kernel):
             load = partial(self._progress, "load")
             with _jit.one_at_a_time(self.num_threads):
                 self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
             self._runner = ModelRunner(
-                self.model, num_blocks, block_size, self.num_threads, self.kv_cache_dtype, max_num_seqs
+                self.model, plan.num_blocks, block_size, self.num_threads, self.kv_cache_dtype, plan.num_states
             )
             self._runner.compile_kernels(
                 f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
                 waiting=lambda: self._progress("wait", 0, 0),
             )
+        blocks = BlockManager(plan.num_blocks, block_size)
+        prefixes = NoPrefixCache(blocks)
+        if enable_prefix_caching and plan.state_nbytes:
+            prefixes = StatePrefixCache(blocks, range(max_num_seqs, plan.num_states))
+        elif enable_prefix_caching:
+            prefixes = BlockPrefixCache(blocks)
         self._engine = Engine(
-            self._runner, BlockAllocator(num_blocks, block_size), files.eos_token_ids, self.max_model_len,
-            max_num_seqs, max_num_batched_tokens,
+            self._runner, blocks, files.eos_token_ids, self.max_model_len, max_num_seqs, max_num_batched_tokens,
+            prefixes,
         )  # fmt: skip
         self._chunk = max_num_batched_tokens
         self._seed = seed
@@ -145,18 +149,23 @@ class LLM:
         self,
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        priority: SequenceOf[int] | int = 0,
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
 
-        One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Raises
-        RequestError for a prompt that cannot be served.
+        One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Those of a lower
+        `priority`, one number or one for each, are computed first. Raises RequestError for a prompt that cannot be
+        served.
         """
-        batch = _as_prompts(prompts)
+        batch = as_prompts(prompts)
         params = self._params(sampling_params, len(batch))
+        priorities = as_priorities(priority, len(batch))
+        submitted: list[list[Request]] = []  # of each prompt, its answers
         requests: list[Request] = []
         try:
-            for prompt, one in zip(batch, params, strict=True):
-                requests.append(self._submit(prompt, one))
+            for prompt, one, its_priority in zip(batch, params, priorities, strict=True):
+                submitted.append(self._submit(prompt, one, its_priority))
+                requests += submitted[-1]
             finished = False
             while not finished:
                 with self._lock:  # another thread may have done the work, or be in the middle of it
@@ -167,7 +176,7 @@ class LLM:
             self._cancel(requests)
         for request in requests:
             request.raise_error()
-        return [request.output() for request in requests]
+        return [output(answers) for answers in submitted]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Complete one prompt, yielding each piece of the answer as soon as it is certain.
@@ -176,7 +185,9 @@ class LLM:
         cancels the request.
         """
         (params,) = self._params(sampling_params, 1)
-        stream = self._stream(self._submit(prompt, params))
+        if params.n > 1:
+            raise RequestError(f"A stream is one answer, and n is {params.n}: use generate, or a stream for each.")
+        stream = self._stream(*self._submit(prompt, params))
         next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
         return stream
 
@@ -220,7 +231,7 @@ class LLM:
         return SamplingParams(**self.generation_config.sampling())
 
     def _params(self, given: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        return _as_params(self.get_default_sampling_params() if given is None else given, count)
+        return as_params(self.get_default_sampling_params() if given is None else given, count)
 
     def logits(self, token_ids: Prompt) -> "np.ndarray":
         """The logits (tokens, vocab) float32 of every position of one prefill, for tests and evaluation."""
@@ -231,7 +242,11 @@ class LLM:
             self._drop_cancelled()
             if self._engine.has_work():
                 raise RequestError("logits needs the cache to itself: finish, or close(), the streams that are open.")
-            return self._runner.logits(ids, self._chunk)
+            blocks = self._engine.blocks.allocate(self._engine.blocks.blocks_for(len(ids)))
+            try:
+                return self._runner.logits(ids, self._chunk, blocks)
+            finally:
+                self._engine.blocks.free(blocks)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
@@ -252,20 +267,24 @@ class LLM:
             raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
         return ids
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _submit(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+        """Hand a prompt to the engine; returns its answers to be."""
         ids = self._encode(prompt)
-        detokenizer = None
-        if self.tokenizer is not None:
-            # An answer to a template begins a text; a completion goes on with the prompt's.
-            detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=isinstance(prompt, str))
+        text = prompt if isinstance(prompt, str) else None
+        answers = []
         with self._lock:
-            sequence = self._engine.add(ids, params)
-            if params.seed is None and self._seed is not None:
-                # Requests of one program draw from streams of their own, the same in the next run.
-                sequence.params = replace(params, seed=(self._seed << 32) + sequence.request_id)
-            request = Request(sequence, prompt if isinstance(prompt, str) else None, detokenizer)
-            self._requests[sequence.request_id] = request
-            return request
+            first = self._engine.add(ids, params, priority)
+            for sequence in (first, *first.forks):
+                detokenizer = None
+                if self.tokenizer is not None:
+                    # An answer to a template begins a text; a completion goes on with the prompt's.
+                    detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=text is not None)
+                if params.seed is None and self._seed is not None:
+                    # Requests of one program draw from streams of their own, the same in the next run.
+                    sequence.params = replace(params, seed=(self._seed << 32) + sequence.request_id)
+                answers.append(Request(sequence, text, detokenizer))
+                self._requests[sequence.request_id] = answers[-1]
+        return answers
 
     def _step(self) -> None:
         """One step of the engine, and its text. Call it with the lock."""
@@ -317,45 +336,6 @@ class LLM:
                 yield chunk
         finally:
             self._cancel([request])
-
-
-_AT_LEAST = {"seed": 0, "block_size": 16, "max_model_len": 2}
-
-
-def _check_options(unknown: Mapping[str, Any], **numbers: int | None) -> None:
-    """Raise UserError for an option that does not exist, and for a number that is none or too small."""
-    for name in unknown:
-        nearest = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"LLM has no option {name!r}.{hint} The options are {', '.join(_OPTIONS)}.")
-    for name, value in numbers.items():
-        if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            continue
-        least = _AT_LEAST.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-        if name == "block_size" and value % 16:
-            raise UserError(f"block_size is {value}; it must be a multiple of 16.")
-
-
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or many, of text or of token ids, as a list of prompts."""
-    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__getitem__"):
-        return [prompts]
-    items = list(prompts)
-    is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
-    return [items] if is_one_prompt else items
-
-
-def _as_params(params: SamplingParams | SequenceOf[SamplingParams], count: int) -> list[SamplingParams]:
-    several = [params] * count if isinstance(params, SamplingParams) else params
-    if isinstance(several, str | Mapping) or not all(isinstance(one, SamplingParams) for one in several):
-        raise RequestError(f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.")
-    if len(several) != count:
-        raise RequestError(
-            f"There are {count} prompts and {len(several)} sampling_params: give one for all, or one each."
-        )
-    return list(several)
 
 
 def _announcer() -> Progress:

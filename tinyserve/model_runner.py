@@ -6,7 +6,7 @@ The highest floor that knows arrays. It does not choose what runs, and has never
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from tinyserve.tensor.sampling import log_probabilities, sample
 
 Array = np.ndarray
 
+MAX_SNAPSHOTS = 64
+
 
 class ModelRunner:
     """Runs one model over one cache. One thread at a time may call it; of two runners in a process, one waits."""
@@ -33,12 +35,12 @@ class ModelRunner:
         block_size: int,
         num_threads: int | None = None,
         kv_cache_dtype: str = "float32",
-        max_num_seqs: int = 1,
+        num_states: int = 1,
     ):
         self.model = model
         self.num_threads = _jit.set_threads(num_threads)
-        # A state for each running sequence, whose slots are 0 .. max_num_seqs - 1, and one for `logits`.
-        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, max_num_seqs + 1)
+        # States for running sequences and for snapshots, and the last one for `logits`.
+        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
         self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
@@ -54,9 +56,14 @@ class ModelRunner:
             results[i] = result
         return results
 
-    def logits(self, token_ids: list[int], chunk: int) -> Array:
+    def copy_block(self, source: int, target: int) -> None:
+        self.cache.copy_block(source, target)
+
+    def copy_state(self, source: int, target: int) -> None:
+        self.cache.copy_slot(source, target)
+
+    def logits(self, token_ids: list[int], chunk: int, blocks: list[int]) -> Array:
         """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
-        blocks = list(range(-(-len(token_ids) // self.cache.block_size)))
         sequence = _Scratch(token_ids, blocks, state_slot=self.cache.num_slots - 1)
         rows = []
         with _jit.one_at_a_time(self.num_threads):
@@ -84,7 +91,7 @@ class ModelRunner:
                 waiting()
                 lock.acquire()
             try:
-                self.logits([0, 0], chunk=2)
+                self.logits([0, 0], chunk=2, blocks=[0])
                 ready.touch()
             finally:
                 lock.release()
@@ -154,6 +161,37 @@ class _Scratch:
         self.token_ids, self.block_table, self.state_slot, self.num_computed = token_ids, block_table, state_slot, 0
 
 
+class CachePlan(NamedTuple):
+    """What the memory for keys, values and states is divided into."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_snapshots: int  # of states, for prefixes to go on from
+    block_nbytes: int
+    state_nbytes: int  # of one sequence
+
+    @property
+    def num_states(self) -> int:
+        """Slots for running sequences and for snapshots."""
+        return self.max_num_seqs + self.num_snapshots
+
+    @property
+    def nbytes(self) -> int:
+        """All of it, with the state that `logits` has for itself."""
+        return self.num_blocks * self.block_nbytes + (self.num_states + 1) * self.state_nbytes
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.num_blocks * self.block_nbytes / 1e6:.1f} MB"
+        )
+        if self.state_nbytes:
+            text += f"; {self.num_states + 1} states, {self.num_snapshots} of them snapshots"
+            text += f", {(self.num_states + 1) * self.state_nbytes / 1e6:.1f} MB"
+        return text
+
+
 def plan_cache(
     config: ModelConfig,
     dtype: str,
@@ -162,12 +200,14 @@ def plan_cache(
     max_num_seqs: int,
     kv_cache_memory: int | None,
     kv_cache_dtype: str = "float32",
-) -> tuple[int, int]:
-    """How many blocks the cache has, and how many tokens a sequence may come to.
+    snapshots: bool = True,
+) -> CachePlan:
+    """How many blocks the cache has, how many tokens a sequence may come to, and how many snapshots are kept.
 
     Enough for `max_num_seqs` full sequences, or what the memory holds: `kv_cache_memory`, or half of what is free
-    beside the weights; states of recurrent layers come first. Raises UserError, with the numbers, when that is too
-    little for one sequence.
+    beside the weights; states of recurrent layers come first, and snapshots of them have an eighth at most of what is
+    left, and nothing that `max_model_len` needs. Raises UserError, with the numbers, when that is too little for one
+    sequence.
     """
     limit = config.max_position_embeddings
     if max_model_len is not None and not 2 <= max_model_len <= limit:
@@ -182,19 +222,23 @@ def plan_cache(
             f"{states / 1e6:.1f} MB: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
         )
     budget -= states
-    block = KVCache.block_nbytes(config, block_size, kv_cache_dtype)
+    block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
     wanted = max_model_len or limit
+    least = block * -(-(max_model_len or 2) // block_size)
+    num_snapshots = 0
+    if state and snapshots:
+        num_snapshots = min(MAX_SNAPSHOTS, max(0, min(budget // 8, budget - least)) // state)
+        budget -= num_snapshots * state
     num_blocks = max_num_seqs * -(-wanted // block_size)
     if block:  # a model with no attention has no keys and values
         num_blocks = min(num_blocks, budget // block)
     tokens = num_blocks * block_size
     if tokens < (max_model_len or 2):
-        need = block * -(-(max_model_len or 2) // block_size)
         raise UserError(
             f"{budget / 1e6:.1f} MB are too little for a cache of {max_model_len or 2} tokens, which takes "
-            f"{need / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
+            f"{least / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
-    return num_blocks, min(wanted, tokens)
+    return CachePlan(num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, block, state)
 
 
 def state_nbytes(config: ModelConfig, max_num_seqs: int) -> int:

@@ -29,7 +29,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt with its answers and its times."""
+    """A prompt with its answers, and the times of the first."""
 
     request_id: int
     prompt: str | None
@@ -88,15 +88,11 @@ class Request:
             self.stop_reason = self._stops.matched
         return self._stops.matched is not None
 
-    def output(self) -> RequestOutput:
+    def answer(self, index: int = 0) -> CompletionOutput:
         sequence = self.sequence
         logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
-        answer = CompletionOutput(
-            0, self.text, sequence.output_token_ids, logprobs, sequence.finish_reason, self.stop_reason
-        )
-        finished = sequence.finish_reason is not None
-        return RequestOutput(
-            sequence.request_id, self.prompt, sequence.prompt_token_ids, [answer], finished, sequence.metrics
+        return CompletionOutput(
+            index, self.text, sequence.output_token_ids, logprobs, sequence.finish_reason, self.stop_reason
         )
 
     @property
@@ -123,3 +119,16 @@ class Request:
         )
         self.sent_text, self.sent_tokens = len(self.text), len(tokens)
         return chunk
+
+
+def output(answers: list[Request]) -> RequestOutput:
+    """All answers to one prompt."""
+    first = answers[0].sequence
+    return RequestOutput(
+        first.request_id,
+        answers[0].prompt,
+        first.prompt_token_ids,
+        [request.answer(i) for i, request in enumerate(answers)],
+        all(request.finished for request in answers),
+        first.metrics,
+    )

@@ -13,6 +13,7 @@ from tinyserve.errors import RequestError
 class SamplingParams:
     """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range.
 
+    n: how many answers to give; answer i of a request with a seed draws from seed + i.
     temperature: 0 is greedy; higher is more random.
     top_p: keep the most likely tokens that together have this probability.
     top_k: keep this many of the most likely tokens; 0 keeps all.
@@ -26,6 +27,7 @@ class SamplingParams:
     skip_special_tokens: leave special tokens out of the text.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -56,6 +58,7 @@ class SamplingParams:
             else:
                 raise RequestError(f"{name} is {value!r}; it must be a list.")
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("n", lambda n: _whole(n) >= 1, "a whole number of at least 1"),
             ("temperature", lambda t: 0 <= t < float("inf"), "a number of at least 0 (0 is greedy)"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
             ("top_k", lambda k: _whole(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
+from tinyserve.blocks import ROOT
 from tinyserve.sampling_params import SamplingParams
 
 
@@ -18,6 +19,13 @@ class Metrics:
     last_token: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt: they were in the cache and not computed
+    preemptions: int = 0  # how often it had to give up its blocks
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival to being scheduled."""
+        return None if self.first_scheduled is None else self.first_scheduled - self.arrival
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -26,10 +34,10 @@ class Metrics:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens by the time from being scheduled to the first token."""
+        """Prompt tokens that were computed, by the time from being scheduled to the first token."""
         if self.first_token is None or self.first_scheduled is None:
             return None
-        return self.prompt_tokens / max(1e-9, self.first_token - self.first_scheduled)
+        return (self.prompt_tokens - self.cached_tokens) / max(1e-9, self.first_token - self.first_scheduled)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -46,10 +54,16 @@ class Sequence:
     request_id: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    priority: int = 0  # lower is earlier
     token_ids: list[int] = field(init=False)
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     state_slot: int = -1  # while it runs: which row of the recurrent layers' memory is its own
+    num_recorded: int = 0  # full blocks that the prefix cache knows, and the key of the last
+    key: int = ROOT
+    split_at: int = 0  # a chunk of its prompt ends here, if that is ahead
+    last_snapshot: int = 0  # the prefix cache has kept a state as of here
+    forks: "list[Sequence]" = field(default_factory=list)  # other answers: they wait for this one's prompt
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
@@ -70,9 +84,18 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
-    def most_tokens(self) -> int:
-        """The tokens it can come to, prompt and answer."""
-        return len(self.prompt_token_ids) + self.params.max_tokens
+    def place(self) -> tuple[int, int]:
+        """Its place in the queue: by priority, then first come first served."""
+        return self.priority, self.request_id
+
+    @property
+    def is_running(self) -> bool:
+        return self.state_slot >= 0
+
+    def stop_running(self) -> None:
+        """Forget everything about the cache: whoever runs it again starts from its token ids."""
+        self.block_table, self.state_slot, self.num_computed = [], -1, 0
+        self.num_recorded, self.key, self.split_at, self.last_snapshot = 0, ROOT, 0, 0
 
     def append(self, token: int, logprobs: Mapping[int, float] | None) -> None:
         """Take in the next token, and note the time."""

@@ -20,7 +20,12 @@ class Engine:
     def __init__(self, path: str, format: str, threads: int, max_length: int, sequences: int):
         try:
             self.llm = LLM(
-                path, dtype=format, num_threads=threads, max_model_len=max_length, max_num_seqs=max(1, sequences)
+                path,
+                dtype=format,
+                num_threads=threads,
+                max_model_len=max_length,
+                max_num_seqs=max(1, sequences),
+                enable_prefix_caching=False,  # what is measured is computed
             )
         except TinyserveError as error:
             raise NotMeasured(str(error)) from error

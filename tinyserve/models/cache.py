@@ -50,6 +50,7 @@ class KVCache:
         self.num_slots = num_slots
         self.dtype = dtype
         self._states: list[LayerState] = []
+        self._pages: list[LayerCache] = []
         self.layers: list[Any] = []  # LayerCache or LayerState: what the block of this number asks for
         try:
             for kind in config.layer_types:
@@ -62,7 +63,8 @@ class KVCache:
                     )
                     self.layers.append(self._states[-1])
                 else:
-                    self.layers.append(_pages(config, num_blocks, block_size, dtype))
+                    self._pages.append(_pages(config, num_blocks, block_size, dtype))
+                    self.layers.append(self._pages[-1])
         except MemoryError:
             states = num_slots * state_bytes_per_sequence(config)
             size = num_blocks * self.block_nbytes(config, block_size, dtype) + states
@@ -82,6 +84,13 @@ class KVCache:
         for layer in self._states:
             layer.windows[target] = layer.windows[source]
             layer.states[target] = layer.states[source]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Make one block hold what another does."""
+        for layer in self._pages:
+            for pages in layer:
+                if len(pages):  # there are no scales beside floats
+                    pages[target] = pages[source]
 
     @staticmethod
     def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32") -> int:
