@@ -1,12 +1,15 @@
 """Write tests/golden/*.npz: the logits that transformers computes for each tiny checkpoint of tests/checkpoints.py.
 
-    python scripts/make_golden.py
+    python scripts/make_golden.py                  # all of them
+    python scripts/make_golden.py gpt2 falcon-7b
 
 Each file has `about` (JSON: this command and the versions behind the numbers), `config` (config.json as transformers
 saved it), `tensors` (JSON: name -> shape; the values are checkpoints.tensor's, made of integers), `token_ids`,
-`positions`, and `logits` (positions, vocab) float32. Run again, it writes the same bytes. Needs torch and transformers.
+`positions`, and `logits` (positions, vocab) float32. Run again with the same versions on the same processor, it writes
+the same bytes; elsewhere the last digits differ. Needs torch and transformers.
 """
 
+import argparse
 import json
 import platform
 import sys
@@ -31,6 +34,11 @@ POSITIONS = [0, 1, 17, 63, 69]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", choices=[[], *checkpoints.CONFIGS], help="of tests/checkpoints.py"
+    )
+    names = parser.parse_args().names
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     about = {
@@ -41,9 +49,9 @@ def main() -> None:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    for name, raw in checkpoints.CONFIGS.items():
+    for name in names or checkpoints.CONFIGS:
         path = GOLDEN / f"{name}.npz"
-        save(path, {"about": json.dumps(about)} | golden(raw))
+        save(path, {"about": json.dumps(about)} | golden(checkpoints.CONFIGS[name]))
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")
 
 

@@ -179,17 +179,23 @@ def test_every_float16_is_read_as_it_is():
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype, batch, N, K, seed):
-    """Bit for bit, for every kernel that works on rows: the promise that batching changes nobody's answer."""
+    """Bit for bit, on one thread and on several: the promise that batching changes nobody's answer."""
     x, bias, residual = random(seed, batch, K), random(seed + 2, N), random(seed + 3, batch, N)
     matrix = quantize.pack(random(seed + 1, N, K), dtype)
     before = quantize.Norm(norm.RMS, random(3, K), EMPTY, np.float32(1e-5))
-    together = matrix.matmul(x, bias, norm=before, activation=matmul.GELU_TANH, residual=residual)
+
+    def product(rows, threads):
+        with _jit.one_at_a_time(threads):
+            return matrix.matmul(
+                x[rows].copy(), bias, norm=before, activation=matmul.GELU_TANH, residual=residual[rows].copy()
+            )
+
+    together = product(slice(None), 2)
+    np.testing.assert_array_equal(product(slice(None), 1), together)
     for m in {0, batch // 2, batch - 1}:
         row = slice(m, m + 1)
-        alone = matrix.matmul(
-            x[row].copy(), bias, norm=before, activation=matmul.GELU_TANH, residual=residual[row].copy()
-        )
-        np.testing.assert_array_equal(alone, together[row])
+        for threads in (1, 2):
+            np.testing.assert_array_equal(product(row, threads), together[row])
 
 
 @pytest.mark.parametrize("batch", [2, 7, 33])

@@ -59,7 +59,7 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}; it must be a list.")
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
             ("n", lambda n: _whole(n) >= 1, "a whole number of at least 1"),
-            ("temperature", lambda t: 0 <= t < float("inf"), "a number of at least 0 (0 is greedy)"),
+            ("temperature", lambda t: 0 <= t < float("inf"), "a finite number of at least 0 (0 is greedy)"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
             ("top_k", lambda k: _whole(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
             ("min_p", lambda p: 0 <= p <= 1, "between 0 and 1"),
