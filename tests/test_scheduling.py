@@ -224,9 +224,9 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
         setting.finish()
         done += 1000
         preemptions += sum(sequence.metrics.preemptions for sequence in setting.sequences)
-        reused += sum(sequence.metrics.cached_tokens for sequence in setting.sequences)
+        reused += sum(one.metrics.cached_tokens for one in setting.sequences if one.params.n == 1)
     assert preemptions > 500
-    assert (reused > 10_000) == (kind != "none")
+    assert (reused > 1_000) == (kind != "none")
 
 
 @given(kind=st.sampled_from(KINDS), text=prompts, budget=st.integers(1, 40), seqs=st.integers(1, 4))
