@@ -9,7 +9,6 @@ transformers in bfloat16 shards, and is read by both programs, one after the oth
 transformers.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
+import chosen  # noqa: E402
 
 from tinyserve import LLM, presets  # noqa: E402
 from tinyserve.config import parse_config  # noqa: E402
@@ -101,11 +101,7 @@ def save(raw: Mapping[str, Any], folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare full-size float32 logits with transformers'.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"presets, of {', '.join(LAYERS)}; all by default")
-    names = parser.parse_args().names or list(LAYERS)
-    if unknown := [name for name in names if name not in LAYERS]:
-        parser.error(f"no layers are given for {', '.join(unknown)}; there are {', '.join(LAYERS)}")
+    names = chosen.names("Compare full-size float32 logits with transformers'.", "presets", LAYERS)
     results = {}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ got wrong the tests would expect; llama.cpp would not. Exit code 1 if any differ
 llama-cpp-python (the extra `peers`).
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
+import chosen  # noqa: E402
 
 from tinyserve import LLM  # noqa: E402
 from tinyserve.models import falcon  # noqa: E402
@@ -90,11 +90,7 @@ def compare(name: str, raw: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare logits of GGUF files with llama.cpp's.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"models, of {', '.join(MODELS)}; all by default")
-    names = parser.parse_args().names or list(MODELS)
-    if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    names = chosen.names("Compare logits of GGUF files with llama.cpp's.", "models", MODELS)
     failed = False
     print(f"{'model':20} {'difference':>10} {'own GELU':>10} {'same choice':>11}")
     for name in names:

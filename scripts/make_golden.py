@@ -9,7 +9,6 @@ saved it), `tensors` (JSON: name -> shape; the values are checkpoints.tensor's, 
 the same bytes; elsewhere the last digits differ. Needs torch and transformers.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -27,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
+import chosen  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 TOKENS = 70  # more than one chunk of the attention kernel
@@ -34,11 +34,7 @@ POSITIONS = [0, 1, 17, 63, 69]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", choices=[[], *checkpoints.CONFIGS], help="of tests/checkpoints.py"
-    )
-    names = parser.parse_args().names
+    names = chosen.names(str(__doc__), "configs", checkpoints.CONFIGS)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     about = {
@@ -49,7 +45,7 @@ def main() -> None:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    for name in names or checkpoints.CONFIGS:
+    for name in names:
         path = GOLDEN / f"{name}.npz"
         save(path, {"about": json.dumps(about)} | golden(checkpoints.CONFIGS[name]))
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")

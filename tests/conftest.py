@@ -1,15 +1,24 @@
 """What several test files share: tiny models in every dtype, and the default model for real."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoints
 import pytest
 
 from tinyserve import LLM, hub
+from tinyserve.tensor import _jit
 
 DTYPES = ("float32", "bfloat16", "int8")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Each test that uses this runs on one thread and on two."""
+    _jit.set_threads(request.param)
+    yield request.param
+    _jit.set_threads(None)
 
 
 @pytest.fixture(scope="session")

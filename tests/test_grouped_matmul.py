@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from arrays import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve import quantize
-from tinyserve.tensor import _jit, grouped_matmul, matmul, norm, quant, reference
+from tinyserve.tensor import grouped_matmul, matmul, norm, quant, reference
+
+pytestmark = pytest.mark.usefixtures("threads")
 
 ONE = np.float32(1.0)
 # A sum of float32 is right to a few roundings; one of 16-bit integers too; of 8-bit ones, whole steps may round apart.
@@ -19,17 +22,6 @@ COUNTS = [
     [0, 49, 2, 100, 5, 0],  # more than a chunk
     [0, 0],
 ]
-
-
-def random(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request):
-    _jit.set_threads(request.param)
-    yield request.param
-    _jit.set_threads(None)
 
 
 def matrices(experts, N, K, dtype):

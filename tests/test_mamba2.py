@@ -2,31 +2,23 @@
 
 import numpy as np
 import pytest
+from arrays import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.tensor import _jit, mamba2
 from tinyserve.tensor import reference_mamba2 as reference
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 NO_LIMIT = (0.0, float("inf"))
 EPS = np.float32(1e-5)
-
-
-def random(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def close(got, expected, tolerance=2e-6):
     assert got.shape == expected.shape
     assert got.dtype == np.float32
     assert np.abs(got - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=1e-20)
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request):
-    _jit.set_threads(request.param)
-    yield request.param
-    _jit.set_threads(None)
 
 
 class Mixer:

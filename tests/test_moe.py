@@ -2,22 +2,14 @@
 
 import numpy as np
 import pytest
+from arrays import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyserve.tensor import _jit, moe
+from tinyserve.tensor import moe
 from tinyserve.tensor import reference_mamba2 as reference
 
-
-def random(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request):
-    _jit.set_threads(request.param)
-    yield request.param
-    _jit.set_threads(None)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (1, 64, 6), (9, 5, 5), (40, 32, 8), (3, 100, 20)])

@@ -5,17 +5,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinyserve.tensor import _jit, reference
+from tinyserve.tensor import reference
 from tinyserve.tensor.sampling import CHUNK, log_probabilities, sample
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 NEAR = 2e-6  # what rounding can do to a probability
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request):
-    _jit.set_threads(request.param)
-    yield request.param
-    _jit.set_threads(None)
 
 
 def arguments(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

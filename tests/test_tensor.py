@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from arrays import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,8 @@ from tinyserve.tensor import _jit, activation, attention, kv_cache, matmul, norm
 from tinyserve.tensor._jit import kernel
 from tinyserve.tensor.simd import load_first, store_first
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 EMPTY = np.empty(0, np.float32)
 NO_ALIBI = np.empty((0, 0), np.float32)
 SHAPES = [(1, 1, 1), (1, 17, 24), (2, 64, 64), (3, 50, 100), (7, 130, 72), (13, 65, 576), (49, 96, 40), (50, 259, 65)]
@@ -17,22 +20,11 @@ INTEGERS = ["w8a16", "w8a8", "w4a16", "w4a8"]
 DTYPES = ["float32", "bfloat16", *INTEGERS]
 
 
-def random(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
 def close(got, expected, tolerance=2e-6):
     assert got.shape == expected.shape
     assert got.dtype == np.float32
     scale = max(1e-20, np.abs(expected).max(initial=0))
     assert np.abs(got - expected).max(initial=0) <= tolerance * scale
-
-
-@pytest.fixture(params=[1, 2], autouse=True)
-def threads(request):
-    _jit.set_threads(request.param)
-    yield request.param
-    _jit.set_threads(None)
 
 
 class InReference:

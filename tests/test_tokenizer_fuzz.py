@@ -5,6 +5,7 @@ ways: as the tokenizers library saves them, and under the keys that llama.cpp's 
 """
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,22 +129,21 @@ def same(pair: tuple[OurTokenizer, OurTokenizer], text: str) -> None:
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
+def fuzzed(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test of `text` on generated ones, and on some that have everything in them."""
+    for text in ("".join(AWKWARD), " ".join(AWKWARD), ENGLISH[:2000]):
+        test = example(text=text)(test)
+    return settings(deadline=None, max_examples=100)(given(text=TEXTS)(test))
+
+
 @pytest.mark.parametrize("pre", FAMILIES)
-@settings(deadline=None, max_examples=100)
-@given(text=TEXTS)
-@example(text="".join(AWKWARD))
-@example(text=" ".join(AWKWARD))
-@example(text=ENGLISH[:2000])
+@fuzzed
 def test_byte_level_bpe(pre: str, folder: Path, text: str) -> None:
     same(byte_level_pair(pre, folder), text)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@settings(deadline=None, max_examples=100)
-@given(text=TEXTS)
-@example(text="".join(AWKWARD))
-@example(text=" ".join(AWKWARD))
-@example(text=ENGLISH[:2000])
+@fuzzed
 def test_sentencepiece_bpe(prefix: bool, folder: Path, text: str) -> None:
     same(spm_pair(prefix, folder), text)
 
