@@ -54,3 +54,8 @@ def smollm2() -> Path:
     TINYSERVE_TEST_GGUF names a file to take instead.
     """
     return Path(os.environ.get("TINYSERVE_TEST_GGUF") or hub.resolve("smollm2-135m"))
+
+
+def settle(llm: LLM) -> None:
+    """Wait until the engine has done what it was told: what was cancelled is gone."""
+    llm.thread.call(lambda: None)

@@ -48,6 +48,16 @@ def test_the_python_example_runs(smollm2: Path) -> None:
     assert done.stdout.endswith("(4, 49152) float32\n")
 
 
+def test_the_page_about_python_runs(smollm2: Path) -> None:
+    """All its examples, one after the other, as a reader would."""
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) >= 3
+    done = run([sys.executable, "-c", "\n".join(examples)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Paris") >= 4 and "Tokyo" in done.stdout and "EngineStats(num_running=0" in done.stdout
+
+
 def test_every_command_in_the_readme_exists() -> None:
     import typer
 

@@ -1,5 +1,6 @@
 """Granite's own: states that belong to sequences, experts that are one matrix, and what is refused."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,28 +50,33 @@ def test_a_cancelled_sequence_leaves_its_slot_behind(folder_of: Callable[[str], 
     assert again.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
-def test_a_step_that_fails_halfway_can_be_tried_again(
+def test_a_step_that_fails_halfway_leaves_no_state_behind(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys are written again over themselves, but a state that has moved on would move twice."""
+    """Whoever was in the step has an answer; whoever comes later never goes on from a state that had moved."""
     llm = LLM(folder_of("granite-hybrid"), dtype="float32")
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=1)
-    [expected] = llm.generate([PROMPTS[0]], params)
+    expected = LLM(folder_of("granite-hybrid"), dtype="float32").generate(PROMPTS, params)
     stream = llm.stream(PROMPTS[0], params)
     next(stream)
-    [sequence] = llm._engine.running
     logits = llm.model.logits
+    broken = threading.Event()
 
     def fail(hidden: np.ndarray) -> np.ndarray:
-        monkeypatch.setattr(llm.model, "logits", logits)
-        raise KeyboardInterrupt
+        if len(hidden) < 2:
+            return logits(hidden)
+        broken.set()
+        raise RuntimeError("a kernel that does not work")
 
     monkeypatch.setattr(llm.model, "logits", fail)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([PROMPTS[1]], GREEDY)  # in one batch with the stream
-    for _ in stream:
-        pass
-    assert sequence.logprobs == expected.outputs[0].logprobs
+    for work in (lambda: llm.generate([PROMPTS[1]], params), lambda: list(stream)):  # in one batch
+        with pytest.raises(RuntimeError, match="does not work"):
+            work()
+    assert broken.is_set()
+    monkeypatch.setattr(llm.model, "logits", logits)
+    for one, two in zip(expected, llm.generate(PROMPTS, params), strict=True):
+        assert one.outputs[0].logprobs == two.outputs[0].logprobs
+    assert llm.stats().num_running == 0
 
 
 def test_logits_have_a_state_of_their_own(folder_of: Callable[[str], Path]) -> None:

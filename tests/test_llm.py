@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -15,8 +16,10 @@ import numba
 import numpy as np
 import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
+from conftest import settle
 
 from tinyserve import LLM, RequestOutput, SamplingParams
+from tinyserve.engine_thread import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.request import Request
 from tinyserve.sequence import Sequence
@@ -30,7 +33,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     model = llm_of("llama")
     yield model
     gc.collect()
-    assert not model._engine.has_work() and not model._requests
+    settle(model)
+    assert not model._engine.has_work() and not model.thread._mailboxes
     assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
 
 
@@ -269,10 +273,12 @@ def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
         if chunk.metrics.output_tokens == 3:
             break
     gc.collect()
+    settle(llm)
     assert llm._engine.blocks.num_free == free and not llm._engine.has_work()
     stream = llm.stream(TEXTS[0], greedy(50))
     next(stream)
     stream.close()
+    settle(llm)
     assert llm._engine.blocks.num_free == free
     assert llm.logits([1, 2]).shape == (2, VOCAB)
 
@@ -282,6 +288,7 @@ def test_a_stream_that_nobody_reads(llm: LLM) -> None:
     stream = llm.stream(TEXTS[0], greedy(50))
     del stream
     gc.collect()
+    settle(llm)
     assert not llm._engine.has_work()
 
 
@@ -298,14 +305,42 @@ def test_interleaved_streams(llm: LLM) -> None:
     for _ in range(5):
         texts[0] += next(first).text
         texts[1] += next(second).text
-    with pytest.raises(RequestError, match="finish, or close"):
-        llm.logits([1])
     third = llm.stream(TEXTS[2], greedy(20))
     texts[2] += next(third).text
     assert llm.generate(TEXTS[3], greedy(20))[0].outputs[0].text == expected[3]
     for i, stream in ((1, second), (2, third), (0, first)):
         texts[i] += "".join(map(str, stream))
     assert texts == expected[:3]
+
+
+def test_logits_beside_a_stream(llm: LLM) -> None:
+    """They take what is free of the cache, and refuse, with the numbers, where that is too little."""
+    expected, logits = llm.generate(TEXTS[0], greedy(60))[0].outputs[0].text, llm.logits([1, 2, 3])
+    stream = llm.stream(TEXTS[0], greedy(60))
+    text = next(stream).text
+    np.testing.assert_array_equal(llm.logits([1, 2, 3]), logits)
+    held = llm.thread.call(lambda: llm._engine.blocks.allocate(llm._engine.blocks.num_free - 3))
+    with pytest.raises(RequestError, match=r"100 tokens need 7 blocks .* [0-3] are free: finish, or close"):
+        llm.logits([1] * 100)
+    llm.thread.call(lambda: llm._engine.blocks.free(held))
+    assert text + "".join(map(str, stream)) == expected
+
+
+def test_a_model_that_is_dropped_is_freed(folder_of: Callable[[str], Path]) -> None:
+    """Its thread ends with it, and a stream keeps it as long as it is read."""
+    llm = LLM(folder_of("llama"), dtype="float32")
+    kept, thread = weakref.ref(llm._runner.cache), llm.thread
+    stream = llm.stream([1, 2], greedy(5))
+    next(stream)
+    del llm
+    gc.collect()
+    assert len(list(stream)) == 4
+    del stream
+    gc.collect()
+    assert thread._thread is not None and not thread._thread.is_alive()
+    del thread
+    gc.collect()
+    assert kept() is None
 
 
 def test_streams_of_several_threads(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,6 +571,7 @@ def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: s
             llm.generate([[1, 2], [77]], greedy(2))
     finally:
         llm._runner.model = healthy
+    settle(llm)
     assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
 
 
@@ -556,7 +592,7 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
         assert [*chain(*(chunk.token_ids for chunk in kept))] == expected
     finally:
         llm._runner.execute = execute  # type: ignore[method-assign]
-    llm.logits([1])  # drops what is cancelled
+    settle(llm)
     assert llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
 
 
@@ -573,12 +609,12 @@ def test_a_tokenizer_that_knows_more_than_the_model(
 def test_a_stop_string_that_comes_of_the_last_bytes(llm_of: Callable[..., LLM]) -> None:
     """Bytes that never became a character are one when the answer ends, and may complete a stop string."""
     llm = llm_of("llama")
-    request = Request(Sequence(0, [1], SamplingParams(stop="\ufffd")), None, llm.tokenizer.detokenizer())
-    request.sequence.append(next(t for t in range(256) if llm.tokenizer.token_bytes(t) == b"\xe2"), None)
-    assert not request.advance()
-    request.sequence.finish_reason = "length"
-    request.close()
-    assert (request.text, request.sequence.finish_reason, request.stop_reason) == ("", "stop", "\ufffd")
+    sequence = Sequence(0, [1], SamplingParams(stop="\ufffd"))
+    request = Request(sequence, None, llm.tokenizer.detokenizer())
+    token = next(t for t in range(256) if llm.tokenizer.token_bytes(t) == b"\xe2")
+    assert not request.take(Update(sequence, 1, token)) and not request.finished
+    assert not request.take(Update(sequence, 2, token, finish_reason="length"))
+    assert (request.text, request.finish_reason, request.stop_reason) == ("", "stop", "\ufffd")
 
 
 @pytest.mark.parametrize(

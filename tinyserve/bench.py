@@ -6,6 +6,7 @@ does with the same file is measured by scripts/bench_peers.py.
 
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -331,27 +332,15 @@ def _stretches(
 ) -> list[tuple[float, float]]:
     """Read the prompts, then time `count` stretches of `work.tokens` steps: (seconds, mean context) of each.
 
-    In each step every sequence gains a token, so the one that came last is the clock.
+    In each step every sequence gains a token, so the one that comes last is the clock.
     """
     most = work.most_tokens(repetitions) - work.prompt
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
-    streams = [llm.stream(_prompt(llm, work.prompt, i), params) for i in range(work.batch)]
-    try:
-        for i, stream in enumerate(streams):
-            progress(f"{work}: prompt {i + 1} of {work.batch}")
-            chunk = next(stream)
-        times = [chunk.metrics.last_token or 0.0]
-        for i in range(count):
-            progress(f"{work}, {_repetition(first + i, repetitions)}")
-            for _ in range(work.tokens):
-                chunk = next(streams[-1])
-            times.append(chunk.metrics.last_token or 0.0)
-        # Those that came before it have decoded more: their next chunk is all of it, and takes no step.
-        outputs = [next(stream).metrics.output_tokens for stream in streams[:-1]] + [chunk.metrics.output_tokens]
-    finally:
-        for stream in streams:
-            stream.close()  # type: ignore[attr-defined]
-    ahead = statistics.fmean(outputs) - outputs[-1]
+    progress(f"{work}, {_repetition(first, repetitions) if count == 1 else f'all {repetitions} repetitions'}")
+    prompts = [_prompt(llm, work.prompt, i) for i in range(work.batch)]
+    tokens = [output.metrics.token_times for output in llm.generate(prompts, params, progress_bar=False)]
+    times = tokens[-1][: count * work.tokens + 1 : work.tokens]
+    ahead = statistics.fmean(bisect_right(times_of_one, times[0]) - 1 for times_of_one in tokens)
     start = work.prompt + ahead + (work.tokens + 1) / 2
     return [(times[i + 1] - times[i], start + i * work.tokens) for i in range(count)]
 

@@ -4,11 +4,11 @@ Knows neither text nor arrays; a runner is handed in, and a fake one of a few do
 """
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tinyserve.blocks import BlockManager
 from tinyserve.errors import RequestError
@@ -27,6 +27,22 @@ class Runner(Protocol):
 
     def copy_state(self, source: int, target: int) -> None:
         """Make a slot remember what another does."""
+
+
+class EngineStats(NamedTuple):
+    """What an engine is doing, and what it has done since it was built."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int  # what they remember counts as free
+    steps: int = 0
+    step_seconds: float = 0.0
+    requests: int = 0  # that ended
+    prompt_tokens: int = 0  # of requests that have begun, and how many of them were in the cache
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
 
 
 class Engine:
@@ -52,11 +68,20 @@ class Engine:
         self.prefixes = prefixes or NoPrefixCache(blocks)
         self.waiting: list[Sequence] = []  # both by place in the queue
         self.running: list[Sequence] = []
+        self.scheduled: list[Scheduled] = []  # in the last step
+        self.totals: Counter[str] = Counter()
+        self.step_seconds = 0.0
         self._free_slots = deque(range(max_num_seqs))
         self._ids = count()
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
-        """Queue a request, those of a lower `priority` first; raises RequestError for one that can never be served.
+        """Queue a request, those of a lower `priority` first; raises RequestError for one that can never be served."""
+        sequence = self.make(prompt_token_ids, params, priority)
+        self.submit(sequence)
+        return sequence
+
+    def make(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
+        """A request that can be served, not yet queued; any thread may call this. Raises RequestError for any other.
 
         With `params.n` above 1 the other answers are the sequence's `forks`.
         """
@@ -78,28 +103,35 @@ class Engine:
             for i in range(params.n)
         )
         first.forks = forks
-        self._wait(first)
         return first
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request that was made."""
+        self._wait(sequence)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def step(self) -> list[Sequence]:
         """Run one batch; returns the sequences that gained a token or failed, finished ones among them."""
-        scheduled = self._schedule()
+        start = perf_counter()
+        self.scheduled = []
+        self.scheduled = self._schedule()
         grown = []
         try:
-            results = self.runner.execute(scheduled)
-            for (sequence, num_tokens), sampled in zip(scheduled, results, strict=True):
+            results = self.runner.execute(self.scheduled)
+            for (sequence, num_tokens), sampled in zip(self.scheduled, results, strict=True):
                 if sampled is not None:
                     grown.append(sequence)
                 self._advance(sequence, num_tokens, sampled)
         except BaseException:
             # A state may have moved on, and cannot go back: whoever tries again reads everything from the start.
-            for sequence, _ in scheduled:
+            for sequence, _ in self.scheduled:
                 if sequence.is_running:
                     self._requeue(sequence, keep_state=False)
             raise
+        self.totals.update(steps=1, output_tokens=len(grown))
+        self.step_seconds += perf_counter() - start
         return grown
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -107,6 +139,7 @@ class Engine:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
+        self.totals["requests"] += 1
         if sequence.is_running:
             self._stop_running(sequence, keep_state=reason != "error")
         elif sequence in self.waiting:  # else it is a fork, and is left out when its time comes
@@ -116,7 +149,15 @@ class Engine:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks: it waits in its old place, to be computed again where nothing is left."""
         sequence.metrics.preemptions += 1
+        self.totals["preemptions"] += 1
         self._requeue(sequence, keep_state=True)
+
+    def stats(self) -> EngineStats:
+        """What it is doing; any thread may ask, and gets counts that may be a step apart."""
+        return EngineStats(
+            len(self.running), len(self.waiting), self.blocks.num_blocks, self.blocks.num_free,
+            step_seconds=self.step_seconds, **self.totals,
+        )  # fmt: skip
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -166,6 +207,8 @@ class Engine:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
+        if self.running and self._reserve() >= self.blocks.num_free:
+            return False  # before anything is looked up: this may be asked at every step
         if self._start(sequence, self.prefixes.reusable_prefix(sequence.token_ids)):
             self.waiting.remove(sequence)
             return True
@@ -176,17 +219,17 @@ class Engine:
         self.waiting.remove(sequence)
         return True
 
-    def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
-        """Let a sequence run from the end of `prefix`; False where there is no room for it.
+    def _reserve(self) -> int:
+        """Blocks that a newcomer leaves to those who run, or it would be the next that is preempted."""
+        return len(self.running) // 4
 
-        There is when all its tokens find blocks, and every fourth sequence that runs one more: about as many as they
-        need in the next four steps, so that a newcomer is not preempted at once.
-        """
+    def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
+        """Let a sequence run from the end of `prefix`; False where not all its tokens find blocks."""
         tail = [] if prefix.tail is None else [prefix.tail]
         shared = [*prefix.blocks]
         self.blocks.share(shared + tail)
         needed = self.blocks.blocks_for(len(sequence.token_ids)) - len(shared)
-        if needed + len(self.running) // 4 > self.blocks.num_free:
+        if needed + self._reserve() > self.blocks.num_free:
             self.blocks.free(shared + tail)
             return False
         table, slot = shared + self.blocks.allocate(needed), self._free_slots.popleft()
@@ -207,6 +250,7 @@ class Engine:
         if sequence.metrics.first_scheduled is None:
             sequence.metrics.first_scheduled = perf_counter()
             sequence.metrics.cached_tokens = prefix.num_tokens
+            self.totals.update(prompt_tokens=sequence.metrics.prompt_tokens, cached_tokens=prefix.num_tokens)
         insort(self.running, sequence, key=_place)
         return True
 

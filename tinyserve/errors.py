@@ -32,5 +32,9 @@ class RequestError(UserError):
     """A prompt or a sampling parameter cannot be served; the message has the numbers."""
 
 
+class EngineDeadError(TinyserveError):
+    """The engine was closed, or a mistake of its own ended it: no request is served any more."""
+
+
 class HubError(TinyserveError):
     """A download failed: no network, a gated or missing repository, a full disk."""

@@ -3,20 +3,22 @@
 Builds the runner and the engine and hands them down; knows nothing of kernels, files or the network beyond whom to ask.
 """
 
+import logging
 import sys
-import threading
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from functools import partial
 from operator import index
 from os import PathLike
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
+from tinyserve.answer_bar import AnswerBar
 from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
 from tinyserve.blocks import BlockManager
-from tinyserve.engine import Engine
+from tinyserve.engine import Engine, EngineStats
+from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
@@ -29,6 +31,8 @@ __all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
 
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger("tinyserve")
 
 
 class LLM:
@@ -132,11 +136,9 @@ class LLM:
         )  # fmt: skip
         self._chunk = max_num_batched_tokens
         self._seed = seed
-        self._requests: dict[int, Request] = {}
-        # Whoever holds the lock may step the engine. A stream can be collected at any moment, in the middle of a step
-        # even, so what is cancelled waits here until somebody holds the lock.
-        self._lock = threading.Lock()
-        self._cancelled: deque[Request] = deque()
+        self.thread = EngineThread(self._engine)
+        weakref.finalize(self, self.thread.close)  # also when the interpreter ends
+        logger.info("%s: cache of %s", self.name, plan)
 
     def __repr__(self) -> str:
         return f"LLM({self.name!r}, dtype={self.dtype!r}, max_model_len={self.max_model_len})"
@@ -150,31 +152,33 @@ class LLM:
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         priority: SequenceOf[int] | int = 0,
+        progress_bar: bool | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
 
         One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Those of a lower
-        `priority`, one number or one for each, are computed first. Raises RequestError for a prompt that cannot be
-        served.
+        `priority`, one number or one for each, are computed first. On a terminal several prompts have a progress bar,
+        unless `progress_bar` says otherwise. Raises RequestError for a prompt that cannot be served, before any is.
         """
         batch = as_prompts(prompts)
         params = self._params(sampling_params, len(batch))
         priorities = as_priorities(priority, len(batch))
-        submitted: list[list[Request]] = []  # of each prompt, its answers
-        requests: list[Request] = []
+        submitted = [self.make_request(*one) for one in zip(batch, params, priorities, strict=True)]
+        requests = {request.sequence: request for answers in submitted for request in answers}
+        news: SimpleQueue[list[Update]] = SimpleQueue()
         try:
-            for prompt, one, its_priority in zip(batch, params, priorities, strict=True):
-                submitted.append(self._submit(prompt, one, its_priority))
-                requests += submitted[-1]
-            finished = False
-            while not finished:
-                with self._lock:  # another thread may have done the work, or be in the middle of it
-                    finished = all(request.finished for request in requests)
-                    if not finished:
-                        self._step()
+            self.thread.submit([answers[0].sequence for answers in submitted], news)
+            with AnswerBar(len(requests), progress_bar) as bar:
+                while bar.answered < len(requests):
+                    for update in news.get():
+                        request = requests[update.sequence]
+                        if not request.finished:  # a stop string may have ended it, and the engine gone on
+                            self.take(request, update)
+                            bar.update(request)
         finally:
-            self._cancel(requests)
-        for request in requests:
+            for request in requests.values():
+                self.cancel(request)
+        for request in requests.values():
             request.raise_error()
         return [output(answers) for answers in submitted]
 
@@ -184,10 +188,13 @@ class LLM:
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
         """
-        (params,) = self._params(sampling_params, 1)
+        params = self.resolve(sampling_params)
         if params.n > 1:
             raise RequestError(f"A stream is one answer, and n is {params.n}: use generate, or a stream for each.")
-        stream = self._stream(*self._submit(prompt, params))
+        (request,) = self.make_request(prompt, params)
+        news: SimpleQueue[list[Update]] = SimpleQueue()
+        self.thread.submit([request.sequence], news)
+        stream = self._stream(request, news)
         next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
         return stream
 
@@ -230,6 +237,10 @@ class LLM:
         """What the model's generation_config.json asks for; SamplingParams() where it does not ask to sample."""
         return SamplingParams(**self.generation_config.sampling())
 
+    def resolve(self, given: SamplingParams | None) -> SamplingParams:
+        """These parameters, or the model's own; raises RequestError for anything else."""
+        return self._params(given, 1)[0]
+
     def _params(self, given: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
         return as_params(self.get_default_sampling_params() if given is None else given, count)
 
@@ -238,15 +249,21 @@ class LLM:
         ids = self._encode(token_ids)
         if not ids or len(ids) > self.max_model_len:
             raise RequestError(f"logits takes 1 to {self.max_model_len} tokens, not {len(ids)}.")
-        with self._lock:
-            self._drop_cancelled()
-            if self._engine.has_work():
-                raise RequestError("logits needs the cache to itself: finish, or close(), the streams that are open.")
-            blocks = self._engine.blocks.allocate(self._engine.blocks.blocks_for(len(ids)))
-            try:
-                return self._runner.logits(ids, self._chunk, blocks)
-            finally:
-                self._engine.blocks.free(blocks)
+        return self.thread.call(partial(self._logits, ids))
+
+    def _logits(self, ids: list[int]) -> "np.ndarray":
+        manager = self._engine.blocks
+        needed = manager.blocks_for(len(ids))
+        if needed > manager.num_free:
+            raise RequestError(
+                f"logits of {len(ids)} tokens need {needed} blocks of the cache, and {manager.num_free} are free: "
+                "finish, or close(), the streams that are open, or raise kv_cache_memory."
+            )
+        blocks = manager.allocate(needed)
+        try:
+            return self._runner.logits(ids, self._chunk, blocks)
+        finally:
+            manager.free(blocks)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
@@ -267,75 +284,57 @@ class LLM:
             raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
         return ids
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
-        """Hand a prompt to the engine; returns its answers to be."""
+    def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+        """The answers to be of one prompt, not yet queued: `thread.submit` takes the first's sequence.
+
+        Raises RequestError for a prompt that cannot be served.
+        """
         ids = self._encode(prompt)
         text = prompt if isinstance(prompt, str) else None
+        first = self._engine.make(ids, params, priority)
         answers = []
-        with self._lock:
-            first = self._engine.add(ids, params, priority)
-            for sequence in (first, *first.forks):
-                detokenizer = None
-                if self.tokenizer is not None:
-                    # An answer to a template begins a text; a completion goes on with the prompt's.
-                    detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=text is not None)
-                if params.seed is None and self._seed is not None:
-                    # Requests of one program draw from streams of their own, the same in the next run.
-                    sequence.params = replace(params, seed=(self._seed << 32) + sequence.request_id)
-                answers.append(Request(sequence, text, detokenizer))
-                self._requests[sequence.request_id] = answers[-1]
+        for i, sequence in enumerate((first, *first.forks)):
+            detokenizer = None
+            if self.tokenizer is not None:
+                # An answer to a template begins a text; a completion goes on with the prompt's.
+                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=text is not None)
+            if params.seed is None and self._seed is not None:
+                # Requests of one program draw from streams of their own, the same in the next run.
+                sequence.seed = (self._seed << 32) + sequence.request_id
+            answers.append(Request(sequence, text, detokenizer, i))
         return answers
 
-    def _step(self) -> None:
-        """One step of the engine, and its text. Call it with the lock."""
-        self._drop_cancelled()
-        if not self._engine.has_work():
-            return
-        for sequence in self._engine.step():
-            request = self._requests[sequence.request_id]
-            if request.advance() and sequence.finish_reason != "stop":
-                self._engine.finish(sequence, "stop")
-                sequence.finish_reason = "stop"  # a stop string weighs more than a length
-            if sequence.finish_reason is not None:
-                self._close(request)
-        for request in self._requests.values():
-            done, total = request.sequence.num_computed, request.sequence.metrics.prompt_tokens
-            if 0 < done < total:
-                self._progress("prefill", done, total)
+    def cancel(self, request: Request) -> None:
+        """End a request that has not ended: its blocks are free before the next step."""
+        if not request.finished:
+            self.thread.finish(request.sequence, "abort")
 
-    def _close(self, request: Request) -> None:
-        if self._requests.pop(request.sequence.request_id, None) is not None:
-            request.close()
-            self._runner.forget(request.sequence)
+    def stats(self) -> EngineStats:
+        """What the engine is doing, and what it has done."""
+        return self.thread.stats()
 
-    def _cancel(self, requests: SequenceOf[Request]) -> None:
-        """End what has not ended, now or as soon as the lock is free: the caller went away, or something failed."""
-        self._cancelled.extend(request for request in requests if not request.finished)
-        if self._cancelled and self._lock.acquire(blocking=False):
-            try:
-                self._drop_cancelled()
-            finally:
-                self._lock.release()
+    def close(self) -> None:
+        """End the engine and its thread; requests that are open fail with EngineDeadError, as do later ones."""
+        self.thread.close()
 
-    def _drop_cancelled(self) -> None:
-        while self._cancelled:
-            request = self._cancelled.popleft()
-            self._engine.finish(request.sequence, "abort")
-            self._close(request)
+    def take(self, request: Request, update: Update) -> None:
+        """Let a request take in its news, and the engine know where a stop string has ended it."""
+        if request.take(update):
+            self.thread.finish(request.sequence, "stop")
+        if request.is_reading:
+            self._progress("prefill", request.num_computed, request.metrics.prompt_tokens)
 
-    def _stream(self, request: Request) -> Iterator[StreamChunk]:
+    def _stream(self, request: Request, news: "SimpleQueue[list[Update]]") -> Iterator[StreamChunk]:
         try:
-            yield StreamChunk("", [], None, None, request.sequence.metrics)  # for `stream`, which drops it
-            finished = False
-            while not finished:
-                with self._lock:
-                    while not request.has_news():
-                        self._step()
-                    chunk, finished = request.chunk(), request.finished
+            yield request.chunk()  # for `stream`, which drops it
+            while not request.finished:
+                for update in news.get():
+                    self.take(request, update)
                 request.raise_error()
-                yield chunk
+                if request.has_news():
+                    yield request.chunk()
         finally:
-            self._cancel([request])
+            self.cancel(request)
 
 
 def _announcer() -> Progress:

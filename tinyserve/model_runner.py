@@ -41,7 +41,6 @@ class ModelRunner:
         self.num_threads = _jit.set_threads(num_threads)
         # States for running sequences and for snapshots, and the last one for `logits`.
         self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
-        self._generators: dict[int, np.random.Generator] = {}
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
@@ -96,10 +95,6 @@ class ModelRunner:
             finally:
                 lock.release()
 
-    def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a finished sequence."""
-        self._generators.pop(sequence.request_id, None)
-
     def _batch(self, work: "Iterable[tuple[_Tokens, int]]") -> Batch:
         work, block_size = list(work), self.cache.block_size
         for sequence, _ in work:
@@ -138,13 +133,10 @@ class ModelRunner:
         return results
 
     def _uniform(self, sequence: Sequence) -> float:
-        """The next random number of a request's own generator; one that is greedy needs none."""
+        """A request's next random number: one that is greedy needs none."""
         if sequence.params.temperature == 0:
             return 0.0
-        generator = self._generators.get(sequence.request_id)
-        if generator is None:
-            generator = self._generators[sequence.request_id] = np.random.default_rng(sequence.params.seed)
-        return generator.random()
+        return np.random.Generator(np.random.Philox(key=sequence.seed, counter=sequence.num_output)).random()
 
 
 class _Tokens(Protocol):

@@ -1,12 +1,12 @@
 """One request as the user sees it: the text so far, the pieces of a stream, the answer at the end.
 
-Knows text and one sequence; it does not know when the next token comes, or that there are other requests.
+Knows text and the news of one sequence, which the engine may be ahead of; it does not know other requests.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tinyserve.errors import TinyserveError
+from tinyserve.engine_thread import Update
 from tinyserve.sequence import Metrics, Sequence
 from tinyserve.tokenizer import Detokenizer
 from tinyserve.tokenizer.stops import StopFilter
@@ -25,6 +25,7 @@ class CompletionOutput:
     logprobs: list[Mapping[int, float]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    metrics: Metrics = field(default_factory=Metrics, compare=False)
 
 
 @dataclass
@@ -48,87 +49,110 @@ class StreamChunk:
     logprobs: list[Mapping[int, float]] | None
     finish_reason: str | None
     metrics: Metrics
+    index: int = 0  # of the answer, where there are several
+    stop_reason: str | int | None = None
 
     def __str__(self) -> str:
         return self.text
 
 
 class Request:
-    """A sequence in the engine, and its text as far as it is certain."""
+    """One answer as far as it is certain, made from the news of its sequence."""
 
-    def __init__(self, sequence: Sequence, prompt: str | None, detokenizer: Detokenizer | None):
-        self.sequence, self.prompt = sequence, prompt
+    def __init__(self, sequence: Sequence, prompt: str | None, detokenizer: Detokenizer | None, index: int = 0):
+        self.sequence, self.prompt, self.index = sequence, prompt, index
         self._detokenizer = detokenizer
         self._stops = StopFilter(sequence.params.stop_strings)
         self.text = ""
-        self.sent_text, self.sent_tokens = 0, 0  # what a stream has handed out
+        self.token_ids: list[int] = []
+        self.logprobs: list[Mapping[int, float]] = []
+        self.num_computed = 0
+        self.metrics = replace(sequence.metrics, token_times=[])
+        self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
-
-    def advance(self) -> bool:
-        """Take in the sequence's newest token; True when a stop string was completed by it."""
-        sequence = self.sequence
-        if self._detokenizer is None or sequence.finish_reason == "error":
-            return False
-        token = sequence.token_ids[-1]
-        if sequence.finish_reason != "stop":  # the text of an end token is no part of the answer
-            self.text += self._stops.push(self._detokenizer.push(token))
-        elif token in sequence.params.stop_token_ids:
-            self.stop_reason = token
-        return self._matched()
-
-    def close(self) -> None:
-        """The sequence is finished: what was held back is certain now."""
-        if self._detokenizer is not None:
-            self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-            if self._matched():
-                self.sequence.finish_reason = "stop"
-
-    def _matched(self) -> bool:
-        if self._stops.matched is not None:
-            self.stop_reason = self._stops.matched
-        return self._stops.matched is not None
-
-    def answer(self, index: int = 0) -> CompletionOutput:
-        sequence = self.sequence
-        logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
-        return CompletionOutput(
-            index, self.text, sequence.output_token_ids, logprobs, sequence.finish_reason, self.stop_reason
-        )
+        self.error: BaseException | None = None
+        self._sent_text, self._sent_tokens = 0, 0  # what a stream has handed out
 
     @property
     def finished(self) -> bool:
-        return self.sequence.finish_reason is not None
+        return self.finish_reason is not None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether its prompt is being read, and not for the first step."""
+        return not self.token_ids and 0 < self.num_computed < self.metrics.prompt_tokens
+
+    def take(self, update: Update) -> bool:
+        """Take in what a step has brought; True where a stop string ended the answer, which the engine cannot know."""
+        if self.finished:
+            return False
+        self.num_computed, self.error = update.num_computed, update.error
+        begun = self.sequence.metrics
+        self.metrics.first_scheduled, self.metrics.cached_tokens = begun.first_scheduled, begun.cached_tokens
+        self.metrics.preemptions = begun.preemptions
+        if update.token_id is not None:
+            self._append(update, update.token_id)
+        if self._stops.matched is None and update.finish_reason is None:
+            return False
+        self._close(update.finish_reason)
+        return update.finish_reason is None
+
+    def _append(self, update: Update, token: int) -> None:
+        self.token_ids.append(token)
+        self.metrics.token_times.append(update.time)
+        if update.logprobs is not None:
+            self.logprobs.append(update.logprobs)
+        if update.finish_reason != "stop":  # the text of an end token is no part of the answer
+            if self._detokenizer is not None:
+                self.text += self._stops.push(self._detokenizer.push(token))
+        elif token in self.sequence.params.stop_token_ids:
+            self.stop_reason = token
+
+    def _close(self, reason: str | None) -> None:
+        """Nothing follows: what was held back is certain now."""
+        if self._detokenizer is not None and self._stops.matched is None:
+            self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        if self._stops.matched is not None:
+            reason, self.stop_reason = "stop", self._stops.matched  # a stop string weighs more than a length
+        self.finish_reason = reason
+
+    def answer(self) -> CompletionOutput:
+        logprobs = self.logprobs if self.sequence.params.logprobs is not None else None
+        return CompletionOutput(
+            self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics
+        )
 
     def raise_error(self) -> None:
-        """Raise TinyserveError if this request failed."""
-        if self.sequence.error is not None:
-            raise TinyserveError(self.sequence.error)
+        """Raise why this request failed, if it did."""
+        if self.error is not None:
+            raise self.error
 
     def has_news(self) -> bool:
-        return self.sequence.finish_reason is not None or self.sequence.num_output > self.sent_tokens
+        return self.finished or len(self.token_ids) > self._sent_tokens
 
     def chunk(self) -> StreamChunk:
-        sequence, tokens = self.sequence, self.sequence.output_token_ids
-        logprobs = sequence.logprobs[self.sent_tokens :] if sequence.params.logprobs is not None else None
+        """What has come since the last chunk."""
         chunk = StreamChunk(
-            self.text[self.sent_text :],
-            tokens[self.sent_tokens :],
-            logprobs,
-            sequence.finish_reason,
-            replace(sequence.metrics),
+            self.text[self._sent_text :],
+            self.token_ids[self._sent_tokens :],
+            self.logprobs[self._sent_tokens :] if self.sequence.params.logprobs is not None else None,
+            self.finish_reason,
+            replace(self.metrics, token_times=list(self.metrics.token_times)),
+            self.index,
+            self.stop_reason,
         )
-        self.sent_text, self.sent_tokens = len(self.text), len(tokens)
+        self._sent_text, self._sent_tokens = len(self.text), len(self.token_ids)
         return chunk
 
 
 def output(answers: list[Request]) -> RequestOutput:
     """All answers to one prompt."""
-    first = answers[0].sequence
+    first = answers[0]
     return RequestOutput(
-        first.request_id,
-        answers[0].prompt,
-        first.prompt_token_ids,
-        [request.answer(i) for i, request in enumerate(answers)],
+        first.sequence.request_id,
+        first.prompt,
+        first.sequence.prompt_token_ids,
+        [request.answer() for request in answers],
         all(request.finished for request in answers),
         first.metrics,
     )

@@ -1,5 +1,6 @@
 """One request on its way through the engine: its tokens, its blocks, its clock. Ints and plain data only."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,12 +16,25 @@ class Metrics:
 
     arrival: float = field(default_factory=perf_counter)
     first_scheduled: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
+    token_times: list[float] = field(default_factory=list)  # of each token of the answer
     prompt_tokens: int = 0
-    output_tokens: int = 0
     cached_tokens: int = 0  # of the prompt: they were in the cache and not computed
     preemptions: int = 0  # how often it had to give up its blocks
+
+    @property
+    def output_tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.token_times)
+
+    @property
+    def first_token(self) -> float | None:
+        """When the first token came."""
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def last_token(self) -> float | None:
+        """When the last token came."""
+        return self.token_times[-1] if self.token_times else None
 
     @property
     def queue_time(self) -> float | None:
@@ -56,6 +70,7 @@ class Sequence:
     params: SamplingParams
     priority: int = 0  # lower is earlier
     token_ids: list[int] = field(init=False)
+    seed: int = field(init=False)  # what it draws is a function of this and of how many tokens it has drawn
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     state_slot: int = -1  # while it runs: which row of the recurrent layers' memory is its own
@@ -71,6 +86,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.seed = int.from_bytes(os.urandom(8), "little") if self.params.seed is None else self.params.seed
         self.metrics.prompt_tokens = len(self.prompt_token_ids)
 
     @property
@@ -102,11 +118,7 @@ class Sequence:
         self.token_ids.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        now = perf_counter()
-        if self.metrics.first_token is None:
-            self.metrics.first_token = now
-        self.metrics.last_token = now
-        self.metrics.output_tokens += 1
+        self.metrics.token_times.append(perf_counter())
 
 
 class Sampled(NamedTuple):

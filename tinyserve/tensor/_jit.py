@@ -150,22 +150,23 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 # How often an idle thread looks for work before it sleeps. OpenMP's own 300,000 is milliseconds, in which a thread that
 # waits keeps a busy processor from the thread it waits for; this is longer than the gaps between two kernels.
-SPINS = "2000"
+# Every thread that calls kernels has helpers of its own, and where those of all of them are more than the cores, OpenMP
+# lets them sleep almost at once; "active" makes that half of our number, not a twentieth: 65 -> 85 tokens/s.
+OPENMP = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
 
 
 def set_threads(threads: int | None) -> int:
     """Use this many threads in kernels this thread calls, by default the usable cores; returns the number in force."""
     wanted = threads if threads is not None else usable_cores()
     wanted = max(1, min(wanted, int(numba_config.NUMBA_NUM_THREADS)))
-    # The thread pool reads its environment when it starts, which is now; the user's own setting stands.
-    ours = "GOMP_SPINCOUNT" not in os.environ
-    if ours:
-        os.environ["GOMP_SPINCOUNT"] = SPINS
+    # The thread pool reads its environment when it starts, which is now; the user's own settings stand.
+    ours = OPENMP if OPENMP.keys().isdisjoint(os.environ) else {}
+    os.environ.update(ours)
     try:
         numba.set_num_threads(wanted)
     finally:
-        if ours:
-            del os.environ["GOMP_SPINCOUNT"]
+        for name in ours:
+            del os.environ[name]
     return wanted
 
 

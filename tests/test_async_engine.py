@@ -1,0 +1,265 @@
+"""Answers as async generators, on tiny models: many at once, ended in every way, and an engine that dies."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from checkpoints import BOS, USER
+from conftest import settle
+
+from tinyserve import LLM, AsyncEngine, SamplingParams
+from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
+from tinyserve.request import StreamChunk
+
+PROMPTS = [checkpoints.token_ids(3 + 2 * i, seed=i) for i in range(12)]
+
+
+@pytest.fixture
+def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
+    """Every test leaves the engine empty, and its blocks free."""
+    model = llm_of("granite-hybrid")
+    yield model
+    gc.collect()
+    settle(model)
+    assert not model._engine.has_work() and not model.thread._mailboxes
+    assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
+
+
+@pytest.fixture
+def own_llm(folder_of: Callable[[str], Path]) -> LLM:
+    """A model that a test may break."""
+    return LLM(folder_of("llama"), dtype="float32", num_threads=1, max_num_seqs=4)
+
+
+def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def collect(chunks: AsyncIterator[StreamChunk]) -> list[StreamChunk]:
+    return [chunk async for chunk in chunks]
+
+
+def tokens(chunks: list[StreamChunk], index: int = 0) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids if chunk.index == index]
+
+
+def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
+    expected = llm.generate(PROMPTS, greedy())
+
+    async def main() -> None:
+        engine = AsyncEngine(llm)
+        answers = await asyncio.gather(*(collect(engine.generate(prompt, greedy())) for prompt in PROMPTS))
+        for chunks, output in zip(answers, expected, strict=True):
+            assert tokens(chunks) == output.outputs[0].token_ids
+            assert "".join(map(str, chunks)) == output.outputs[0].text
+            assert [chunk.finish_reason for chunk in chunks[-2:]] == [None, "length"]
+            assert chunks[-1].metrics.output_tokens == 12 and len(chunks[3].metrics.token_times) == 4
+        assert engine._requests == {} and not engine._office._boxes
+        before = engine.stats()
+        assert before.num_running == 0 and before.output_tokens >= 24 * len(PROMPTS)
+
+    run(main())
+    run(main())  # in another event loop
+
+
+def test_a_chat_and_several_answers(llm_of: Callable[..., LLM]) -> None:
+    llm = llm_of("llama")
+    messages = [{"role": "user", "content": "hi"}]
+    params = SamplingParams(n=3, seed=5, max_tokens=9, ignore_eos=True)
+    expected = [answer.token_ids for answer in llm.chat(messages, params)[0].outputs]
+    assert len({tuple(answer) for answer in expected}) == 3
+
+    async def main() -> None:
+        chunks = await collect(AsyncEngine(llm).chat(messages, params))
+        assert [tokens(chunks, i) for i in range(3)] == expected
+        assert sorted(chunk.index for chunk in chunks if chunk.finish_reason) == [0, 1, 2]
+        one = await collect(AsyncEngine(llm).generate([BOS, USER, *b"hi\n"], greedy()))
+        assert tokens(one) == llm.chat(messages, greedy())[0].outputs[0].token_ids
+
+    run(main())
+
+
+def test_stop_strings(llm_of: Callable[..., LLM]) -> None:
+    """The engine is a step ahead when one is found, and nothing of that step shows."""
+    llm = llm_of("llama")
+    full = llm.generate("The other one", greedy(40))[0].outputs[0].text
+    stop = full[len(full) // 2 :][:3]
+
+    async def main() -> None:
+        chunks = await collect(AsyncEngine(llm).generate("The other one", greedy(40, stop=stop)))
+        assert "".join(map(str, chunks)) == full[: full.index(stop)]
+        assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == ("stop", stop)
+        assert sum(chunk.finish_reason is not None for chunk in chunks) == 1
+
+    run(main())
+
+
+def test_every_way_to_end_a_request(llm: LLM) -> None:
+    """Leaving the loop, closing, a cancelled task, `abort`: its blocks are free before the next step."""
+    free = llm._engine.blocks.num_free
+
+    async def main() -> None:
+        engine = AsyncEngine(llm)
+
+        async def until_cancelled() -> None:
+            async for _ in engine.generate(PROMPTS[0], greedy(50)):
+                begun.set()
+
+        for end in ("leave", "close", "cancel", "abort"):
+            begun = asyncio.Event()
+            if end == "cancel":
+                task = asyncio.create_task(until_cancelled())
+                await begun.wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            elif end == "abort":
+                chunks = []
+                async for chunk in engine.generate(PROMPTS[0], greedy(50), request_id="mine"):
+                    chunks.append(chunk)
+                    if len(chunks) == 2:
+                        await engine.abort("mine")
+                assert chunks[-1].finish_reason == "abort" and len(tokens(chunks)) < 50
+            else:
+                stream = engine.generate(PROMPTS[0], greedy(50))
+                async for _ in stream:
+                    break
+                if end == "close":
+                    await stream.aclose()
+                del stream
+            await asyncio.sleep(0)  # asyncio closes what was left in a task of its own
+            await asyncio.sleep(0)
+            settle(llm)
+            assert llm._engine.blocks.num_free == free and not llm._engine.has_work(), end
+            assert engine._requests == {}
+        await engine.abort("nobody")
+
+    run(main())
+
+
+def test_what_is_refused(llm: LLM) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(llm)
+        for prompt, words in (([], "empty"), ([1] * 1000, "1000"), ([-1], "vocabulary"), (None, "A prompt is")):
+            with pytest.raises(RequestError, match=words):
+                await collect(engine.generate(prompt, greedy()))
+        with pytest.raises(RequestError, match="SamplingParams"):
+            await collect(engine.generate([1], {"temperature": 0}))  # type: ignore[arg-type]
+        first = engine.generate([1], greedy(50), request_id="a")
+        await anext(first)
+        with pytest.raises(RequestError, match="request 'a' already"):
+            await collect(engine.generate([1], greedy(), request_id="a"))
+        await first.aclose()
+        assert len(tokens(await collect(engine.generate([1], greedy(), request_id="a")))) == 12
+
+    run(main())
+
+
+def test_a_long_prompt_tells_how_far_it_is(folder_of: Callable[[str], Path]) -> None:
+    llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=16, num_threads=1)
+    heard: list[tuple[int, int]] = []
+
+    async def main() -> None:
+        async with AsyncEngine(llm) as engine:
+            await collect(engine.generate([1] * 50, greedy(2), on_prefill=lambda *told: heard.append(told)))
+
+    run(main())
+    assert heard == [(16, 50), (32, 50), (48, 50)]
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate([1])
+
+
+def test_text_never_holds_up_a_step(own_llm: LLM) -> None:
+    """Whoever makes text of the first token waits here until the engine has computed the last."""
+    waited: list[int] = []
+    detokenizer_of = own_llm.tokenizer.detokenizer
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        detokenizer = detokenizer_of(*arguments, **options)
+        push = detokenizer.push
+
+        def wait(token: int) -> str:
+            ready = threading.Event()
+            for _ in range(6000):
+                if own_llm.stats().requests == len(PROMPTS):
+                    break
+                ready.wait(0.01)
+            waited.append(own_llm.stats().requests)
+            return push(token)
+
+        detokenizer.push = wait
+        return detokenizer
+
+    own_llm.tokenizer.detokenizer = slow  # type: ignore[method-assign]
+    outputs = own_llm.generate(PROMPTS, greedy())
+    assert waited and set(waited) == {len(PROMPTS)}
+    assert all(output.outputs[0].text for output in outputs)
+
+
+def test_one_failure_harms_no_other(own_llm: LLM) -> None:
+    logits, expected = own_llm.model.logits, own_llm.generate([PROMPTS[0]], greedy(40))[0].outputs[0].token_ids
+
+    def damaged(hidden: Any) -> Any:
+        rows = logits(hidden).copy()
+        rows[1:] = float("nan")
+        return rows
+
+    async def main() -> None:
+        engine = AsyncEngine(own_llm)
+        stream = engine.generate(PROMPTS[0], greedy(40))
+        first = await anext(stream)
+        own_llm.model.logits = damaged
+        with pytest.raises(TinyserveError, match="not numbers"):
+            await collect(engine.generate(PROMPTS[1], greedy(40)))
+        own_llm.model.logits = logits
+        assert tokens([first, *await collect(stream)]) == expected
+        engine.check_health()
+
+    run(main())
+
+
+def test_a_death_reaches_everybody(own_llm: LLM) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(own_llm)
+        tasks = [asyncio.create_task(collect(engine.generate(prompt, greedy(100)))) for prompt in PROMPTS]
+        stream = engine.generate(PROMPTS[0], greedy(100))
+        await anext(stream)
+
+        def die() -> bool:
+            raise RuntimeError("a mistake of the engine's own")
+
+        own_llm._engine.has_work = die  # type: ignore[method-assign]
+        for task in tasks:
+            with pytest.raises(EngineDeadError, match="a mistake"):
+                await task
+        with pytest.raises(EngineDeadError, match="a mistake"):
+            await collect(stream)
+        with pytest.raises(EngineDeadError, match="a mistake"):
+            await collect(engine.generate([1], greedy()))
+        with pytest.raises(EngineDeadError, match="a mistake"):
+            engine.check_health()
+
+    run(main())
+
+
+def test_a_loop_that_was_closed(own_llm: LLM) -> None:
+    """Its requests end by themselves: nobody reads them any more."""
+    loop = asyncio.new_event_loop()
+    stream = AsyncEngine(own_llm).generate(PROMPTS[0], greedy(110))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    for _ in range(1000):
+        if own_llm.stats().num_running == 0:
+            break
+        threading.Event().wait(0.01)
+    settle(own_llm)
+    assert own_llm.stats().num_running == 0 and own_llm.stats().output_tokens < 110

@@ -1,0 +1,153 @@
+"""An LLM for programs with an event loop: answers as async generators, under vLLM's names.
+
+Makes text in the event loop, of what the engine's thread sends there; neither ever waits for the other.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as SequenceOf
+from os import PathLike
+from typing import Any, Self
+
+from tinyserve.arguments import Prompt
+from tinyserve.engine import EngineStats
+from tinyserve.engine_thread import Update
+from tinyserve.errors import RequestError
+from tinyserve.llm import LLM, Message
+from tinyserve.request import Request, StreamChunk
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.sequence import Sequence
+
+OnPrefill = Callable[[int, int], None]
+
+
+class AsyncEngine:
+    """Serves many requests at once from one event loop, which must be the same for all of them.
+
+    `model` is an LLM, which may be used beside it, or what LLM takes, with its options.
+    """
+
+    def __init__(self, model: LLM | str | PathLike[str], **options: Any):
+        self.llm = model if isinstance(model, LLM) else LLM(model, **options)
+        self._requests: dict[str, list[Request]] = {}
+        self._office: _PostOffice | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.shutdown()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        on_prefill: OnPrefill | None = None,
+    ) -> AsyncGenerator[StreamChunk, None]:
+        """Complete one prompt, yielding each piece of its answers as soon as it is certain; `index` says of which.
+
+        Leaving the loop, `aclose` and a cancelled task end the request before the engine's next step, as does `abort`
+        with its `request_id`. `on_prefill` hears of a prompt that takes several steps: tokens read, and tokens in all.
+        Raises RequestError for a prompt that cannot be served, EngineDeadError, and why the request failed.
+        """
+        # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
+        answers = await asyncio.to_thread(self.llm.make_request, prompt, self.llm.resolve(sampling_params), priority)
+        name = request_id if request_id is not None else f"request-{answers[0].sequence.request_id}"
+        if name in self._requests:
+            raise RequestError(f"There is a request {name!r} already: give each an id of its own, or none.")
+        requests = {request.sequence: request for request in answers}
+        self._requests[name] = answers
+        office = self._open_office()
+        box = office.rent(list(requests))
+        try:
+            self.llm.thread.submit([answers[0].sequence], office)
+            while not all(request.finished for request in answers):
+                update = await box.get()
+                request = requests[update.sequence]
+                if request.finished:
+                    continue
+                self.llm.take(request, update)
+                request.raise_error()
+                if on_prefill is not None and request.is_reading:
+                    on_prefill(request.num_computed, request.metrics.prompt_tokens)
+                if request.has_news():
+                    yield request.chunk()
+        finally:
+            office.give_up(list(requests))
+            del self._requests[name]
+            for request in answers:
+                self.llm.cancel(request)
+
+    async def chat(
+        self,
+        messages: SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        on_prefill: OnPrefill | None = None,
+        **template_variables: Any,
+    ) -> AsyncGenerator[StreamChunk, None]:
+        """The same for a conversation, by the model's own chat template."""
+        prompt = await asyncio.to_thread(self.llm.chat_prompt, messages, **template_variables)
+        answer = self.generate(prompt, sampling_params, request_id, priority, on_prefill)
+        try:
+            async for chunk in answer:
+                yield chunk
+        finally:
+            await answer.aclose()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its generator yields a last chunk, whose finish_reason is "abort". Unknown ids do nothing."""
+        for request in self._requests.get(request_id, []):
+            self.llm.cancel(request)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing, and what it has done."""
+        return self.llm.stats()
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError where the engine has stopped."""
+        if self.llm.thread.dead_error is not None:
+            raise self.llm.thread.dead_error
+
+    def shutdown(self) -> None:
+        """End the engine; requests that are open fail with EngineDeadError."""
+        self.llm.close()
+
+    def _open_office(self) -> "_PostOffice":
+        loop = asyncio.get_running_loop()
+        if self._office is None or self._office.loop is not loop:
+            self._office = _PostOffice(loop, self.llm)
+        return self._office
+
+
+class _PostOffice:
+    """Carries the news of a step over to the event loop in one go, and sorts them there."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, llm: LLM):
+        self.loop, self._llm = loop, llm
+        self._boxes: dict[Sequence, asyncio.Queue[Update]] = {}
+
+    def rent(self, sequences: list[Sequence]) -> "asyncio.Queue[Update]":
+        """One box for the news of all these."""
+        box: asyncio.Queue[Update] = asyncio.Queue()
+        self._boxes |= dict.fromkeys(sequences, box)
+        return box
+
+    def give_up(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._boxes.pop(sequence, None)
+
+    def put(self, updates: list[Update]) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._sort, updates)
+        except RuntimeError:  # the loop was closed with requests open: nobody will ever ask
+            for update in updates:
+                self._llm.thread.finish(update.sequence, "abort")
+
+    def _sort(self, updates: list[Update]) -> None:
+        for update in updates:
+            if update.sequence in self._boxes:
+                self._boxes[update.sequence].put_nowait(update)
