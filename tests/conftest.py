@@ -1,16 +1,28 @@
 """What several test files share: tiny models in every dtype, and the default model for real."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import checkpoints
 import pytest
 
-from tinyserve import LLM, hub
+from tinyserve import LLM, RequestOutput, hub
 from tinyserve.tensor import _jit
 
 DTYPES = ("float32", "bfloat16", "int8")
+
+Answer = tuple[list[int], list[Mapping[int, float]]]
+
+
+def answers(outputs: list[RequestOutput]) -> list[Answer]:
+    """Tokens and log-probabilities of every answer: those of the likeliest tokens differ where a bit of logits does."""
+    return [(answer.token_ids, answer.logprobs or []) for output in outputs for answer in output.outputs]
+
+
+def cache_bytes(llm: LLM, blocks: int, states: int) -> int:
+    """kv_cache_memory for this many blocks and states, and the state that `logits` has."""
+    return blocks * llm.cache_plan.block_nbytes + (states + 1) * llm.cache_plan.state_nbytes
 
 
 @pytest.fixture(params=[1, 2])

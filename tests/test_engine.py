@@ -178,3 +178,72 @@ def test_a_runner_that_fails_loses_nothing() -> None:
         engine.step()
     engine.finish(sequence, "abort")
     assert engine.blocks.num_free == 64 and not engine.has_work()
+
+
+# --- who waits, and for how long ------------------------------------------------------------------------------------
+
+
+def test_who_decodes_gets_a_token_in_each_step_under_a_flood() -> None:
+    """Newcomers with long prompts in every step; a budget that is smaller than the sequences allowed."""
+    for seqs, budget in ((8, 32), (8, 5), (4, 1)):
+        engine = build(seqs=seqs, budget=budget, num_blocks=400)
+        sequences = []
+        for i in range(120):
+            sequences.append(engine.add([5] * (1 + 37 * i % 90), params(20)))
+            decoding = [sequence for sequence in sequences if 0 < sequence.num_output < 20]
+            before = [sequence.num_output for sequence in decoding]
+            engine.step()
+            assert [sequence.num_output for sequence in decoding] == [count + 1 for count in before]
+        begun = [sequence.request_id for sequence in sequences if sequence.metrics.first_scheduled is not None]
+        assert begun == list(range(len(begun))), "nobody is overtaken"
+        assert len(begun) < 100
+        run(engine)
+        assert all(sequence.num_output == 20 and not sequence.metrics.preemptions for sequence in sequences)
+
+
+def test_the_first_is_never_preempted_for_those_behind_it() -> None:
+    """So that however short blocks are, somebody always comes nearer to the end: no two preempt each other for ever."""
+    engine = build(num_blocks=7, seqs=6, budget=64)
+    sequences = [engine.add([5], params(100)) for _ in range(8)]
+    for _ in range(2000):
+        if not engine.has_work():
+            break
+        first, before = min(engine.running + engine.waiting, key=lambda s: s.place), [s.num_output for s in sequences]
+        engine.step()
+        assert first.num_output == before[first.request_id] + 1
+        assert all(sequence.num_output >= count for sequence, count in zip(sequences, before, strict=True))
+    assert not engine.has_work() and [sequence.num_output for sequence in sequences] == [100] * 8
+    assert sequences[0].metrics.preemptions == 0 < sum(sequence.metrics.preemptions for sequence in sequences)
+    # Each time one comes back, another has ended or given up its blocks to one further ahead.
+    assert all(sequence.metrics.preemptions <= sequence.request_id for sequence in sequences)
+
+
+def test_a_request_that_needs_every_block_gets_them() -> None:
+    """Others keep coming; it waits for those before it and for nobody else."""
+    engine = build(num_blocks=8, seqs=8, budget=64)
+    early = [engine.add([5] * 10, params(6)) for _ in range(6)]
+    large = engine.add([5] * 110, params(18))
+    steps = 0
+    while large.finish_reason is None:
+        engine.add([5], params(2))
+        engine.step()
+        steps += 1
+        if large.metrics.first_scheduled is None:
+            assert not any(sequence.request_id > large.request_id for sequence in engine.running)
+    assert steps <= 6 + 2 + 17 and all(sequence.finish_reason for sequence in early)
+    run(engine)
+    assert engine.blocks.num_free == 8
+
+
+def test_an_answer_that_is_cancelled_before_its_prompt_is_computed() -> None:
+    """Of several to one prompt: it never runs, and the others lose nothing, whichever is cancelled."""
+    for cancelled in range(3):
+        engine = build(budget=8)
+        first = engine.add([5] * 20, params(4, n=3))
+        answers = [first, *first.forks]
+        engine.step()
+        engine.finish(answers[cancelled], "abort")
+        run(engine)
+        assert [sequence.num_output for sequence in answers] == [0 if i == cancelled else 4 for i in range(3)]
+        assert [sequence.finish_reason for sequence in answers].count("length") == 2
+        assert engine.blocks.num_free == 64 and not first.forks

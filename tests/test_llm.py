@@ -474,7 +474,10 @@ def test_an_unknown_option(option: str, nearest: str | None, folder_of: Callable
         ({"block_size": 0}, ["block_size", "0"]),
         ({"num_threads": 0}, ["num_threads", "0"]),
         ({"kv_cache_memory": 0}, ["kv_cache_memory", "0"]),
-        ({"kv_cache_memory": 1000}, ["kv_cache_memory", "max_model_len", "0.0 MB", "2 tokens"]),
+        (
+            {"kv_cache_memory": 1000},
+            ["kv_cache_memory", "max_model_len", "1000 bytes", "2 tokens", "blocks of 16"],
+        ),
         ({"seed": -1}, ["seed", "-1"]),
         ({"seed": "x"}, ["seed", "'x'"]),
         ({"max_model_len": 1}, ["max_model_len", "1", "2"]),

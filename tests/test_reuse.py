@@ -1,14 +1,14 @@
 """What is taken over, computed again or preempted changes no bit: tiny models of every family, in every dtype."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
-from conftest import DTYPES
+from conftest import DTYPES, answers, cache_bytes
 
-from tinyserve import LLM, RequestOutput, SamplingParams
+from tinyserve import LLM, SamplingParams
 from tinyserve.errors import RequestError
 from tinyserve.models.cache import KVCache
 
@@ -26,22 +26,11 @@ PROMPTS = [
     COMMON[:1],
 ]
 
-Answer = tuple[list[int], list[Mapping[int, float]]]
-
-
-def answers(outputs: list[RequestOutput]) -> list[Answer]:
-    return [(answer.token_ids, answer.logprobs or []) for output in outputs for answer in output.outputs]
-
 
 def squeezed(llm: LLM, blocks: int) -> LLM:
     """The same with this many blocks to give: somebody holds all others."""
     llm._engine.blocks.allocate(llm._engine.blocks.num_free - blocks)
     return llm
-
-
-def cache_bytes(llm: LLM, blocks: int, states: int) -> int:
-    """kv_cache_memory for this many blocks and states, and the state that `logits` has."""
-    return blocks * llm.cache_plan.block_nbytes + (states + 1) * llm.cache_plan.state_nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

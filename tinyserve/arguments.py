@@ -16,6 +16,7 @@ _OPTIONS = (
     "block_size", "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
 )  # fmt: skip
 _AT_LEAST = {"seed": 0, "block_size": 16, "max_model_len": 2}
+_MOST_SEQS = 1 << 16  # each has a place in the queue, whether it is ever taken or not
 
 
 def check_options(unknown: Mapping[str, Any], **numbers: int | None) -> None:
@@ -30,6 +31,8 @@ def check_options(unknown: Mapping[str, Any], **numbers: int | None) -> None:
         least = _AT_LEAST.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if name == "max_num_seqs" and value > _MOST_SEQS:
+            raise UserError(f"max_num_seqs is {value}; it must be at most {_MOST_SEQS}.")
         if name == "block_size" and value % 16:
             raise UserError(f"block_size is {value}; it must be a multiple of 16.")
 
@@ -38,14 +41,18 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or many, of text or of token ids, as a list of prompts."""
     if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__getitem__"):
         return [prompts]
-    items = list(prompts)
+    try:
+        items = list(prompts)
+    except TypeError:  # an array of no dimension: the prompt is refused as a prompt
+        return [prompts]
     is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
     return [items] if is_one_prompt else items
 
 
 def as_params(params: SamplingParams | SequenceOf[SamplingParams], count: int) -> list[SamplingParams]:
     several = [params] * count if isinstance(params, SamplingParams) else params
-    if isinstance(several, str | Mapping) or not all(isinstance(one, SamplingParams) for one in several):
+    is_list = hasattr(several, "__len__") and not isinstance(several, str | Mapping)
+    if not is_list or not all(isinstance(one, SamplingParams) for one in several):
         raise RequestError(f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.")
     if len(several) != count:
         raise RequestError(

@@ -210,8 +210,8 @@ def plan_cache(
     states = state_nbytes(config, max_num_seqs)
     if states > budget:
         raise UserError(
-            f"{budget / 1e6:.1f} MB are too little for the states of {max_num_seqs} sequences, which take "
-            f"{states / 1e6:.1f} MB: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
+            f"{_size(budget)} are too little for the states of {max_num_seqs} sequences, which take {_size(states)}: "
+            f"lower max_num_seqs, or raise kv_cache_memory, or free some memory."
         )
     budget -= states
     block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
@@ -227,10 +227,15 @@ def plan_cache(
     tokens = num_blocks * block_size
     if tokens < (max_model_len or 2):
         raise UserError(
-            f"{budget / 1e6:.1f} MB are too little for a cache of {max_model_len or 2} tokens, which takes "
-            f"{least / 1e6:.1f} MB: raise kv_cache_memory or free some memory, or lower max_model_len."
+            f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
+            f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
     return CachePlan(num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, block, state)
+
+
+def _size(nbytes: int) -> str:
+    """For people, who should never read that 0.0 MB are too little."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
 
 
 def state_nbytes(config: ModelConfig, max_num_seqs: int) -> int:

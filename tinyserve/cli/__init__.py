@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -88,6 +89,7 @@ app.command("quantize")(quantize)
 def main() -> None:
     """Run a command line; the process ends here, with 0, 1 (our fault), 2 (the user's), 130 or 141."""
     gc.set_threshold(100_000)  # imports and vocabularies make many objects and no garbage: looking for it takes 0.1 s
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of an overflow: what comes of it is said in a sentence
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"

@@ -5,6 +5,7 @@ Knows how to read a file and to print; the measuring is in tinyserve/evaluate.py
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ import typer
 
 from tinyserve import __version__, presets
 from tinyserve.cli._options import Model, Threads
-from tinyserve.errors import UserError
+from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
     from tinyserve.evaluate import Row
@@ -79,6 +80,10 @@ def evaluate(
 
     with TokenBar() as bar:
         rows = list(measure.run(load_in, passage, dtypes, reference, window, bar))
+    if damaged := [row.dtype for row in rows if math.isnan(row.perplexity)]:
+        raise TinyserveError(
+            f"{files.name} computes logits that are not numbers in {', '.join(damaged)}: its weights are damaged."
+        )
     assert text is not None and files.path is not None
     sha256 = hashlib.sha256(content).hexdigest()
     recipe = {
