@@ -71,7 +71,8 @@ def test_the_default_model_continues_its_special_tokens(smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "token", [-1, VOCAB, 10**30, np.int64(-1), np.int32(VOCAB), np.uint64(2**63 + 1), 1.0, np.float32(1), np.True_, "1"]
+    "token",
+    [-1, VOCAB, 10**30, np.int64(-1), np.int32(VOCAB), np.uint64(2**63 + 1), 1.0, np.float32(1), np.True_, True, "1"],
 )
 def test_what_is_no_token(token: Any, llm_of: Callable[..., LLM]) -> None:
     llm = llm_of("llama")

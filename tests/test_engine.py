@@ -8,8 +8,9 @@ from fakes import FakeRunner
 from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError
+from tinyserve.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Sequence
+from tinyserve.sequence import Sampled, Sequence
 
 END = 99
 
@@ -247,3 +248,65 @@ def test_an_answer_that_is_cancelled_before_its_prompt_is_computed() -> None:
         assert [sequence.num_output for sequence in answers] == [0 if i == cancelled else 4 for i in range(3)]
         assert [sequence.finish_reason for sequence in answers].count("length") == 2
         assert engine.blocks.num_free == 64 and not first.forks
+
+
+def test_answers_beyond_the_budget_stall_nobody() -> None:
+    """Eight answers and room for four tokens a step: who decodes beside them gets one in each."""
+    engine = build(seqs=16, budget=4, num_blocks=200)
+    other = engine.add([6] * 3, params(50))
+    engine.step()
+    first = engine.add([5] * 3, params(50, n=8), priority=-1)
+    answers = [first, *first.forks]
+    while other.finish_reason is None:
+        before = other.num_output
+        engine.step()
+        assert other.num_output == before + 1
+    run(engine)
+    assert all(sequence.num_output == 50 for sequence in answers)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_copy_that_fails_loses_no_answer(fails_at: int) -> None:
+    runner, copied = FakeRunner(), 0
+
+    def copy_state(source: int, target: int) -> None:
+        nonlocal copied
+        copied += 1
+        if copied == fails_at:
+            raise RuntimeError("no")
+        FakeRunner.copy_state(runner, source, target)
+
+    runner.copy_state = copy_state  # type: ignore[method-assign]
+    engine = build(runner)
+    first = engine.add([5] * 10, params(4, n=3))
+    answers = [first, *first.forks]
+    engine.step()
+    with pytest.raises(RuntimeError):
+        engine.step()
+    run(engine)
+    assert [sequence.num_output for sequence in answers] == [4] * 3 and engine.blocks.num_free == 64
+
+
+@pytest.mark.parametrize("kind", [BlockPrefixCache, StatePrefixCache])
+def test_what_failed_is_no_beginning(kind: type[BlockPrefixCache]) -> None:
+    """Chunks before the one that showed it may be damaged too; who shares them meanwhile goes on undisturbed."""
+    runner = FakeRunner(has_states=kind is StatePrefixCache)
+    execute = runner.execute
+    runner.execute = lambda scheduled: [  # type: ignore[method-assign]
+        result and (Sampled(-1, error="no number") if work.sequence.prompt_token_ids[-1] == 7 else result)
+        for result, work in zip(execute(scheduled), scheduled, strict=True)
+    ]
+    engine = build(runner, budget=16, seqs=2)
+    slots = [range(2, 6)] if kind is StatePrefixCache else []
+    engine.prefixes = kind(engine.blocks, *slots)
+    good, bad = [5] * 60, [5] * 48 + [7]
+    for prompt in (bad, bad):  # the second finds where it could have gone on, and keeps a state there
+        sequence = engine.add(prompt, params())
+        run(engine)
+        assert (sequence.finish_reason, sequence.metrics.cached_tokens) == ("error", 0)
+        assert engine.prefixes.reusable_prefix(prompt).num_tokens == 0
+    assert engine.blocks.num_free == 64
+    both = engine.add(good, params(20)), engine.add(bad, params())
+    run(engine)
+    assert both[0].num_output == 20 and both[1].finish_reason == "error"
+    assert engine.blocks.num_free == 64

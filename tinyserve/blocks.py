@@ -99,6 +99,12 @@ class BlockManager:
         """Where these tokens are, behind the text of key `parent`."""
         return self._known.get((parent, tokens))
 
+    def forget(self, blocks: list[int]) -> None:
+        """Make held blocks remember nothing: whoever shares one keeps it, and nobody finds it any more."""
+        for block in blocks:
+            if block in self._texts:
+                self._forget(block)
+
     def _forget(self, block: int) -> None:
         for text in self._texts.pop(block):
             self.on_forget(self._known.pop(text).key)

@@ -63,7 +63,10 @@ class Engine:
         prefixes: NoPrefixCache | None = None,
     ):
         self.runner, self.blocks, self.eos_token_ids = runner, blocks, eos_token_ids
-        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.max_model_len = max_model_len
+        # Each that decodes gets a token in every step: forks could be more than the budget holds, and would stall all
+        # those behind them until they end.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefixes = prefixes or NoPrefixCache(blocks)
         self.waiting: list[Sequence] = []  # both by place in the queue
@@ -262,18 +265,20 @@ class Engine:
         done, size = sequence.num_computed, self.blocks.block_size
         if not sequence.forks or done < len(sequence.prompt_token_ids) - 1:
             return
-        forks, sequence.forks = sequence.forks, []
         table, full = sequence.block_table, done // size
         tail = table[full] if done % size else None
         prefix = Prefix(done, tuple(table[:full]), sequence.key, tail, sequence.state_slot)
-        for fork in forks:
+        while sequence.forks:  # one by one, so that none is lost where a copy fails
+            fork = sequence.forks[0]
             if fork.finish_reason is None and not (len(self.running) < self.max_num_seqs and self._start(fork, prefix)):
                 self._wait(fork)
+            del sequence.forks[0]
 
     def _advance(self, sequence: Sequence, num_tokens: int, sampled: Sampled | None) -> None:
         """Take in what a step has computed of a sequence."""
         if sampled is not None and sampled.error is not None:
             sequence.error = sampled.error
+            self.blocks.forget(sequence.block_table)  # earlier chunks may be what is wrong: nobody goes on from them
             self.finish(sequence, "error")
             return
         sequence.num_computed += num_tokens

@@ -276,6 +276,8 @@ class LLM:
             try:
                 if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
                     raise TypeError  # an order is part of a prompt
+                if any(isinstance(token, bool) for token in prompt):
+                    raise TypeError  # True is 1 to Python, and no token to anybody
                 ids = [index(cast(int, token)) for token in prompt]
             except TypeError:
                 raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
