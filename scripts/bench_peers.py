@@ -13,12 +13,8 @@ work: a large model wants a choice by --peers. The first round warms up and is t
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Iterable
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,106 +22,33 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from peers import PEERS, NotMeasured, Peer, models, report  # noqa: E402
+from peers.runs import add_options, choose, describe, finish, names_of_peers, note, parse, settings  # noqa: E402
 from peers.worker import Worker  # noqa: E402
 
-SHIPPED = "weights as shipped, in Q4_1, from which the other formats are made"
 PROMPT_STEP = 7919  # prompts are arithmetic: the same for every engine, and no two begin alike
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse(options())
     chosen, missing = choose(arguments.peers, arguments.dtypes)
     run = describe(arguments, chosen, missing)
     measure(run, arguments, chosen)
-    table = report.markdown(run)
-    print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    if arguments.append:
-        with arguments.append.open("a", encoding="utf-8") as file:
-            file.write("\n" + table)
+    finish(run, report.markdown(run), arguments)
 
 
-def parse() -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=models.REAL, help="a preset (default: %(default)s)")
+    add_options(parser, rounds=7)
     parser.add_argument("--dtypes", nargs="+", default=PEERS["tinyserve"].formats, help="of tinyserve (default: int8)")
     others = [name for name in PEERS if name != "tinyserve"]
-    formats = "; ".join(f"{name}:{','.join(PEERS[name].formats)}" for name in others)
-    parser.add_argument("--peers", nargs="*", default=others, help=f"PEER or PEER:FORMAT,... (default: {formats})")
+    help_of_peers = f"PEER or PEER:FORMAT,... (default: {names_of_peers(others)})"
+    parser.add_argument("--peers", nargs="*", default=others, help=help_of_peers)
     parser.add_argument("--work", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode", "batch"])
     parser.add_argument("--prefill", type=int, default=512, help="tokens to read (default: %(default)s)")
     parser.add_argument("--decode", type=int, default=64, help="tokens to choose (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=0, help="tokens before those of decode (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="sequences at once (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7, help="that count; one more comes first (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, help="for the built models (default: in the user's cache folder)")
-    parser.add_argument("--json", type=Path, help="a file for all single measurements")
-    parser.add_argument("--append", type=Path, help="a Markdown file to append the tables to")
-    arguments = parser.parse_args()
-    if arguments.workdir is None:
-        import platformdirs
-
-        arguments.workdir = Path(platformdirs.user_cache_dir("tinyserve", appauthor=False)) / "peers"
-    return arguments
-
-
-def choose(peers: list[str], dtypes: list[str]) -> tuple[list[tuple[Peer, str]], list[dict[str, str]]]:
-    """What to measure, as engines in their formats, and what is not installed, with the way to it."""
-    chosen = [(PEERS["tinyserve"], dtype) for dtype in dtypes]
-    missing = []
-    for name, _, formats in (peer.partition(":") for peer in peers):
-        if name not in PEERS or name == "tinyserve":
-            raise SystemExit(f"There is no peer {name!r}; there are {', '.join(p for p in PEERS if p != 'tinyserve')}.")
-        peer = PEERS[name]
-        if peer.missing():
-            missing.append({"name": name, "install": f"`{peer.install}` (needs {', '.join(peer.missing())})"})
-        else:
-            chosen += [(peer, format) for format in (formats.split(",") if formats else peer.formats)]
-    return chosen, missing
-
-
-def describe(
-    arguments: argparse.Namespace, chosen: list[tuple[Peer, str]], missing: list[dict[str, str]]
-) -> dict[str, Any]:
-    """The run so far: everything but measurements."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=ROOT
-    )
-    packages = {name for peer, _ in chosen for name in peer.packages}
-    return {
-        "model": arguments.model,
-        "weights": SHIPPED if arguments.model == models.REAL else "random weights of this shape",
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "date": str(date.today()),
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": processor(),
-        "dot_product": dot_product_path(),
-        "versions": {name: metadata.version(name) for name in sorted(packages)},
-        "engines": [f"{peer.name} {format}" for peer, format in chosen],
-        "works": [],
-        "measurements": [],
-        "not_measured": [],
-        "missing": missing,
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown processor"
-
-
-def dot_product_path() -> str:
-    try:
-        from tinyserve.tensor import dot_product
-    except ImportError:
-        return "unknown"
-    return dot_product.PATH
+    return parser
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -197,25 +120,13 @@ def start(
     chosen: list[tuple[Peer, str]],
 ) -> None:
     """Fill `workers` with an engine each, as far as they can load the model."""
-    setting = {
-        "model": arguments.model,
-        "workdir": str(arguments.workdir.resolve()),
-        "threads": arguments.threads,
-        "max_length": longest(jobs, arguments),
-        "sequences": arguments.batch if "batch" in jobs else 0,
-    }
+    setting = settings(arguments, longest(jobs, arguments), arguments.batch if "batch" in jobs else 0)
     for engine, (peer, format) in zip(run["engines"], chosen, strict=True):
         print(f"{engine}: building and loading", file=sys.stderr)
         try:
             workers[engine] = Worker(engine, {"peer": peer.name, "format": format, **setting})
         except NotMeasured as problem:
             note(run, engine, "", str(problem))
-
-
-def note(run: dict[str, Any], engine: str, work: str, reason: str) -> None:
-    """Say, now and in the report, what was not measured; without a work, all of them."""
-    print(f"{engine} not measured{work and f', {work}'}: {reason}", file=sys.stderr)
-    run["not_measured"].append({"engine": engine, "work": work, "reason": reason})
 
 
 def order(work: str, arguments: argparse.Namespace, seed: int, vocab_size: int) -> tuple[list[Any], int]:

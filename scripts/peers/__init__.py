@@ -1,4 +1,4 @@
-"""The engines that scripts/bench_peers.py compares: which there are, what they need, and what every one can be asked.
+"""The engines that the benchmarks compare: which there are, what they need, and what every one can be asked.
 
 One file an engine, imported only in a process of its own; `models` builds the files they read.
 """
@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Greedily choose `count` tokens, one after the other, after the first that follows the prompt."""
 
     def batch(self, prompts: list[list[int]], count: int) -> float:
-        """Greedily choose `count` tokens after each of the prompts, which have one token each, all at once."""
+        """Greedily choose `count` tokens after each of the prompts, which are all of a length, `sequences` at once."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def prepare(model: str, format: str, workdir: Path) -> str:
             reason = str(error).partition(" (supported")[0]
             raise NotMeasured(f"CTranslate2 cannot convert it: {reason}") from error
 
-    return str(models.built(workdir / model / f"ctranslate2-{format}", convert))
+    return str(models.built(models.home(model, workdir) / f"ctranslate2-{format}", convert))
 
 
 class Engine:

@@ -13,6 +13,7 @@ import numpy as np
 from peers import NotMeasured, models
 
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
+PIECE = 2048  # tokens that are handed over at once, as llama-batched-bench does; each is computed in pieces of 512
 
 
 @api.llama_log_callback
@@ -32,11 +33,13 @@ def prepare(model: str, format: str, workdir: Path) -> str:
         from peers import gguf_file
 
         folder = models.checkpoint(model, workdir)
-        source = models.built(workdir / model / "bf16.gguf", lambda path: gguf_file.write(folder, path))
+        source = models.built(models.home(model, workdir) / "bf16.gguf", lambda path: gguf_file.write(folder, path))
         is_source = format == "bf16"
     if is_source:
         return str(source)
-    return str(models.built(workdir / model / f"{format}.gguf", lambda path: quantize(source, path, format)))
+    return str(
+        models.built(models.home(model, workdir) / f"{format}.gguf", lambda path: quantize(source, path, format))
+    )
 
 
 def quantize(source: Path, target: Path, format: str) -> None:
@@ -54,13 +57,14 @@ class Engine:
             raise NotMeasured(f"llama.cpp cannot load {Path(path).name}")
         self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
         self.threads, self.max_length = threads, max_length
-        self.one = self._context(max_length, 1)
-        self.many = self._context(max_length * sequences, sequences) if sequences else None
-        self.tokens = api.llama_batch_init(max(max_length, sequences), 0, 1)
+        self.sequences = sequences
+        self.one = self._context(max_length, 1, max_length)
+        self.many = self._context(max_length * sequences, sequences, PIECE) if sequences else None
+        self.tokens = api.llama_batch_init(max(max_length, sequences, PIECE), 0, 1)
 
-    def _context(self, length: int, sequences: int) -> api.llama_context_p:
+    def _context(self, length: int, sequences: int, piece: int) -> api.llama_context_p:
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_seq_max = length, length, sequences
+        params.n_ctx, params.n_batch, params.n_seq_max = length, piece, sequences
         params.n_threads = params.n_threads_batch = self.threads
         context = api.llama_init_from_model(self.model, params)
         if not context:
@@ -85,14 +89,25 @@ class Engine:
         return perf_counter() - start
 
     def batch(self, prompts: list[list[int]], count: int) -> float:
-        self._clear(self.many)
-        rows = range(len(prompts))
-        tokens = [token for (token,) in prompts]
         start = perf_counter()
-        for position in range(count):
+        for first in range(0, len(prompts), self.sequences):
+            self._wave(prompts[first : first + self.sequences], count)
+        return perf_counter() - start
+
+    def _wave(self, prompts: list[list[int]], count: int) -> None:
+        """Read all prompts, one after the other, then a token of each in every step."""
+        self._clear(self.many)
+        length, rows = len(prompts[0]), range(len(prompts))
+        work = [(token, i, row) for row, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        tokens = []
+        for first in range(0, len(work), PIECE):
+            piece = work[first : first + PIECE]
+            ends = [i for i, (_, position, _) in enumerate(piece) if position == length - 1]
+            self._fill(*zip(*piece, strict=True), ends)
+            tokens += self._step(self.many, ends)
+        for position in range(length, length + count - 1):
             self._fill(tokens, [position] * len(prompts), rows, rows)
             tokens = self._step(self.many, rows)
-        return perf_counter() - start
 
     def _clear(self, context: api.llama_context_p) -> None:
         api.llama_memory_clear(api.llama_get_memory(context), True)

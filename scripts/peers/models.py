@@ -15,14 +15,31 @@ REAL = presets.DEFAULT  # the one model with weights of its own, shipped as a GG
 SEED = 0
 
 
+def raw_config(model: str) -> dict[str, Any]:
+    """config.json of a preset, or of a checkpoint's folder."""
+    if Path(model).is_dir():
+        config: dict[str, Any] = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return config
+    return presets.get(model).raw_config
+
+
 def positions(model: str) -> int:
     """The longest sequence that a model can read."""
-    config = presets.get(model).raw_config
+    config = raw_config(model)
     return int(config.get("n_positions") or config["max_position_embeddings"])
 
 
 def vocab_size(model: str) -> int:
-    return int(presets.get(model).raw_config["vocab_size"])
+    return int(raw_config(model)["vocab_size"])
+
+
+def weights(model: str) -> str:
+    return "the folder's weights" if Path(model).is_dir() else "random weights of this shape"
+
+
+def home(model: str, workdir: Path) -> Path:
+    """Where what is built of a model is kept."""
+    return workdir / Path(model).name
 
 
 def shipped_gguf() -> Path:
@@ -47,9 +64,14 @@ def built(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def checkpoint(model: str, workdir: Path) -> Path:
-    """A folder of safetensors with config and tokenizer: the real weights widened to float32, or random bfloat16."""
+    """A folder of safetensors with config and tokenizer: the real weights widened to float32, or random bfloat16.
+
+    A model that is such a folder is its own.
+    """
+    if Path(model).is_dir():
+        return Path(model)
     build = _widen if model == REAL else _randomize
-    return built(workdir / model / "checkpoint", lambda folder: build(model, folder))
+    return built(home(model, workdir) / "checkpoint", lambda folder: build(model, folder))
 
 
 def _widen(model: str, folder: Path) -> None:

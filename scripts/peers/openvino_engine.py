@@ -22,7 +22,7 @@ def prepare(model: str, format: str, workdir: Path) -> str:
             hint = " (pip uninstall torchvision)" if "torchvision" in done.stderr else ""
             raise NotMeasured(f"optimum-cli failed: {done.stderr.strip().splitlines()[-1]}{hint}")
 
-    return str(models.built(workdir / model / f"openvino-{format}", export))
+    return str(models.built(models.home(model, workdir) / f"openvino-{format}", export))
 
 
 class Engine:

@@ -1,14 +1,21 @@
 """tinyserve, through its public API; `format` is a dtype.
 
 Of the real model 4-bit dtypes take the file as shipped, whose bits they keep, and others its float32 widening: int8
-would keep 4 bits as well, which is no match for 8.
+would keep 4 bits as well, which is no match for 8. What only tinyserve is asked, by bench_engine.py, comes last.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from peers import NotMeasured, models
+from peers.step_clock import StepClock
 from tinyserve import LLM, SamplingParams, TinyserveError
+
+SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top_p": 0.95, "top_k": 50}}
 
 
 def prepare(model: str, format: str, workdir: Path) -> str:
@@ -17,7 +24,8 @@ def prepare(model: str, format: str, workdir: Path) -> str:
 
 
 class Engine:
-    def __init__(self, path: str, format: str, threads: int, max_length: int, sequences: int):
+    def __init__(self, path: str, format: str, threads: int, max_length: int, sequences: int, **options: Any):
+        """`options` are an LLM's own; without, no prefix is cached: what is measured is computed."""
         try:
             self.llm = LLM(
                 path,
@@ -25,10 +33,11 @@ class Engine:
                 num_threads=threads,
                 max_model_len=max_length,
                 max_num_seqs=max(1, sequences),
-                enable_prefix_caching=False,  # what is measured is computed
+                **{"enable_prefix_caching": False, **options},
             )
         except TinyserveError as error:
             raise NotMeasured(str(error)) from error
+        self.in_model = 0.0
 
     def prefill(self, prompt: list[int]) -> float:
         start = perf_counter()
@@ -40,9 +49,95 @@ class Engine:
         return count / output.metrics.decode_tokens_per_second
 
     def batch(self, prompts: list[list[int]], count: int) -> float:
+        with self._clock() as clock:
+            start = perf_counter()
+            self.llm.generate(prompts, _greedy(count))
+            seconds = perf_counter() - start
+        self.in_model = sum(step.in_model for step in clock.steps)
+        return seconds
+
+    # --- of the engine alone ------------------------------------------------------------------------------------
+
+    def one_by_one(self, prompts: list[list[int]], count: int) -> float:
+        """The same as `batch` for somebody who knows of no batches."""
         start = perf_counter()
-        self.llm.generate(prompts, _greedy(count))
+        for prompt in prompts:
+            self.llm.generate([prompt], _greedy(count))
         return perf_counter() - start
+
+    def seconds_in_model(self) -> float:
+        """Of the last `batch`, the part that was spent in the model and its head."""
+        return self.in_model
+
+    def wave(self, prompts: list[list[int]], count: int) -> dict[str, list[float]]:
+        """Of requests that arrive together, the seconds to the first token, and how many tokens were not computed."""
+        outputs = self.llm.generate(prompts, _greedy(count))
+        return {
+            "seconds": [output.metrics.time_to_first_token for output in outputs],
+            "cached": [output.metrics.cached_tokens for output in outputs],
+        }
+
+    def steps(self, prompts: list[list[int]], count: int, sampling: str) -> dict[str, list[float]]:
+        """The steps in which every sequence decodes: seconds from one to the next, and those in the model."""
+        params = SamplingParams(max_tokens=count, ignore_eos=True, **SAMPLING[sampling])
+        with self._clock() as clock:
+            self.llm.generate(prompts, params)
+        full = [
+            (following.began - step.began, step.in_model)
+            for step, following in pairwise(clock.steps)
+            if step.tokens == step.sequences == following.tokens == len(prompts)
+        ]
+        if not full:
+            raise NotMeasured(f"never did {len(prompts)} sequences decode together: ask for more tokens")
+        return {"whole": [whole for whole, _ in full], "in_model": [in_model for _, in_model in full]}
+
+    def chunks(self, prompt: list[int]) -> list[float]:
+        """Seconds of each full step of a prompt that is read with nothing beside it."""
+        with self._clock() as clock:
+            self.llm.generate([prompt], _greedy(1))
+        steps = clock.steps
+        ends = [following.began for following in steps[1:]] + [steps[-1].ended]
+        most = max(step.tokens for step in steps)
+        return [end - step.began for step, end in zip(steps, ends, strict=True) if step.tokens == most]
+
+    def gaps(self, prompts: list[list[int]], count: int, late: list[int], lead: int) -> dict[str, list[float]]:
+        """Seconds between tokens of streams before, and while, a late prompt is read; it comes after `lead` rounds."""
+        streams = [self.llm.stream(prompt, _greedy(count)) for prompt in prompts]
+        times: list[list[float]] = [[] for _ in streams]
+
+        def read() -> bool:
+            """The next chunk of each stream: a token, or all that came since."""
+            chunks = [next(stream, None) for stream in streams]
+            for own, chunk in zip(times, chunks, strict=True):
+                if chunk is not None and chunk.metrics.last_token is not None:
+                    own.append(chunk.metrics.last_token)
+            return any(chunks)
+
+        for _ in range(lead):
+            read()
+        settled = max(own[0] for own in times)
+        late_stream = self.llm.stream(late, _greedy(1))
+        while read():
+            pass
+        (metrics,) = [chunk.metrics for chunk in late_stream]
+        began, ended = metrics.first_scheduled, metrics.first_token
+        if ended > min(own[-1] for own in times):
+            raise NotMeasured("the streams ended before the late prompt was read: give them more tokens")
+        gaps = [pair for own in times for pair in pairwise(own)]
+        return {
+            "before": [b - a for a, b in gaps if settled <= a and b <= began],
+            "during": [b - a for a, b in gaps if b > began and a < ended],
+        }
+
+    @contextmanager
+    def _clock(self) -> Iterator[StepClock]:
+        runner = self.llm._runner
+        model = runner.model
+        runner.model = clock = StepClock(model)
+        try:
+            yield clock
+        finally:
+            runner.model = model
 
 
 def _greedy(count: int) -> SamplingParams:

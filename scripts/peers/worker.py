@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from peers import PEERS, Engine, NotMeasured
+from peers import PEERS, Engine, NotMeasured, models
 
 SCRIPTS = Path(__file__).parent.parent
 
@@ -22,13 +22,15 @@ class Worker:
 
     def __init__(self, name: str, setting: dict[str, Any]):
         self.refused: set[str] = set()
-        folder = Path(setting["workdir"]) / setting["model"]
+        folder = models.home(setting["model"], Path(setting["workdir"]))
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name.replace(' ', '-')}.log"
         with self.log.open("wb") as log:
-            path = self._begin({**setting, "action": "prepare"}, log)
-            self.end()
-            self._begin({**setting, "action": "serve", "path": path}, log)
+            if "path" not in setting:  # else an earlier worker has prepared it
+                setting["path"] = self._begin({**setting, "action": "prepare"}, log)
+                self.end()
+            self.path = setting["path"]
+            self._begin({**setting, "action": "serve"}, log)
 
     def _begin(self, setting: dict[str, Any], log: Any) -> Any:
         """Start a process; its first answer."""
@@ -51,11 +53,11 @@ class Worker:
             raise NotMeasured(answer["reason"])
         return answer["result"]
 
-    def ask(self, request: list[Any]) -> float:
+    def ask(self, request: list[Any]) -> Any:
         with contextlib.suppress(BrokenPipeError):  # of a dead process, which reading will tell
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        return float(self._read())
+        return self._read()
 
     def is_dead(self) -> bool:
         return self.process.poll() is not None
@@ -93,7 +95,7 @@ def serve(setting: dict[str, Any]) -> None:
     def load() -> None:
         module = PEERS[setting["peer"]].load()
         names = ("path", "format", "threads", "max_length", "sequences")
-        engines.append(module.Engine(*(setting[name] for name in names)))
+        engines.append(module.Engine(*(setting[name] for name in names), **setting["options"]))
 
     answer(prepare if setting["action"] == "prepare" else load)
     for line in sys.stdin if engines else ():
