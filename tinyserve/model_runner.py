@@ -5,6 +5,7 @@ The highest floor that knows arrays. It does not choose what runs, and has never
 
 import os
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -100,17 +101,19 @@ class ModelRunner:
         for sequence, _ in work:
             if sequence.num_computed == 0:
                 self.cache.reset_slot(sequence.state_slot)
-        counts = [num_tokens for _, num_tokens in work]
-        starts = [sequence.num_computed for sequence, _ in work]
-        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
-        token_ids = np.concatenate([s.token_ids[s.num_computed : s.num_computed + n] for s, n in work]).astype(np.int64)
-        tables = np.zeros((len(work), max(len(s.block_table) for s, _ in work)), np.int32)
-        for row, (sequence, _) in enumerate(work):
-            tables[row, : len(sequence.block_table)] = sequence.block_table
+        starts, counts = np.array([(sequence.num_computed, num_tokens) for sequence, num_tokens in work]).T
+        rows = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
+        token_ids = np.fromiter(
+            chain.from_iterable(s.token_ids[s.num_computed : s.num_computed + n] for s, n in work), np.int64, rows[-1]
+        )
         sequence_of = np.repeat(np.arange(len(work)), counts)
+        positions = np.arange(rows[-1]) + (starts - rows[:-1])[sequence_of]
+        width = max(len(sequence.block_table) for sequence, _ in work)
+        padding = [0] * width
+        tables = np.array([(s.block_table + padding)[:width] for s, _ in work], np.int32)
         slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
         state_slots = np.array([sequence.state_slot for sequence, _ in work])
-        return Batch(token_ids, positions, slots, sequence_of, tables, np.cumsum([0, *counts]), state_slots)
+        return Batch(token_ids, positions, slots, sequence_of, tables, rows, state_slots)
 
     def _sample(self, sequences: list[Sequence], logits: Array) -> list[Sampled]:
         params, vocab = [sequence.params for sequence in sequences], logits.shape[1]
