@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -302,6 +302,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int
     by_bytes = {piece: i for i, piece in plain.items()}
     longest = max(map(len, by_bytes), default=0)
 
+    @lru_cache(4096)  # the same keys are forced again and again, and asked for with each mask
     def spell(text: str) -> list[int]:
         """The tokens whose bytes are this text in the middle of another one; no special tokens, whatever it says."""
         data = text.encode()
