@@ -45,7 +45,7 @@ class ChatTemplate:
     ) -> str:
         """Render a conversation as the model was trained to read it.
 
-        `tools` are JSON schemas; `variables` are whatever else the template reads, such as `enable_thinking`.
+        `tools` are OpenAI's; `variables` are whatever else the template reads, such as `enable_thinking`.
         Raises RequestError for a malformed message, UserError when the template refuses or fails.
         """
         import jinja2
@@ -91,7 +91,30 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         plain["content"] = None
     elif not isinstance(content, str):
         raise RequestError(f"{where}.content must be text or a list of text parts, but this is {_kind(content)}.")
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{where}.tool_calls")
     return plain
+
+
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Earlier calls with their arguments as objects: OpenAI's are text, which templates would quote once more."""
+    if not isinstance(calls, list):
+        raise RequestError(f"{where} must be a list of calls, but this is {_kind(calls)}.")
+    for i, call in enumerate(calls):
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise RequestError(f"{where}[{i}] must be an object with a function, but this is {_kind(call)}.")
+        function = call["function"]
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                function["arguments"] = json.loads(arguments)
+            except ValueError:
+                function["arguments"] = None
+        if not isinstance(function.get("arguments", {}), dict):
+            raise RequestError(
+                f"{where}[{i}].function.arguments is {arguments!r:.60}; it must be a JSON object, or the text of one."
+            )
+    return calls
 
 
 def _text(part: Any, where: str) -> str:

@@ -26,7 +26,7 @@ class StopFilter:
             at, self.matched = min(found)
             self._held = ""
             return text[:at]
-        held = max(_longest_beginning(text, stop) for stop in self._stops)
+        held = max(longest_beginning(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -36,6 +36,6 @@ class StopFilter:
         return held
 
 
-def _longest_beginning(text: str, stop: str) -> int:
+def longest_beginning(text: str, stop: str) -> int:
     """The length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -50,7 +50,7 @@ class Tokenizer:
         self.chat_templates = dict(chat_templates)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._added = {i: str(token.content) for i, token in backend.get_added_tokens_decoder().items()}
-        self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         decoder = backend.decoder
         self._alphabet = alphabet_of(json.loads(decoder.__getstate__()) if decoder is not None else None)
         self._bytes: dict[int, bytes] = {}
@@ -83,6 +83,11 @@ class Tokenizer:
         if len(self.chat_templates) == 1:
             return next(iter(self.chat_templates.values()))
         return self.chat_templates.get("default")
+
+    @property
+    def spells_bytes(self) -> bool:
+        """Whether a text's bytes are its tokens' bytes, one after the other: `token_bytes` means something then."""
+        return self._alphabet is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode text; special tokens in it are recognised, BOS and EOS added as the checkpoint says."""
@@ -122,7 +127,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
         """The bytes a token adds to the text: none for an unknown id or a skipped special token."""
-        if skip_special_tokens and token_id in self._special_ids:
+        if skip_special_tokens and token_id in self.special_ids:
             return b""
         data = self._bytes.get(token_id)
         if data is None:

@@ -1,0 +1,91 @@
+"""A structure is exactly one of its kinds, as plain data; what is none names its field."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tinyserve.errors import RequestError
+from tinyserve.structured_outputs import WHITESPACE, StructuredOutputs, with_options
+
+SCHEMA = {"type": "object", "properties": {"ü": {"const": 1}, "a": {}}}
+
+
+class Model:
+    """What a pydantic model's class looks like from here."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return SCHEMA
+
+
+@pytest.mark.parametrize("given", [SCHEMA, json.dumps(SCHEMA), Model])
+def test_a_schema_is_kept_as_text_in_its_order(given: Any) -> None:
+    spec = StructuredOutputs(json=given)
+    assert spec.json == '{"type": "object", "properties": {"ü": {"const": 1}, "a": {}}}'
+    assert spec.kind == "json" and spec == StructuredOutputs(json=SCHEMA) and hash(spec) == hash(spec)
+
+
+def test_kinds() -> None:
+    assert StructuredOutputs(choice=["a", "b"]).choice == ("a", "b")
+    specs = (
+        StructuredOutputs(regex="a"), StructuredOutputs(grammar="start: a"), StructuredOutputs(json_object=True),
+        StructuredOutputs(choice=["a"]), StructuredOutputs(json={}),
+    )  # fmt: skip
+    assert [spec.kind for spec in specs] == ["regex", "grammar", "json_object", "choice", "json"]
+    assert len(set(specs)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "Structured outputs take one of json, regex, choice, grammar, json_object; none is given."),
+        ({"json_object": False}, "none is given."),
+        ({"json": {}, "regex": "a"}, "json and regex are given."),
+        ({"regex": "a", "choice": ["a"], "json_object": True}, "regex and choice and json_object are given."),
+        ({"jsn": {}}, "StructuredOutputs has no option 'jsn'. Did you mean 'json'?"),
+        ({"json": "{"}, "json is no JSON: Expecting property name"),
+        ({"json": "true"}, "json is True; it must be a JSON schema: an object."),
+        ({"json": 3}, "json is 3; it must be a JSON schema: an object."),
+        ({"json": {"const": float("nan")}}, "json is no JSON: Out of range float values"),
+        ({"json": {"const": {1}}}, "json is no JSON: Object of type set is not JSON serializable."),
+        ({"regex": ""}, "regex is ''; it must be text of at least one character."),
+        ({"regex": 3}, "regex is 3; it must be text"),
+        ({"grammar": " "}, "grammar is ' '; it must be text"),
+        ({"choice": []}, "choice is []; it must be a list of texts of at least one character."),
+        ({"choice": "yes"}, "choice is 'yes'; it must be a list"),
+        ({"choice": ["a", ""]}, "choice is ['a', '']; it must be a list"),
+        ({"choice": ["a", 1]}, "choice is ['a', 1]; it must be a list"),
+        ({"choice": {"a"}}, "choice is {'a'}; it must be a list"),
+        ({"json_object": 1}, "json_object is 1; it must be True or False."),
+    ],
+)
+def test_what_is_no_structure_names_its_field(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError) as error:
+        StructuredOutputs(**options)
+    assert sentence in str(error.value)
+
+
+def test_a_schema_without_end_is_refused() -> None:
+    endless: dict[str, Any] = {}
+    endless["not"] = endless
+    with pytest.raises(RequestError, match="json is no JSON: Circular reference"):
+        StructuredOutputs(json=endless)
+
+
+def test_a_schema_chooses_its_white_space_but_not_to_be_ignored() -> None:
+    assert with_options({})["x-guidance"] == {"whitespace_pattern": WHITESPACE, "lenient": False}
+    own = with_options({"x-guidance": {"whitespace_flexible": False, "lenient": True}})
+    assert own["x-guidance"] == {"whitespace_flexible": False, "lenient": False}
+    with pytest.raises(RequestError, match=r"json\['x-guidance'\] is 'no'; it must be an object"):
+        with_options({"x-guidance": "no"})
+
+
+def test_importing_it_imports_no_library() -> None:
+    code = (
+        "import sys, tinyserve.grammar, tinyserve.tool_parser; "
+        "assert not {'llguidance', 'numpy', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,169 @@
+"""Tools: OpenAI's list of them checked, the format that a model's chat template teaches, and a grammar that forces it.
+
+Knows text, JSON and OpenAI's names; nothing about tokens or models. How calls are read is `tool_parser`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyserve.errors import RequestError
+from tinyserve.structured_outputs import StructuredOutputs, schema_of, with_options
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a family of models writes a call: JSON with a name and arguments.
+
+    opens, closes: what stands before it and behind it, if anything.
+    between: what stands between two of them.
+    arguments: the key of the arguments.
+    as_list: all calls are one JSON array, even if there is but one.
+    bare: an answer that begins with such JSON is a call, tag or not; only so are calls forced.
+    """
+
+    opens: str = ""
+    closes: str = ""
+    between: str = "\n"
+    arguments: str = "arguments"
+    as_list: bool = False
+    bare: bool = False
+
+
+_HERMES = ToolFormat("<tool_call>\n", "\n</tool_call>")
+FORMATS = {
+    "llama-3": ToolFormat("<|python_tag|>", between="; ", arguments="parameters", bare=True),
+    "granite-4": _HERMES,
+    "granite-3": ToolFormat("<|tool_call|>", between=", ", as_list=True),
+    "hermes": _HERMES,  # Qwen's and SmolLM's, too
+    "mistral": ToolFormat("[TOOL_CALLS] ", between=", ", as_list=True),
+    "json": ToolFormat(bare=True),
+}
+
+# What tells the formats apart in a template's text, the most telling first.
+_MARKS = (
+    ("[TOOL_CALLS]", "mistral"),
+    ("<|tool_call|>", "granite-3"),
+    ("<tool_call>", "hermes"),
+    ("<|python_tag|>", "llama-3"),
+    ("<|start_header_id|>", "llama-3"),
+)
+_READS_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\btools\b", re.DOTALL)
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+
+
+def tool_format(template: str | None) -> str | None:
+    """The name of the format that a chat template teaches; None if it does not show tools to the model."""
+    if not template or not _READS_TOOLS.search(template):
+        return None
+    found = next((name for mark, name in _MARKS if mark in template), "json")
+    return "granite-4" if found == "hermes" and "<|start_of_role|>" in template else found
+
+
+def format_named(name: str) -> ToolFormat:
+    """One of FORMATS; RequestError lists them."""
+    if name not in FORMATS:
+        raise RequestError(f"There is no tool format {name!r}; there are {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def checked_tools(tools: Any) -> list[dict[str, Any]]:
+    """Tools in OpenAI's form, copied; RequestError says which is malformed, and how."""
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
+        raise RequestError(f"tools is {tools!r:.60}; it must be a list of at least one tool, or be left out.")
+    checked = [_checked(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+    names = [tool["function"]["name"] for tool in checked]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise RequestError(f"tools[{i}].function.name is {name!r}, as is that of tools[{names.index(name)}].")
+    return checked
+
+
+def _checked(tool: Any, where: str) -> dict[str, Any]:
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+        raise RequestError(f"{where} is {tool!r:.60}; it must be an object with type 'function' and a function.")
+    if tool.get("type", "function") != "function":
+        raise RequestError(f"{where}.type is {tool['type']!r:.60}; it must be 'function'.")
+    function = dict(tool["function"])
+    where += ".function"
+    if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
+        raise RequestError(f"{where}.name is {function.get('name')!r:.80}; it must be 1 to 64 of a-z A-Z 0-9 _ . -")
+    if not isinstance(function.get("description", ""), str | None):
+        raise RequestError(f"{where}.description is {function['description']!r:.60}; it must be text.")
+    if function.get("parameters") is not None:
+        parameters = function["parameters"] = schema_of(function["parameters"], f"{where}.parameters")
+        if parameters.get("type", "object") != "object":
+            raise RequestError(f"{where}.parameters.type is {parameters['type']!r:.60}; it must be 'object'.")
+    return {"type": "function", "function": function}
+
+
+def chosen_tools(tools: Sequence[Mapping[str, Any]], tool_choice: Any) -> list[Mapping[str, Any]] | None:
+    """The tools one of which must be called; None if `tool_choice` ("auto", "none", None) leaves it to the model.
+
+    Raises RequestError for a choice that is none of OpenAI's, or names a tool that is not there.
+    """
+    if tool_choice in (None, "auto", "none"):
+        return None
+    if tool_choice == "required":
+        return list(tools)
+    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+    if not isinstance(function, Mapping) or tool_choice.get("type", "function") != "function":
+        raise RequestError(
+            f"tool_choice is {tool_choice!r:.80}; it must be 'none', 'auto', 'required', or an object with type "
+            "'function' and the name of a function."
+        )
+    chosen = [tool for tool in tools if tool["function"]["name"] == function.get("name")]
+    if not chosen:
+        names = ", ".join(tool["function"]["name"] for tool in tools)
+        raise RequestError(f"tool_choice.function.name is {function.get('name')!r:.80}; the tools are {names}.")
+    return chosen
+
+
+def tool_grammar(
+    tools: Any,
+    tool_choice: Any,
+    format: str,
+    *,
+    parallel_tool_calls: bool = True,
+    special_ids: Mapping[str, int] | None = None,
+) -> StructuredOutputs | None:
+    """What an answer must look like if `tool_choice` asks for calls; None if it does not.
+
+    "required" takes one call or more (one, without `parallel_tool_calls`), a named tool exactly one. `special_ids` are
+    the tokenizer's special tokens by name: a tag among them must be that token, and not its letters.
+    """
+    how = format_named(format)
+    chosen = chosen_tools(checked_tools(tools), tool_choice)
+    if chosen is None:
+        return None
+    rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(chosen)))]
+    for i, tool in enumerate(chosen):
+        name = json.dumps(tool["function"]["name"])
+        head = json.dumps(f'{{"name": {name}, "{how.arguments}": ')
+        rules.append(f'call_{i}: {head} arguments_{i} "}}"')
+        rules.append(f"arguments_{i}: %json {json.dumps(_arguments(tool['function']))}")
+    opens, closes = (_literal(tag, special_ids or {}) for tag in (how.opens, how.closes))
+    several = parallel_tool_calls and tool_choice == "required"
+    one = "call" if how.bare or how.as_list else f"{opens} call {closes}"
+    calls = f"{one} ({json.dumps(how.between)} {one})*" if several else one
+    start = f'{opens} "[" {calls} "]"' if how.as_list else calls
+    return StructuredOutputs(grammar="\n".join([f"start: {start}", *rules]))
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: a tool that lists its parameters takes no others, unless it says so."""
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    if not schema.keys() & {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}:
+        schema["additionalProperties"] = "properties" not in schema
+    return with_options(schema)
+
+
+def _literal(text: str, special_ids: Mapping[str, int]) -> str:
+    """Text in Lark, its special tokens by their ids."""
+    names = "|".join(map(re.escape, special_ids)) or "(?!)"
+    parts = re.split(f"({names})", text)
+    return " ".join(f"<[{special_ids[part]}]>" if part in special_ids else json.dumps(part) for part in parts if part)
