@@ -1,5 +1,6 @@
 """The whole chain, for requests of all kinds in one batch: against NumPy, vLLM's formulas, transformers, statistics."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from arrays import assert_drawn_from, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyserve import LLM
 from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Sequence
@@ -231,6 +233,27 @@ def test_log_probabilities_are_of_the_models_own_logits() -> None:
     assert list(sampled.logprobs)[:5] == best.tolist()
     for token, value in sampled.logprobs.items():
         assert value == pytest.approx(own[token], abs=1e-5)
+
+
+def test_requests_of_all_kinds_share_a_model(llm_of: Callable[..., LLM]) -> None:
+    """Each answers as if it were alone, and its log-probabilities are those of `LLM.logits`, whatever it asks for."""
+    llm, prompt = llm_of("llama"), [5, 9, 5, 60]
+    params = [
+        SamplingParams(**{"seed": i, "max_tokens": 20, "logprobs": 2, "stop_token_ids": [17]} | options)
+        for i, options in enumerate([*OPTIONS, *OPTIONS])
+    ]
+    together = [output.outputs[0] for output in llm.generate([prompt] * len(params), params)]
+    for one_of_them, asked in zip(together, params, strict=True):
+        [alone] = llm.generate([prompt], asked)
+        assert one_of_them == alone.outputs[0]
+        rows = llm.logits(prompt + one_of_them.token_ids)[len(prompt) - 1 : -1].astype(np.float64)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        assert one_of_them.logprobs is not None
+        for row, entry in zip(rows, one_of_them.logprobs, strict=True):
+            for token, value in entry.items():
+                assert value == pytest.approx(row[token], abs=1e-5)
+    assert together[7].token_ids != together[1].token_ids
+    assert set(together[6].token_ids) <= {5, 8}
 
 
 # --- one step of it at a time ---------------------------------------------------------------------------------------
