@@ -124,7 +124,6 @@ def test_what_ends_a_sequence() -> None:
     assert (answer(END).finish_reason, answer(END).output_token_ids) == ("stop", [1, END])
     assert (answer(END, ignore_eos=True).finish_reason, answer(END, ignore_eos=True).num_output) == ("length", 4)
     assert (answer(7, stop_token_ids=[7]).finish_reason, answer(7, stop_token_ids=[7]).num_output) == ("stop", 2)
-    assert answer(END, ignore_eos=True, stop_token_ids=[END]).finish_reason == "stop"
 
 
 def test_the_context_ends_a_sequence() -> None:

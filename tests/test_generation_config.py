@@ -41,11 +41,12 @@ def model(folder_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pat
 
 def test_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    written = transformers.GenerationConfig(**SAMPLES, max_new_tokens=99, eos_token_id=[5, 6], repetition_penalty=1.1)
+    ours = SAMPLES | {"typical_p": 0.95, "repetition_penalty": 1.1}
+    written = transformers.GenerationConfig(**ours, max_new_tokens=99, eos_token_id=[5, 6], no_repeat_ngram_size=3)
     written.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "generation_config.json").read_text())
     assert GenerationConfig.parse(raw, "x") == GenerationConfig(
-        source="x", **SAMPLES, max_new_tokens=99, eos_token_ids=(5, 6), not_obeyed=("repetition_penalty 1.1",)
+        source="x", **ours, max_new_tokens=99, eos_token_ids=(5, 6), not_obeyed=("no_repeat_ngram_size 3",)
     )
     transformers.GenerationConfig().save_pretrained(tmp_path)
     plain = json.loads((tmp_path / "generation_config.json").read_text())
@@ -53,19 +54,26 @@ def test_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
 
 
 def test_nothing_is_drawn_unless_the_file_asks_to_sample() -> None:
-    numbers = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}
-    assert GenerationConfig.parse(numbers, "x").sampling() == {"max_tokens": 7}
+    """A repetition penalty is for greedy answers too."""
+    numbers = {"temperature": 0.6, "typical_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 7}
+    assert GenerationConfig.parse(numbers, "x").sampling() == {"repetition_penalty": 1.1, "max_tokens": 7}
     assert GenerationConfig.parse(numbers | {"do_sample": True}, "x").sampling() == {
-        "temperature": 0.6, "top_p": 0.9, "max_tokens": 7,
+        "temperature": 0.6, "typical_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 7,
     }  # fmt: skip
 
 
 def test_only_what_would_change_an_answer_is_said_to_be_left_out() -> None:
-    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "typical_p": None, "top_h": None}
+    neutral = {
+        "encoder_repetition_penalty": 1.0,
+        "num_beams": 1,
+        "suppress_tokens": [],
+        "typical_p": None,
+        "top_h": None,
+    }
     assert GenerationConfig.parse(neutral, "x").not_obeyed == ()
-    loud = {"num_beams": 4, "suppress_tokens": [1], "typical_p": 0.5, "no_repeat_ngram_size": 3}
+    loud = {"num_beams": 4, "suppress_tokens": [1], "epsilon_cutoff": 0.5, "no_repeat_ngram_size": 3}
     assert set(GenerationConfig.parse(loud, "x").not_obeyed) == {
-        "num_beams 4", "suppress_tokens [1]", "typical_p 0.5", "no_repeat_ngram_size 3",
+        "num_beams 4", "suppress_tokens [1]", "epsilon_cutoff 0.5", "no_repeat_ngram_size 3",
     }  # fmt: skip
 
 
@@ -76,6 +84,7 @@ def test_only_what_would_change_an_answer_is_said_to_be_left_out() -> None:
         ({"temperature": "hot"}, "'temperature' must be a finite number, but it is 'hot'"),
         ({"do_sample": True, "temperature": -1}, "temperature is -1.0; it must be"),
         ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5; it must be"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be"),
         ({"top_k": 2.5}, "'top_k' must be an integer, but it is 2.5"),
         ({"max_new_tokens": 0}, "'max_new_tokens' must be at least 1, but it is 0"),
         ({"eos_token_id": "</s>"}, "'eos_token_id' must be a token id or a list of them, but it is '</s>'"),
@@ -116,9 +125,8 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     metadata = checkpoints.gguf_metadata(raw) | {f"general.sampling.{name}": n for name, n in sampling.items()}
     file = checkpoints.write_gguf(tmp_path / "m.gguf", "llama", metadata, checkpoints.gguf_tensors(raw))
     llm = LLM(file)
-    expected = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.05)
+    expected = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1)
     assert llm.get_default_sampling_params() == expected
-    assert llm.generation_config.not_obeyed == ("repetition_penalty 1.1",)
     assert llm.end_tokens == {checkpoints.EOS: ["metadata"]}
     packing.write(str(file), tmp_path / "packed", "int8")
     packed = LLM(tmp_path / "packed")
@@ -148,13 +156,21 @@ def test_ask_obeys_the_file_and_a_flag_comes_first(shell: Shell, model: Callable
     assert ids(shell, folder, "Hello", "--raw", "--seed", "5") == own.outputs[0].token_ids
     assert ids(shell, folder, "Hello", "--raw", "--temp", "0") == greedy.outputs[0].token_ids
     assert ids(shell, folder, "Hello", "--raw", "--seed", "5", "--top-k", "1") == greedy.outputs[0].token_ids
+    (other,) = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=12, repetition_penalty=0.1))
+    assert other.outputs[0].token_ids != greedy.outputs[0].token_ids
+    flags = "--raw", "--temp", "0", "--repetition-penalty", "0.1"
+    assert ids(shell, folder, "Hello", *flags) == other.outputs[0].token_ids
+    (typical,) = llm.generate("Hello", SamplingParams(**params, typical_p=0.2))
+    assert typical.outputs[0].token_ids != own.outputs[0].token_ids
+    flags = "--raw", "--seed", "5", "--typical-p", "0.2"
+    assert ids(shell, folder, "Hello", *flags) == typical.outputs[0].token_ids
     assert ids(shell, folder, "Hello", "--raw", "--temp", "0", "--max-tokens", "3") == greedy.outputs[0].token_ids[:3]
     quiet = model(temperature=2.0)  # and does not ask to sample
     assert ids(shell, quiet, "Hello", "--raw", "--max-tokens", "12") == greedy.outputs[0].token_ids
 
 
 def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable[..., Path]) -> None:
-    folder = model(**SAMPLES, eos_token_id=7, repetition_penalty=1.1)
+    folder = model(**SAMPLES, eos_token_id=7, repetition_penalty=1.1, num_beams=4)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     said = shell("ask", folder, "Hello", "--top-k", "3", "--seed", "1", "--verbose", "--quiet")
     assert said.code == 0
@@ -165,10 +181,12 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
         "top_p        0.9  [generation_config.json]",
         "top_k        3  [--top-k]",
         "min_p        0.05  [generation_config.json]",
+        "typical_p    1  [default]",
+        "repetition_penalty 1.1  [generation_config.json]",
         "max_tokens   122  [what is left; 256 by default]",
         f"ends at      7 {LLM(folder).tokenizer.token_bytes(7).decode(errors='replace')}  [generation_config.json]",
         "ends at      259 <|eos|>  [config.json]",
-        "not obeyed   repetition_penalty 1.1  [generation_config.json]",
+        "not obeyed   num_beams 4  [generation_config.json]",
     ]
     plain = shell("ask", model(do_sample=True), "H", "--raw", "--max-tokens", "200", "--verbose", "--quiet")
     prompt, cache, temperature = plain.err.splitlines()[:3]

@@ -39,7 +39,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
 
 
 def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **{"ignore_eos": True} | options)
+    goes_on = not options.keys() & {"stop", "stop_token_ids"}
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **{"ignore_eos": goes_on} | options)
 
 
 def answers(outputs: list[RequestOutput]) -> list[list[int]]:

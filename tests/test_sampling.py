@@ -2,20 +2,21 @@
 
 import numpy as np
 import pytest
+from arrays import assert_drawn_from
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinyserve.tensor import reference
-from tinyserve.tensor.sampling import CHUNK, log_probabilities, sample
+from tinyserve.tensor import reference_sampling as reference
+from tinyserve.tensor.sampling import CHUNK, keep, log_probabilities, sample
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 NEAR = 2e-6  # what rounding can do to a probability
 
 
-def arguments(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    kinds = (float, np.int64, float, float)
-    return [np.full(rows, x, kind) for x, kind in zip((temperature, top_k, top_p, min_p), kinds, strict=True)]
+def arguments(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
+    values, kinds = (temperature, top_k, top_p, min_p, typical_p), (float, np.int64, float, float, float)
+    return [np.full(rows, x, kind) for x, kind in zip(values, kinds, strict=True)]
 
 
 def logits_of(shape, vocab, seed):
@@ -49,34 +50,112 @@ def logits_of(shape, vocab, seed):
 SHAPES = ("plain", "flat", "tied", "tied, with two zeros", "one peak", "one left", "masked", "far from zero", "huge")
 
 
+VOCABULARIES = [1, 2, 15, 16, 17, 100, CHUNK - 1, CHUNK, CHUNK + 1, 1000, 5000]
+FILTERS = {
+    "shape": st.sampled_from(SHAPES),
+    "vocab": st.sampled_from(VOCABULARIES),
+    "temperature": st.sampled_from([1e-300, 1e-6, 0.1, 0.7, 1.0, 2.0, 100.0, 1e30]),
+    "top_k": st.sampled_from([-1, 0, 1, 2, 7, 40, 999, 10**9]),
+    "top_p": st.sampled_from([1e-300, 1e-6, 0.1, 0.5432, 0.9, 0.999, 1 - 1e-16, 1.0]),
+    "min_p": st.sampled_from([0.0, 1e-300, 1e-3, 0.1, 0.5, 1.0]),
+    "typical_p": st.sampled_from([1e-300, 0.1, 0.5432, 0.9, 0.999, 1.0]),
+    "seed": st.integers(0, 99),
+}
+
+
+def near(probability):
+    """What a limit on a sum of probabilities is, a rounding earlier and later."""
+    return sorted({probability * (1 - NEAR), probability, min(1.0, probability * (1 + NEAR))})
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    shape=st.sampled_from(SHAPES),
-    vocab=st.sampled_from([1, 2, 15, 16, 17, 100, CHUNK - 1, CHUNK, CHUNK + 1, 1000, 5000]),
-    temperature=st.sampled_from([1e-300, 1e-6, 0.1, 0.7, 1.0, 2.0, 100.0, 1e30]),
-    top_k=st.sampled_from([-1, 0, 1, 2, 7, 40, 999, 10**9]),
-    top_p=st.sampled_from([1e-300, 1e-6, 0.1, 0.5432, 0.9, 0.999, 1 - 1e-16, 1.0]),
-    min_p=st.sampled_from([0.0, 1e-300, 1e-3, 0.1, 0.5, 1.0]),
-    uniform=st.floats(0, 1, exclude_max=True),
-    seed=st.integers(0, 99),
-)
-@example("plain", 5000, 1.0, 0, 1.0, 0.0, 1 - 2**-53, 0)
-@example("masked", 1000, 1.0, 0, 1.0, 0.0, 1 - 2**-53, 0)
-@example("tied", 5000, 1.0, 999, 0.9, 0.0, 1 - 2**-53, 0)
-def test_the_kernel_is_its_twin(shape, vocab, temperature, top_k, top_p, min_p, uniform, seed):
+@given(**FILTERS, uniform=st.floats(0, 1, exclude_max=True))
+@example("plain", 5000, 1.0, 0, 1.0, 0.0, 1.0, 0, 1 - 2**-53)
+@example("masked", 1000, 1.0, 0, 1.0, 0.0, 1.0, 0, 1 - 2**-53)
+@example("tied", 5000, 1.0, 999, 0.9, 0.0, 1.0, 0, 1 - 2**-53)
+@example("tied", 5000, 1.0, 999, 0.9, 0.0, 0.5, 0, 1 - 2**-53)
+def test_the_kernel_is_its_twin(shape, vocab, temperature, top_k, top_p, min_p, typical_p, seed, uniform):
     """Or, where a sum ends within rounding of its limit, what the twin says a rounding further on."""
     logits = logits_of(shape, vocab, seed)[None]
-    [got] = sample(logits, *arguments(1, temperature, top_k, top_p, min_p), np.array([uniform]))
+    [got] = sample(logits, *arguments(1, temperature, top_k, top_p, min_p, typical_p), np.array([uniform]))
     assert np.isfinite(logits[0, got])
-    near = {
-        int(reference.sample(logits, *arguments(1, temperature, top_k, p, m), np.array([u]))[0])
-        for p in (top_p * (1 - NEAR), top_p, min(1.0, top_p * (1 + NEAR)))
-        for m in (min_p * (1 - NEAR), min_p)
+    twins = {
+        int(reference.sample(logits, *arguments(1, temperature, top_k, p, min_p, t), np.array([u]))[0])
+        for p in near(top_p)
+        for t in near(typical_p)
         for u in (max(0.0, uniform - NEAR), uniform, uniform + NEAR)
     }
-    assert min(near) <= got <= max(near)
-    if len(near) == 1:
-        assert got in near
+    assert min(twins) <= got <= max(twins)
+    if len(twins) == 1:
+        assert got in twins
+
+
+def kept(logits, *filters):
+    """The kernel's set, without what is impossible anyway."""
+    ids, values = keep(logits, logits.max(), *filters)
+    ids = ids if ids.size else np.arange(logits.size)
+    assert (np.diff(ids) > 0).all() and (logits[ids] == (values if values.size == ids.size else logits)).all()
+    return set(ids[logits[ids] > -np.inf].tolist())
+
+
+def kept_by_twin(logits, *filters):
+    ids = reference.keep(logits, *filters)
+    return set(ids[logits[ids] > -np.inf].tolist())
+
+
+@settings(max_examples=300, deadline=None)
+@given(**FILTERS)
+@example("huge", 1000, 100.0, 0, 1.0, 0.0, 0.5, 3)
+@example("one peak", 5000, 1e30, 0, 0.999, 0.0, 0.999, 3)
+def test_the_filters_keep_what_their_twins_keep(shape, vocab, temperature, top_k, top_p, min_p, typical_p, seed):
+    logits = logits_of(shape, vocab, seed)
+    twins = [
+        kept_by_twin(logits, temperature, top_k, p, min_p, t)
+        for p, t in {(p, t) for p in near(top_p) for t in near(typical_p)}
+    ]
+    got = kept(logits, temperature, top_k, top_p, min_p, typical_p)
+    assert set.intersection(*twins) <= got <= set.union(*twins)
+
+
+@pytest.mark.parametrize("vocab", [1, 17, 1000, 32_003])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 40}, {"min_p": 0.03}, {"top_p": 0.9}, {"typical_p": 0.9}, {"typical_p": 0.2},
+        {"top_k": 300, "min_p": 1e-4, "typical_p": 0.95, "top_p": 0.9},
+    ],
+    ids=lambda filters: "+".join(filters),
+)  # fmt: skip
+def test_the_kept_sets_are_equal_bit_for_bit(vocab, filters):
+    """On 40 rows of random logits none of these sums ends within rounding of its limit."""
+    for seed in range(40):
+        logits = logits_of("plain", vocab, seed)
+        given = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | filters
+        assert kept(logits, *given.values()) == kept_by_twin(logits, *given.values())
+
+
+@pytest.mark.parametrize(
+    "filters, warper",
+    [
+        ({"top_k": 40}, "TopKLogitsWarper"),
+        ({"min_p": 0.03}, "MinPLogitsWarper"),
+        ({"top_p": 0.9}, "TopPLogitsWarper"),
+        ({"typical_p": 0.9}, "TypicalLogitsWarper"),
+        ({"typical_p": 0.3}, "TypicalLogitsWarper"),
+    ],
+)
+def test_the_filters_keep_what_transformers_keeps(filters, warper):
+    """Its sums are float32 ones: of 200 rows a few may end a token earlier or later."""
+    torch = pytest.importorskip("torch")
+    theirs = getattr(pytest.importorskip("transformers").generation.logits_process, warper)
+    logits = np.random.default_rng(4).standard_normal((200, 3001), dtype=np.float32) * 3
+    [filtered] = [theirs(*filters.values())(None, torch.from_numpy(logits)).numpy()]
+    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | filters
+    differences = [
+        len(kept(row, *given.values()) ^ set(np.flatnonzero(np.isfinite(other)).tolist()))
+        for row, other in zip(logits, filtered, strict=True)
+    ]
+    assert max(differences) <= 1 and sum(differences) <= 3
 
 
 def test_the_twins_agree_nearly_always():
@@ -88,20 +167,32 @@ def test_the_twins_agree_nearly_always():
         random.choice([0, 1, 30, 300], 2000),
         random.choice([0.3, 0.9, 1.0], 2000),
         random.choice([0.0, 0.02], 2000),
+        random.choice([0.7, 1.0], 2000),
         random.random(2000),
     )
     assert (sample(logits, *given) != reference.sample(logits, *given)).sum() <= 3
 
 
-def exact(logits, temperature, top_k, top_p, min_p):
+def exact(logits, temperature, top_k, top_p, min_p, typical_p):
     """Each token's probability, token by token, as the papers put it."""
     weights = [float(np.exp(np.float64(x - max(logits)) / temperature)) for x in logits]
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    ranked = [i for i in ranked if weights[i] >= min_p * weights[ranked[0]]]
     if top_k:
         ranked = ranked[:top_k]
+    if typical_p < 1:
+        total = sum(weights[i] for i in ranked)
+        surprise = {i: -np.log(weights[i] / total) for i in ranked}
+        entropy = sum(weights[i] / total * surprise[i] for i in ranked)
+        typical, mass = [], 0.0
+        for i in sorted(ranked, key=lambda i: abs(surprise[i] - entropy)):
+            if mass / total < typical_p:
+                typical.append(i)
+            mass += weights[i]
+        ranked = [i for i in ranked if i in typical]
     total, kept, mass = sum(weights[i] for i in ranked), [], 0.0
     for i in ranked:
-        if mass / total < top_p and weights[i] >= min_p * weights[ranked[0]]:
+        if mass / total < top_p:
             kept.append(i)
         mass += weights[i]
     probabilities = np.zeros(len(logits))
@@ -110,26 +201,27 @@ def exact(logits, temperature, top_k, top_p, min_p):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p, min_p",
-    [(1, 0, 1, 0), (0.5, 0, 1, 0), (3, 0, 1, 0), (1, 5, 1, 0), (1, 0, 0.8, 0), (1, 0, 1, 0.1), (1.3, 20, 0.9, 0.05)],
+    "temperature, top_k, top_p, min_p, typical_p",
+    [
+        (1, 0, 1, 0, 1),
+        (0.5, 0, 1, 0, 1),
+        (3, 0, 1, 0, 1),
+        (1, 5, 1, 0, 1),
+        (1, 0, 0.8, 0, 1),
+        (1, 0, 1, 0.1, 1),
+        (1, 0, 1, 0, 0.7),
+        (1.3, 20, 0.9, 0.05, 1),
+        (1.3, 40, 0.9, 0.01, 0.8),
+    ],
 )
-def test_tokens_come_as_often_as_they_should(temperature, top_k, top_p, min_p):
+def test_tokens_come_as_often_as_they_should(temperature, top_k, top_p, min_p, typical_p):
     """Chi-square over 40,000 draws: the seed is fixed, and one in a few million would fail."""
     random, draws = np.random.default_rng(5), 40_000
     logits = (random.standard_normal(300) * 2).astype(np.float32)
     logits[7] = logits[200] = logits.max() - 1  # equals
-    given = arguments(draws, temperature, top_k, top_p, min_p)
-    ids = sample(np.tile(logits, (draws, 1)), *given, random.random(draws))
-    expected = draws * exact(logits, temperature, top_k, top_p, min_p)
-    counts = np.bincount(ids, minlength=300)
-    assert not counts[expected == 0].any()
-    rare = expected < 10  # together in one class
-    classes = [*zip(counts[~rare], expected[~rare], strict=True), (counts[rare].sum(), expected[rare].sum())]
-    classes = [(count, share) for count, share in classes if share > 0]
-    freedom = len(classes) - 1
-    assert freedom >= 4
-    statistic = sum((count - share) ** 2 / share for count, share in classes)
-    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+    given = temperature, top_k, top_p, min_p, typical_p
+    ids = sample(np.tile(logits, (draws, 1)), *arguments(draws, *given), random.random(draws))
+    assert_drawn_from(exact(logits, *given), ids)
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -165,6 +257,7 @@ def test_a_row_does_not_depend_on_its_batch():
         random.choice([0, 50], 40),
         random.choice([0.7, 1.0], 40),
         random.choice([0.0, 0.1], 40),
+        random.choice([0.8, 1.0], 40),
         random.random(40),
     ]
     together = sample(logits, *given)

@@ -118,8 +118,9 @@ class LLM:
             with _jit.one_at_a_time(self.num_threads):
                 self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
             self._runner = ModelRunner(
-                self.model, plan.num_blocks, block_size, self.num_threads, self.kv_cache_dtype, plan.num_states
-            )
+                self.model, plan.num_blocks, block_size, self.num_threads, self.kv_cache_dtype, plan.num_states,
+                files.eos_token_ids,
+            )  # fmt: skip
             self._runner.compile_kernels(
                 f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
                 waiting=lambda: self._progress("wait", 0, 0),
@@ -292,6 +293,7 @@ class LLM:
         Raises RequestError for a prompt that cannot be served.
         """
         ids = self._encode(prompt)
+        params.check_vocabulary(self.config.vocab_size)
         text = prompt if isinstance(prompt, str) else None
         first = self._engine.make(ids, params, priority)
         answers = []

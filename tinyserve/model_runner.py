@@ -1,10 +1,11 @@
-"""From scheduled sequences to sampled tokens: builds the batch, runs the model, samples. Owns the cache.
+"""From scheduled sequences to sampled tokens: builds the batch, runs the model, has it sampled. Owns the cache.
 
 The highest floor that knows arrays. It does not choose what runs, and has never heard of text.
 """
 
 import os
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,10 +17,10 @@ from tinyserve.errors import UserError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KV_DTYPES, KVCache
+from tinyserve.sampler import Sampler
 from tinyserve.sequence import Sampled, Scheduled, Sequence
 from tinyserve.shapes import state_bytes_per_sequence, weight_bytes
 from tinyserve.tensor import _jit
-from tinyserve.tensor.sampling import log_probabilities, sample
 
 Array = np.ndarray
 
@@ -37,11 +38,13 @@ class ModelRunner:
         num_threads: int | None = None,
         kv_cache_dtype: str = "float32",
         num_states: int = 1,
+        eos_token_ids: frozenset[int] = frozenset(),
     ):
         self.model = model
         self.num_threads = _jit.set_threads(num_threads)
         # States for running sequences and for snapshots, and the last one for `logits`.
         self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
+        self.sampler = Sampler(eos_token_ids)
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
@@ -115,31 +118,8 @@ class ModelRunner:
         state_slots = np.array([sequence.state_slot for sequence, _ in work])
         return Batch(token_ids, positions, slots, sequence_of, tables, rows, state_slots)
 
-    def _sample(self, sequences: list[Sequence], logits: Array) -> list[Sampled]:
-        params, vocab = [sequence.params for sequence in sequences], logits.shape[1]
-        token_ids = sample(
-            logits,
-            np.array([p.temperature for p in params], np.float64),
-            np.array([min(p.top_k, vocab) for p in params], np.int64),
-            np.array([p.top_p for p in params], np.float64),
-            np.array([p.min_p for p in params], np.float64),
-            np.array([self._uniform(sequence) for sequence in sequences]),
-        )
-        damage = "The model computed logits that are not numbers: its weights are damaged."
-        results = [Sampled(int(token)) if token >= 0 else Sampled(-1, error=damage) for token in token_ids]
-        wanted = [row for row, p in enumerate(params) if p.logprobs is not None and token_ids[row] >= 0]
-        if wanted:
-            counts = np.array([params[row].logprobs for row in wanted], np.int64)
-            found = log_probabilities(logits[wanted], token_ids[wanted], counts)
-            for row, logprobs in zip(wanted, found, strict=True):
-                results[row] = results[row]._replace(logprobs=logprobs)
-        return results
-
-    def _uniform(self, sequence: Sequence) -> float:
-        """A request's next random number: one that is greedy needs none."""
-        if sequence.params.temperature == 0:
-            return 0.0
-        return np.random.Generator(np.random.Philox(key=sequence.seed, counter=sequence.num_output)).random()
+    def _sample(self, sequences: list[Sequence], logits: Array, masks: SequenceOf[Array | None] = ()) -> list[Sampled]:
+        return self.sampler.sample(sequences, logits, masks)
 
 
 class _Tokens(Protocol):

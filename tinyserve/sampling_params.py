@@ -1,8 +1,9 @@
 """How one request is decoded, under vLLM's names. Plain data: nothing here samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from operator import index
 from typing import Any, Self
 
@@ -14,30 +15,51 @@ class SamplingParams:
     """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range.
 
     n: how many answers to give; answer i of a request with a seed draws from seed + i.
+    best_of: give the n likeliest of this many answers; None is n.
     temperature: 0 is greedy; higher is more random.
     top_p: keep the most likely tokens that together have this probability.
     top_k: keep this many of the most likely tokens; 0 keeps all.
     min_p: keep tokens at least this probable relative to the most likely one.
+    typical_p: keep the tokens of the most usual surprise that together have this probability.
+    repetition_penalty: above 1 makes tokens of prompt and answer less likely, below 1 more.
+    frequency_penalty: take this off a token's logit for each time the answer has it.
+    presence_penalty: take this off a token's logit if the answer has it.
+    logit_bias: add this to the logit of a token id.
+    allowed_token_ids: no tokens but these; None is all.
+    banned_token_ids: none of these tokens.
     seed: the same seed and prompt give the same answer; None is different every time.
     max_tokens: at most this many new tokens (16, as in vLLM: raise it for answers).
-    stop: texts that end the answer; they are not part of it.
+    min_tokens: no token that ends the answer before there are this many.
+    stop: texts that end the answer; they are not part of it, unless include_stop_str_in_output.
     stop_token_ids: tokens that end the answer, beside the model's own.
     ignore_eos: go on past the model's end token.
     logprobs: return the log-probabilities of this many most likely tokens, and of the chosen one, at each step.
+    prompt_logprobs: the same for each token of the prompt but the first.
     skip_special_tokens: leave special tokens out of the text.
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    banned_token_ids: tuple[int, ...] | list[int] = ()
     seed: int | None = None
     max_tokens: int = 16
+    min_tokens: int = 0
     stop: tuple[str, ...] | list[str] | str = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __new__(cls, **options: Any) -> Self:
@@ -49,41 +71,61 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
+        for name, kind in _LISTS.items():
             value = getattr(self, name)
             if isinstance(value, kind):
                 object.__setattr__(self, name, (value,))
             elif isinstance(value, list | tuple) or value is None:
-                object.__setattr__(self, name, tuple(value or ()))
+                if value is not None or name != "allowed_token_ids":
+                    object.__setattr__(self, name, tuple(value or ()))
             else:
-                raise RequestError(f"{name} is {value!r}; it must be a list.")
-        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-            ("n", lambda n: _whole(n) >= 1, "a whole number of at least 1"),
-            ("temperature", lambda t: 0 <= t < float("inf"), "a finite number of at least 0 (0 is greedy)"),
-            ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-            ("top_k", lambda k: _whole(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
-            ("min_p", lambda p: 0 <= p <= 1, "between 0 and 1"),
-            ("max_tokens", lambda n: _whole(n) >= 1, "a whole number of at least 1"),
-            ("seed", lambda n: n is None or _whole(n) >= 0, "a whole number of at least 0"),
-            ("logprobs", lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100"),
-            ("stop", lambda texts: all(map(_is_text, texts)), "texts of at least one character"),
-            ("ignore_eos", lambda yes: yes is bool(yes), "True or False"),
-            ("skip_special_tokens", lambda yes: yes is bool(yes), "True or False"),
-            ("stop_token_ids", lambda ids: all(_whole(i) >= 0 for i in ids), "token ids, whole numbers from 0 on"),
-        )
-        for name, holds, range_ in rules:
+                raise RequestError(f"{name} is {value!r:.200}; it must be a list.")
+        for name, (holds, range_) in _RULES.items():
             value = getattr(self, name)
             try:
                 good = holds(value)
             except (TypeError, ValueError):
                 good = False
             if not good:
-                raise RequestError(f"{name} is {value!r}; it must be {range_}.")
+                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.")
+        if self.logit_bias is not None:  # JSON has no whole numbers for keys
+            object.__setattr__(self, "logit_bias", {int(token): bias for token, bias in self.logit_bias.items()})
+        for contradiction in self._contradictions():
+            raise RequestError(contradiction)
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.min_tokens > self.max_tokens:
+            yield f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}: an answer cannot be both."
+        if self.best_of is not None and self.best_of < self.n:
+            yield f"best_of is {self.best_of} and n {self.n}: there must be at least as many answers to choose from."
+        if self.allowed_token_ids is not None and set(self.allowed_token_ids) <= set(self.banned_token_ids):
+            yield "banned_token_ids has every token of allowed_token_ids: none is left to choose from."
+        for name in ("stop", "stop_token_ids"):
+            if self.ignore_eos and getattr(self, name):
+                yield f"{name} is {getattr(self, name)!r:.200} and ignore_eos True: leave out one of the two."
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise RequestError for a token id that a model of this vocabulary does not have, naming the parameter."""
+        for name in ("logit_bias", "allowed_token_ids", "banned_token_ids"):
+            for token in getattr(self, name) or ():
+                if token >= size:
+                    raise RequestError(f"{name} has token id {token}, and the model's vocabulary ends at {size - 1}.")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, whatever was given."""
         return tuple(self.stop)
+
+    @cached_property
+    def penalises(self) -> bool:
+        """Whether tokens that have been said are less likely, or more."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether there is anything to do before the temperature."""
+        lists = self.logit_bias or self.banned_token_ids or self.allowed_token_ids is not None
+        return bool(lists) or self.min_tokens > 0 or self.penalises
 
 
 def _whole(number: Any) -> int:
@@ -95,3 +137,56 @@ def _whole(number: Any) -> int:
 
 def _is_text(text: Any) -> bool:
     return isinstance(text, str) and bool(text)
+
+
+def _are_token_ids(ids: Any) -> bool:
+    return all(_whole(i) >= 0 for i in ids)
+
+
+def _are_biases(biases: Any) -> bool:
+    if not isinstance(biases, Mapping):
+        raise TypeError
+    ids = [int(token) if isinstance(token, str) else token for token in biases]
+    return _are_token_ids(ids) and all(-100 <= bias <= 100 for bias in biases.values())
+
+
+_LISTS = {"stop": str, "stop_token_ids": int, "allowed_token_ids": int, "banned_token_ids": int}
+
+_INFINITY = float("inf")
+_TOKEN_IDS = "token ids, whole numbers from 0 on"
+_PENALTY = (lambda p: -2 <= p <= 2, "between -2 and 2 (0 is off)")
+_SHARE = (lambda p: 0 < p <= 1, "above 0 and at most 1")
+_COUNT = (lambda n: _whole(n) >= 1, "a whole number of at least 1")
+_LOGPROBS = (lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100")
+_SWITCH = (lambda yes: yes is bool(yes), "True or False")
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "n": _COUNT,
+    "best_of": (lambda n: n is None or _whole(n) >= 1, "a whole number of at least 1"),
+    "temperature": (lambda t: 0 <= t < _INFINITY, "a finite number of at least 0 (0 is greedy)"),
+    "top_p": _SHARE,
+    "top_k": (lambda k: _whole(k) >= -1, "a whole number: at least 1, or 0 for all tokens"),
+    "min_p": (lambda p: 0 <= p <= 1, "between 0 and 1"),
+    "typical_p": _SHARE,
+    "repetition_penalty": (lambda p: 0 < p < _INFINITY, "a finite number above 0 (1 is off)"),
+    "frequency_penalty": _PENALTY,
+    "presence_penalty": _PENALTY,
+    "logit_bias": (
+        lambda biases: biases is None or _are_biases(biases),
+        "a mapping of token ids to numbers between -100 and 100",
+    ),
+    "allowed_token_ids": (
+        lambda ids: ids is None or (len(ids) > 0 and _are_token_ids(ids)),
+        f"{_TOKEN_IDS}, at least one; None allows all",
+    ),
+    "banned_token_ids": (_are_token_ids, _TOKEN_IDS),
+    "seed": (lambda n: n is None or _whole(n) >= 0, "a whole number of at least 0"),
+    "max_tokens": _COUNT,
+    "min_tokens": (lambda n: _whole(n) >= 0, "a whole number of at least 0"),
+    "stop": (lambda texts: all(map(_is_text, texts)), "texts of at least one character"),
+    "include_stop_str_in_output": _SWITCH,
+    "stop_token_ids": (_are_token_ids, _TOKEN_IDS),
+    "ignore_eos": _SWITCH,
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "skip_special_tokens": _SWITCH,
+}

@@ -40,6 +40,21 @@ MinP = Annotated[
         help="Draw from tokens at least this probable relative to the best.  [default: the model's own, else 0]",
     ),
 ]
+TypicalP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="Draw from the tokens of the most usual surprise, of this total probability.  "
+        "[default: the model's own, else 1]",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="Above 1, what has been said is less likely.  [default: the model's own, else 1]",
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Tell on stderr how it is decoded, who has decided it, and where it ends."),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tinyserve.sampling_params import SamplingParams
 
 DEFAULT = "default"
-_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def decide(llm: "LLM", options: Mapping[str, Any], prompt: str | list[int], max_
     assert llm.tokenizer is not None  # only synthetic weights have none
     prompt_tokens = len(llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     model = llm.generation_config
-    fallback = {"temperature": 1.0 if model.do_sample else 0.0, **_NEUTRAL, "max_tokens": max_tokens}
+    fallback = {"temperature": 1.0 if model.do_sample else 0.0, **_NEUTRAL, "repetition_penalty": 1.0}
+    fallback["max_tokens"] = max_tokens
     file = Path(model.source).name
     values, origins = dict(options), {}
     for name, value in fallback.items():
@@ -70,6 +71,8 @@ def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
     ]
     if params.temperature:
         lines += [(name, f"{getattr(params, name):g}") for name in _NEUTRAL]
+    if params.penalises:
+        lines.append(("repetition_penalty", f"{params.repetition_penalty:g}"))
     lines.append(("max_tokens", str(params.max_tokens)))
     lines = [(name, f"{words}  [{origins[name]}]" if name in origins else words) for name, words in lines]
     assert llm.tokenizer is not None

@@ -12,7 +12,19 @@ import typer
 
 from tinyserve import presets
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
-from tinyserve.cli._options import Dtype, MinP, Seed, System, Temperature, Threads, TopK, TopP, Verbose
+from tinyserve.cli._options import (
+    Dtype,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    TypicalP,
+    Verbose,
+)
 from tinyserve.cli._sampling import given
 from tinyserve.errors import UserError
 
@@ -88,11 +100,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with t
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 
 
+SAMPLING = (
+    "temperature", "max_tokens", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "seed", "stop",
+)  # fmt: skip
+
+
 def _ask(model: str, prompt: str | None, options: dict[str, Any]) -> None:
     """Build the question and have it answered; `options` are the flags by name."""
-    sampling = {
-        name: options[name] for name in ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "stop")
-    }
+    sampling = {name: options[name] for name in SAMPLING}
     given(**sampling)
     rest = {name: options[name] for name in ("system", "raw", "dtype", "threads", "quiet", "verbose")}
     answer(Question(model, read_prompt(prompt, model), sampling, json=options["json_"], **rest))
@@ -109,6 +124,8 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         top_k: TopK = None,
         top_p: TopP = None,
         min_p: MinP = None,
+        typical_p: TypicalP = None,
+        repetition_penalty: RepetitionPenalty = None,
         seed: Seed = None,
         stop: Stop = None,
         system: System = None,
@@ -151,6 +168,8 @@ def any_model(
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
     system: System = None,

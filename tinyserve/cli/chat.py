@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets
-from tinyserve.cli._options import Dtype, MinP, Model, Seed, System, Temperature, Threads, TopK, TopP, Verbose
+from tinyserve.cli._options import (
+    Dtype,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    System,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    TypicalP,
+    Verbose,
+)
 from tinyserve.cli._sampling import decide, explain, given
 from tinyserve.errors import TinyserveError, UserError
 
@@ -32,6 +45,8 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -51,7 +66,7 @@ def chat(
 
     sampling: dict[str, Any] = {
         "temperature": temperature, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "seed": seed,
+        "typical_p": typical_p, "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     given(**sampling)
     llm, start = load(model, dtype, threads, max_num_seqs=1)

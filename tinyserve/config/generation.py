@@ -11,12 +11,11 @@ from tinyserve.config.base import Fields
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
 # What else changes an answer in transformers, and the values that leave it as it is.
 _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
-    "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "top_h": (),
@@ -42,9 +41,11 @@ class GenerationConfig:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    not_obeyed: tuple[str, ...] = ()  # "repetition_penalty 1.1": what would change answers and is not built
+    not_obeyed: tuple[str, ...] = ()  # "num_beams 4": what would change answers and is not built
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], source: str) -> Self:
@@ -61,7 +62,7 @@ class GenerationConfig:
                 for key, neutral in _NOT_BUILT.items()
                 if fields.has(key) and raw[key] not in neutral
             ),
-            **{key: fields.number(key, positive=False) for key in ("temperature", "top_p", "min_p") if fields.has(key)},
+            **{key: fields.number(key, positive=False) for key in _NUMBERS if fields.has(key)},
         )
         try:
             SamplingParams(**config.sampling())
@@ -71,12 +72,13 @@ class GenerationConfig:
 
     def sampling(self) -> dict[str, Any]:
         """What of SamplingParams the file decides: nothing of the drawing unless it asks to sample."""
-        values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        drawn = {name: value for name, value in values.items() if self.do_sample and value is not None}
-        return drawn | ({"max_tokens": self.max_new_tokens} if self.max_new_tokens is not None else {})
+        drawn = ("temperature", "top_p", "top_k", "min_p", "typical_p") if self.do_sample else ()
+        values = {name: getattr(self, name) for name in (*drawn, "repetition_penalty")}
+        values["max_tokens"] = self.max_new_tokens
+        return {name: value for name, value in values.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
         """The file again, as far as it is read here."""
-        keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
+        keys = (*_NUMBERS, "top_k", "max_new_tokens")
         values = {key: value for key in keys if (value := getattr(self, key)) is not None}
         return {"do_sample": self.do_sample, **values, "eos_token_id": list(self.eos_token_ids)}

@@ -1,8 +1,26 @@
-"""From logits to a token: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+"""From logits to a token: greedy, or drawn from what is left when each filter has had its say.
 
-Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024, arXiv:2407.01082 (min-p). A row's answer depends on
-its own logits and its own random number. Nothing is sorted: what top-k and top-p keep is everything above one logit,
-and the first few that equal it, and that logit is found by its bits.
+The chain, in vLLM's order; what a request does not ask for is passed over:
+
+    1. the grammar's mask, then `allowed_token_ids`: no other token (logits_processors.py, and so to 5)
+    2. `banned_token_ids`: none of these
+    3. `logit_bias` is added
+    4. `min_tokens`: no token that ends an answer, as long as there are fewer
+    5. `repetition_penalty` on the tokens of prompt and answer, then `frequency_penalty` and `presence_penalty` on
+       those of the answer
+    6. temperature 0: the largest logit, and nothing of what follows. Else logits are divided by the temperature
+    7. `min_p`: tokens at least this probable relative to the likeliest
+    8. `top_k`: so many of the likeliest
+    9. `typical_p`: those whose surprise is nearest to the expected one, until they have this probability
+    10. `top_p`: the likeliest, until they have this probability
+    11. one is drawn by its share of what is left
+
+Each filter takes probabilities among the tokens that the one before it has left. Log-probabilities are of the model's
+own logits, before all of it.
+
+Meister et al. 2022, arXiv:2202.00666 (typical_p); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Nguyen et al. 2024,
+arXiv:2407.01082 (min_p). A row's answer depends on its own logits and its own random number. Nothing is sorted: what a
+filter keeps is everything above one number, and that number is found by its bits.
 
 Weights, e^((logit - largest) / temperature), are float32 and added up in chunks, the chunks in float64. Probabilities
 are right to about a part in a million, which is what a logit's own rounding does to them.
@@ -14,8 +32,11 @@ from numba import prange
 from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.simd import (
     LANES,
+    bits_at_least,
     exp,
+    first_bit,
     first_lanes,
+    fma,
     load,
     load_first,
     max_lane,
@@ -23,7 +44,6 @@ from tinyserve.tensor.simd import (
     splat,
     store_first,
     sum_lanes,
-    zero_below,
 )
 
 Array = np.ndarray
@@ -31,21 +51,25 @@ Array = np.ndarray
 CHUNK = 256  # logits that have a largest one and a sum of weights of their own
 LEVELS = ((21, 11), (10, 11), (0, 10))  # how the 32 bits of a float are looked at: from which bit on, and how many
 BUCKETS = 1 << 11
+EVERY_LANE = (1 << LANES) - 1
 SLACK = 1e-3  # what rounding can do to the logarithm of a weight, generously
 
 
-def sample(logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, uniform: Array) -> Array:
+def sample(
+    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, typical_p: Array, uniform: Array
+) -> Array:
     """logits (rows, vocab) float32 -> a token id for each row (rows,) int64; -1 where the largest is no finite number.
 
-    temperature, top_p, min_p and uniform (rows,) float64, top_k (rows,) int64. Temperature 0 takes the largest, the
-    first of equals; otherwise `uniform`, in [0, 1), chooses among those that are left in the order of their ids.
-    top_k 0 and below keeps all, and top_p adds up the likeliest in that order, of equals the lower id first.
+    temperature, top_p, min_p, typical_p and uniform (rows,) float64, top_k (rows,) int64. Temperature 0 takes the
+    largest, the first of equals; otherwise `uniform`, in [0, 1), chooses among those that are left in the order of
+    their ids. top_k 0 and below, top_p 1, min_p 0 and typical_p 1 keep all. Of equals top_k and top_p take the lower id
+    first; typical_p keeps all that are as near as the last one.
     """
     ids = logits.argmax(axis=1)  # a nan counts as the largest
     largest = logits[np.arange(len(ids)), ids]
     # Whoever only takes the largest has no kernel to wait for.
     if temperature.any():
-        _sample(logits, largest, temperature, top_k, top_p, min_p, uniform, ids)
+        _sample(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, ids)
     ids[~np.isfinite(largest)] = -1
     return ids
 
@@ -66,34 +90,59 @@ def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[
 
 
 @parallel_kernel
-def _sample(logits, largest, temperature, top_k, top_p, min_p, uniform, ids):
+def _sample(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn):
     for m in prange(logits.shape[0]):
-        _sample_row(logits, largest, temperature, top_k, top_p, min_p, uniform, ids, np.int64(m))
+        _sample_row(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, np.int64(m))
 
 
 @kernel
-def _sample_row(logits, largest, temperature, top_k, top_p, min_p, uniform, drawn, m):
+def _sample_row(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, m):
     if temperature[m] == 0 or not np.isfinite(largest[m]):
         return
-    row, peak = logits[m], largest[m]
-    # Past these, weights are what they would be at infinity or zero, and the inverse is a float32.
-    warmth = min(1e37, max(1e-37, temperature[m]))
-    inverse = np.float32(1.0 / warmth)
-    ids, values = np.empty(0, np.int64), row
-    if 0 < top_k[m] < row.size:
-        ids, values = _likeliest(row, _peaks(row), top_k[m])
-    if top_p[m] < 1:
-        weights, _, total = _weigh(values, peak, inverse, np.float32(0.0))
-        if not ids.size:
-            # Those of less than this weight have less than 1 - top_p of the total together: none of them stays.
-            least = np.log((1.0 - top_p[m]) * total / row.size) - SLACK
-            ids, values = _gather(row, _peaks(row), peak + warmth * least)
-            weights, _, _ = _weigh(values, peak, inverse, np.float32(0.0))
-        ids, values = _first(ids, values, weights, top_p[m] * total)
-    # The likeliest one weighs 1, so this is min_p's share of it.
-    weights, sums, total = _weigh(values, peak, inverse, np.float32(min_p[m]))
+    ids, values = keep(logits[m], largest[m], temperature[m], top_k[m], top_p[m], min_p[m], typical_p[m])
+    weights, sums, total = _weigh(values, largest[m], _inverse(temperature[m]))
     place = _draw(weights, sums, uniform[m] * total)
     drawn[m] = ids[place] if ids.size else place
+
+
+@kernel
+def keep(row, peak, temperature, top_k, top_p, min_p, typical_p):
+    """The ids that the filters leave and their logits, in order; no ids, and the row, where nobody has asked."""
+    warmth, inverse = _warmth(temperature), _inverse(temperature)
+    ids, values = np.empty(0, np.int32), row
+    count = top_k if 0 < top_k < row.size else row.size
+    if count < row.size or min_p > 0:
+        # Both take the likeliest, so the stricter of two bounds is one for both.
+        ids, values = _likeliest(row, _peaks(row), count, peak + warmth * np.log(min_p))
+    if typical_p < 1:
+        weights, _, total = _weigh(values, peak, inverse)
+        mean = _mean(values, weights, peak, inverse) / total
+        if not ids.size:
+            # Whatever is likelier than the mean is nearer to it than this, and what is farther below weighs too little.
+            least = min(2 * mean, np.log((1.0 - typical_p) * total / row.size)) - SLACK
+            ids, values = _gather(row, _peaks(row), peak + warmth * least)
+            weights, _, _ = _weigh(values, peak, inverse)
+        ids, values = _nearest(ids, values, weights, peak + warmth * mean, typical_p * total)
+    if top_p < 1:
+        weights, _, total = _weigh(values, peak, inverse)
+        if not ids.size:
+            # Those of less than this weight have less than 1 - top_p of the total together: none of them stays.
+            least = np.log((1.0 - top_p) * total / row.size) - SLACK
+            ids, values = _gather(row, _peaks(row), peak + warmth * least)
+            weights, _, _ = _weigh(values, peak, inverse)
+        ids, values = _first(ids, values, weights, top_p * total)
+    return ids, values
+
+
+@kernel
+def _warmth(temperature):
+    """The temperature; past these bounds, weights are what they would be at infinity or zero."""
+    return min(1e37, max(1e-37, temperature))
+
+
+@kernel
+def _inverse(temperature):
+    return np.float32(1.0 / _warmth(temperature))
 
 
 @parallel_kernel
@@ -106,10 +155,10 @@ def _log_probabilities(logits, largest, chosen, counts, ids, values):
 def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, m):
     """The count likeliest, in order, and then the chosen one."""
     row, count = logits[m], counts[m]
-    _, _, total = _weigh(row, largest[m], np.float32(1.0), np.float32(0.0))
+    _, _, total = _weigh(row, largest[m], np.float32(1.0))
     log_total = largest[m] + np.log(total)
     if count:
-        best_ids, best = _likeliest(row, _peaks(row), count)
+        best_ids, best = _likeliest(row, _peaks(row), count, -np.inf)
         for i in range(count):
             at = i
             while at > 0 and values[m, at - 1] < best[i]:
@@ -134,24 +183,23 @@ def _peaks(row):
 
 
 @kernel
-def _lanes(values, i, left):
-    """16 values, as unlikely as can be after the last one."""
+def _lanes(values, i, left, other=-np.inf):
+    """16 values, or the `left` last ones and another number in their place."""
     if left >= LANES:
         return load(values, i)
-    return first_lanes(load_first(values, i, left), splat(np.float32(-np.inf)), left)
+    return first_lanes(load_first(values, i, left), splat(np.float32(other)), left)
 
 
 @kernel
-def _weigh(values, largest, inverse, least):
-    """e^((value - largest) · inverse), or zero if that is below `least`; the sum of each chunk, and of all."""
+def _weigh(values, largest, inverse):
+    """e^((value - largest) · inverse); the sum of each chunk, and of all."""
     weights = np.empty(values.size, np.float32)
     sums = np.empty((values.size + CHUNK - 1) // CHUNK)
     whole = 0.0
     for c in range(sums.size):
         total, end = splat(np.float32(0.0)), min(values.size, (c + 1) * CHUNK)
         for i in range(c * CHUNK, end, LANES):
-            v = _lanes(values, i, end - i)
-            w = zero_below(exp((v - splat(largest)) * splat(inverse)), splat(least))
+            w = exp((_lanes(values, i, end - i) - splat(largest)) * splat(inverse))
             total = total + w
             store_first(weights, i, w, end - i)
         sums[c] = sum_lanes(total)
@@ -160,27 +208,56 @@ def _weigh(values, largest, inverse, least):
 
 
 @kernel
+def _mean(values, weights, largest, inverse):
+    """The sum of weight · (value - largest) · inverse: of the logarithms of weights, each as often as it comes."""
+    whole = 0.0
+    for start in range(0, values.size, CHUNK):
+        total, end = splat(np.float32(0.0)), min(values.size, start + CHUNK)
+        for i in range(start, end, LANES):
+            x = (_lanes(values, i, end - i) - splat(largest)) * splat(inverse)
+            # What weighs nothing adds nothing, be it infinitely unlikely.
+            total = fma(load_first(weights, i, end - i), maximum(x, splat(np.float32(-100.0))), total)
+        whole += sum_lanes(total)
+    return whole
+
+
+@kernel
 def _gather(row, peaks, bound):
     """The logits of at least `bound`, and their ids, in order."""
-    ids, values = np.empty(row.size, np.int64), np.empty(row.size, np.float32)
+    least = np.float32(bound)
+    if least < bound:
+        least = np.nextafter(least, np.float32(np.inf))
+    room = 0
+    for c in range(peaks.size):
+        room += CHUNK * (peaks[c] >= least)
+    ids, values = np.empty(min(room, row.size), np.int32), np.empty(min(room, row.size), np.float32)
     count = 0
     for c in range(peaks.size):
-        if peaks[c] >= bound:
-            for i in range(c * CHUNK, min(row.size, (c + 1) * CHUNK)):
-                # Written in any case, and the next one over it: cheaper than guessing wrong.
-                ids[count], values[count] = i, row[i]
-                count += row[i] >= bound
+        if peaks[c] >= least:
+            end = min(row.size, (c + 1) * CHUNK)
+            for i in range(c * CHUNK, end, LANES):
+                bits = bits_at_least(_lanes(row, i, end - i, np.nan), splat(least))  # a nan is at least nothing
+                if bits == EVERY_LANE:
+                    for lane in range(LANES):
+                        ids[count + lane], values[count + lane] = i + lane, row[i + lane]
+                    count, bits = count + LANES, 0
+                while bits:
+                    at = i + first_bit(bits)
+                    ids[count], values[count] = at, row[at]
+                    count += 1
+                    bits &= bits - 1
     return ids[:count], values[:count]
 
 
 @kernel
-def _likeliest(row, peaks, count):
-    """The `count` largest logits, of equals those of lower ids, and their ids: in the order of ids."""
-    bound = -np.inf
+def _likeliest(row, peaks, count, bound):
+    """The `count` largest logits of at least `bound`, of equals those of lower ids, and their ids: in order of ids."""
     if count <= peaks.size:  # so many chunks reach this
-        bound = float(_value(_cutoff(peaks, _ones(peaks.size), float(count))[0]))
+        bound = max(bound, float(_value(_cutoff(peaks, _ones(peaks.size), float(count))[0])))
     ids, values = _gather(row, peaks, bound)
-    return _first(ids, values, _ones(values.size), float(count))
+    if count < ids.size:
+        ids, values = _first(ids, values, _ones(values.size), float(count))
+    return ids, values
 
 
 @kernel
@@ -204,6 +281,20 @@ def _first(ids, values, weights, limit):
             before += weights[i]
         ids[count], values[count] = ids[i], values[i]
         count += 1
+    return ids[:count], values[:count]
+
+
+@kernel
+def _nearest(ids, values, weights, center, limit):
+    """Those that stay when values are taken by their distance until their weights add up to `limit`; order of ids."""
+    nearness = np.empty(values.size, np.float32)
+    for i in range(values.size):
+        nearness[i] = -abs(values[i] - center)
+    last, _ = _cutoff(nearness, weights, limit)
+    count = 0
+    for i in range(values.size):
+        ids[count], values[count] = ids[i], values[i]
+        count += _rank(nearness[i]) >= last
     return ids[:count], values[:count]
 
 

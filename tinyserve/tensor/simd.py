@@ -319,12 +319,20 @@ max_lane = _function(
 )
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
 sum_lanes_int = _function((_I,), types.int32, lambda b, x: _fold(b, x, b.add))
-zero_below = _function(
-    (_F, _F), _F, lambda b, x, least: b.select(b.fcmp_ordered(">=", x, least), x, emit_constant(0.0))
-)
 first_lanes = _function(
     (_F, _F, types.intp), _F, lambda b, x, other, count: b.select(emit_lanes_below(b, count), x, other)
 )
+
+
+# A bit for each lane: 1 where the first is at least the second. And back: a lane of the first where a bit is 1.
+_BITS = ir.VectorType(ir.IntType(1), LANES)
+bits_at_least = _function(
+    (_F, _F), types.int64, lambda b, x, y: b.zext(b.bitcast(b.fcmp_ordered(">=", x, y), I16), ir.IntType(64))
+)
+bits_to_lanes = _function(
+    (types.uint32, _F, _F), _F, lambda b, bits, x, y: b.select(b.bitcast(b.trunc(bits, I16), _BITS), x, y)
+)
+first_bit = _function((types.int64,), types.int64, lambda b, bits: b.cttz(bits, ir.Constant(ir.IntType(1), 1)))
 
 
 def _fold(builder, vector, combine):

@@ -1,0 +1,119 @@
+"""Chooses the next token of each sequence from its row of logits, as its request asks, whoever else is in the batch.
+
+Knows SamplingParams and where each of them has its place in the chain (tensor/sampling.py); not how logits came to be.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from tinyserve.random_numbers import uniform
+from tinyserve.sequence import Sampled, Sequence
+from tinyserve.tensor.logits_processors import allow, penalise
+from tinyserve.tensor.sampling import log_probabilities, sample
+
+Array = np.ndarray
+
+DAMAGED = "The model computed logits that are not numbers: its weights are damaged."
+NOTHING_LEFT = (
+    "No token is left to choose from: the grammar, allowed_token_ids, banned_token_ids and min_tokens together "
+    "forbid all of them."
+)
+
+
+class Sampler:
+    """Samples for one runner. `eos_token_ids` end an answer, and wait for `min_tokens` where they are not ignored."""
+
+    def __init__(self, eos_token_ids: frozenset[int] = frozenset()):
+        self.eos_token_ids = eos_token_ids
+        self._processors: WeakKeyDictionary[Sequence, _Processors] = WeakKeyDictionary()
+
+    def sample(
+        self, sequences: SequenceOf[Sequence], logits: Array, masks: SequenceOf[Array | None] = ()
+    ) -> list[Sampled]:
+        """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
+
+        masks: none, or for each sequence None or the tokens that its grammar allows, bits in words of uint32 (as
+        `allow` takes them). Log-probabilities are of the logits as they came.
+        """
+        params = [sequence.params for sequence in sequences]
+        wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
+        own = logits[wanted]
+        self._process(sequences, logits, masks)
+        token_ids = sample(
+            logits,
+            np.array([p.temperature for p in params], np.float64),
+            np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float64),
+            np.array([p.min_p for p in params], np.float64),
+            np.array([p.typical_p for p in params], np.float64),
+            np.array([self._uniform(sequence) for sequence in sequences]),
+        )
+        results = [Sampled(int(token)) for token in token_ids]
+        for row in np.flatnonzero(token_ids < 0).tolist():
+            forbids = params[row].changes_logits or (masks and masks[row] is not None)
+            is_empty = forbids and logits[row].max() == -np.inf
+            results[row] = Sampled(-1, error=NOTHING_LEFT if is_empty else DAMAGED)
+        healthy = [i for i, row in enumerate(wanted) if token_ids[row] >= 0]
+        if healthy:
+            rows = [wanted[i] for i in healthy]
+            counts = np.array([params[row].logprobs for row in rows], np.int64)
+            for row, logprobs in zip(rows, log_probabilities(own[healthy], token_ids[rows], counts), strict=True):
+                results[row] = results[row]._replace(logprobs=logprobs)
+        return results
+
+    def _process(self, sequences: SequenceOf[Sequence], logits: Array, masks: SequenceOf[Array | None]) -> None:
+        masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
+        if masked:
+            allow(logits, np.array([row for row, _ in masked]), np.stack([mask for _, mask in masked]))
+        for row, sequence in enumerate(sequences):
+            if sequence.params.changes_logits:
+                processors = self._processors.get(sequence)
+                if processors is None:
+                    processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
+                    self._processors[sequence] = processors
+                processors(logits[row], sequence)
+
+    def _uniform(self, sequence: Sequence) -> float:
+        """A request's own random number for its next token; one that is greedy needs none."""
+        return 0.0 if sequence.params.temperature == 0 else uniform(sequence.seed, sequence.num_output)
+
+
+class _Processors:
+    """What one request does to its logits: its lists as arrays, made once."""
+
+    def __init__(self, sequence: Sequence, eos_token_ids: frozenset[int], vocab: int):
+        params = sequence.params
+        bias = params.logit_bias or {}
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self.allowed = None if params.allowed_token_ids is None else _ids(params.allowed_token_ids, vocab)
+        self.banned, self.ends = _ids(params.banned_token_ids, vocab), _ids(ends, vocab)
+        self.biased = _ids(bias, vocab)
+        self.bias = np.array([bias[token] for token in self.biased], np.float32)
+        self.prompt = _ids(sequence.prompt_token_ids if params.penalises else (), vocab)
+        self.penalties = [
+            # Beyond this a logit of a billion would be an infinity.
+            np.float32(min(1e29, max(1e-29, params.repetition_penalty))),
+            np.float32(params.frequency_penalty),
+            np.float32(params.presence_penalty),
+        ]
+
+    def __call__(self, row: Array, sequence: Sequence) -> None:
+        """Change a row (vocab,) of logits, in the order that tensor/sampling.py gives."""
+        if self.allowed is not None:
+            allowed = row[self.allowed]
+            row.fill(-np.inf)
+            row[self.allowed] = allowed
+        row[self.banned] = -np.inf
+        row[self.biased] += self.bias
+        if sequence.num_output < sequence.params.min_tokens:
+            row[self.ends] = -np.inf
+        if sequence.params.penalises:
+            penalise(row, self.prompt, np.array(sequence.output_token_ids, np.int64), *self.penalties)
+
+
+def _ids(token_ids: Iterable[int], vocab: int) -> Array:
+    """Those that the model has a logit for."""
+    return np.array([token for token in token_ids if token < vocab], np.int64)
