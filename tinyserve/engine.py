@@ -166,7 +166,8 @@ class Engine:
 
     def _schedule(self) -> list[Scheduled]:
         for sequence in list(self.running):
-            self._fork_when_ready(sequence)
+            if sequence.forks:
+                self._fork_when_ready(sequence)
         budget, scheduled, preempted = self.max_num_batched_tokens, [], False
         # Those with one token to go are decoding: they come first, so that a long prompt stalls nobody.
         for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed > 1):
@@ -201,12 +202,14 @@ class Engine:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence the blocks for its next tokens, by preempting the last; False where that is itself."""
         needed = self.blocks.blocks_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
+        if needed <= 0:
+            return True
         while needed > self.blocks.num_free:
             last = self.running[-1]
             self.preempt(last)
             if last is sequence:
                 return False
-        sequence.block_table += self.blocks.allocate(max(0, needed))
+        sequence.block_table += self.blocks.allocate(needed)
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -289,10 +292,10 @@ class Engine:
                 self.finish(sequence, reason)
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
-        token, params = sequence.token_ids[-1], sequence.params
+        token, params, length = sequence.token_ids[-1], sequence.params, len(sequence.token_ids)
         if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
             return "stop"
-        if sequence.num_output >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+        if length - len(sequence.prompt_token_ids) >= params.max_tokens or length >= self.max_model_len:
             return "length"
         return None
 

@@ -3,6 +3,8 @@
 Knows nothing of who draws, nor of what.
 """
 
+from functools import lru_cache
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 by the golden ratio: multiples of it are spread evenly
 
@@ -12,10 +14,15 @@ def uniform(seed: int, place: int) -> float:
 
     Neighbouring seeds have unrelated streams; every bit of a seed of any length counts.
     """
+    return (_mix(_start(seed) + (place + 1) * _GOLDEN) >> 11) * 2.0**-53
+
+
+@lru_cache(4096)
+def _start(seed: int) -> int:
     state = _mix(seed + _GOLDEN)
     while seed := seed >> 64:
         state = _mix(seed + state + _GOLDEN)
-    return (_mix(state + (place + 1) * _GOLDEN) >> 11) * 2.0**-53
+    return state
 
 
 def _mix(z: int) -> int:

@@ -42,16 +42,17 @@ class Sampler:
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
         self._process(sequences, logits, masks)
-        token_ids = sample(
-            logits,
-            np.array([p.temperature for p in params], np.float64),
-            np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64),
-            np.array([p.top_p for p in params], np.float64),
-            np.array([p.min_p for p in params], np.float64),
-            np.array([p.typical_p for p in params], np.float64),
-            np.array([self._uniform(sequence) for sequence in sequences]),
-        )
-        results = [Sampled(int(token)) for token in token_ids]
+        temperature = np.array([p.temperature for p in params], np.float64)
+        if temperature.any():
+            numbers = [
+                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output))
+                for p, sequence in zip(params, sequences, strict=True)
+            ]
+            top_k = np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64)
+            token_ids = sample(logits, temperature, top_k, *np.array(numbers).T.copy())
+        else:
+            token_ids = sample(logits, temperature)
+        results = [Sampled(token) for token in token_ids.tolist()]
         for row in np.flatnonzero(token_ids < 0).tolist():
             forbids = params[row].changes_logits or (masks and masks[row] is not None)
             is_empty = forbids and logits[row].max() == -np.inf
@@ -75,10 +76,6 @@ class Sampler:
                     processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
                 processors(logits[row], sequence)
-
-    def _uniform(self, sequence: Sequence) -> float:
-        """A request's own random number for its next token; one that is greedy needs none."""
-        return 0.0 if sequence.params.temperature == 0 else uniform(sequence.seed, sequence.num_output)
 
 
 class _Processors:

@@ -37,6 +37,7 @@ from tinyserve.tensor.simd import (
     first_bit,
     first_lanes,
     fma,
+    larger,
     load,
     load_first,
     max_lane,
@@ -49,28 +50,35 @@ from tinyserve.tensor.simd import (
 Array = np.ndarray
 
 CHUNK = 256  # logits that have a largest one and a sum of weights of their own
-LEVELS = ((21, 11), (10, 11), (0, 10))  # how the 32 bits of a float are looked at: from which bit on, and how many
-BUCKETS = 1 << 11
 EVERY_LANE = (1 << LANES) - 1
 SLACK = 1e-3  # what rounding can do to the logarithm of a weight, generously
 
 
 def sample(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, typical_p: Array, uniform: Array
+    logits: Array,
+    temperature: Array,
+    top_k: Array | None = None,
+    top_p: Array | None = None,
+    min_p: Array | None = None,
+    typical_p: Array | None = None,
+    uniform: Array | None = None,
 ) -> Array:
     """logits (rows, vocab) float32 -> a token id for each row (rows,) int64; -1 where the largest is no finite number.
 
     temperature, top_p, min_p, typical_p and uniform (rows,) float64, top_k (rows,) int64. Temperature 0 takes the
-    largest, the first of equals; otherwise `uniform`, in [0, 1), chooses among those that are left in the order of
-    their ids. top_k 0 and below, top_p 1, min_p 0 and typical_p 1 keep all. Of equals top_k and top_p take the lower id
-    first; typical_p keeps all that are as near as the last one.
+    largest, the first of equals, and where all do the others may be left out; otherwise `uniform`, in [0, 1), chooses
+    among those that are left in the order of their ids. top_k 0 and below, top_p 1, min_p 0 and typical_p 1 keep all.
+    Of equals top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
     """
-    ids = logits.argmax(axis=1)  # a nan counts as the largest
-    largest = logits[np.arange(len(ids)), ids]
-    # Whoever only takes the largest has no kernel to wait for.
-    if temperature.any():
-        _sample(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, ids)
-    ids[~np.isfinite(largest)] = -1
+    rows, vocab = logits.shape
+    if rows == 1 and not temperature.any():  # whoever only takes the largest has no kernel to wait for
+        ids = logits.argmax(axis=1)  # a nan counts as the largest
+        return np.where(np.isfinite(logits[0, ids]), ids, -1)
+    ids = np.empty(rows, np.int64)
+    peaks = np.empty((rows, (vocab + CHUNK - 1) // CHUNK), np.float32)
+    none, zeros = np.zeros(rows, np.int64), np.zeros(rows)
+    others = (zeros if given is None else given for given in (top_p, min_p, typical_p, uniform))
+    _sample(logits, peaks, temperature, none if top_k is None else top_k, *others, ids)
     return ids
 
 
@@ -90,37 +98,43 @@ def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[
 
 
 @parallel_kernel
-def _sample(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn):
+def _sample(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn):
     for m in prange(logits.shape[0]):
-        _sample_row(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, np.int64(m))
+        _sample_row(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, np.int64(m))
 
 
 @kernel
-def _sample_row(logits, largest, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, m):
-    if temperature[m] == 0 or not np.isfinite(largest[m]):
+def _sample_row(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, m):
+    row = logits[m]
+    drawn[m] = largest = find_peaks(row, peaks[m])
+    if temperature[m] == 0 or largest < 0:
         return
-    ids, values = keep(logits[m], largest[m], temperature[m], top_k[m], top_p[m], min_p[m], typical_p[m])
-    weights, sums, total = _weigh(values, largest[m], _inverse(temperature[m]))
+    peak = row[largest]
+    ids, values = keep(row, peaks[m], peak, temperature[m], top_k[m], top_p[m], min_p[m], typical_p[m])
+    weights, sums, total = _weigh(values, peak, _inverse(temperature[m]))
     place = _draw(weights, sums, uniform[m] * total)
     drawn[m] = ids[place] if ids.size else place
 
 
 @kernel
-def keep(row, peak, temperature, top_k, top_p, min_p, typical_p):
-    """The ids that the filters leave and their logits, in order; no ids, and the row, where nobody has asked."""
+def keep(row, peaks, peak, temperature, top_k, top_p, min_p, typical_p):
+    """The ids that the filters leave and their logits, in order; no ids, and the row, where nobody has asked.
+
+    peaks are of each chunk, as `find_peaks` finds them, peak is the largest of all.
+    """
     warmth, inverse = _warmth(temperature), _inverse(temperature)
     ids, values = np.empty(0, np.int32), row
     count = top_k if 0 < top_k < row.size else row.size
     if count < row.size or min_p > 0:
         # Both take the likeliest, so the stricter of two bounds is one for both.
-        ids, values = _likeliest(row, _peaks(row), count, peak + warmth * np.log(min_p))
+        ids, values = _likeliest(row, peaks, count, peak + warmth * np.log(min_p))
     if typical_p < 1:
         weights, _, total = _weigh(values, peak, inverse)
         mean = _mean(values, weights, peak, inverse) / total
         if not ids.size:
             # Whatever is likelier than the mean is nearer to it than this, and what is farther below weighs too little.
             least = min(2 * mean, np.log((1.0 - typical_p) * total / row.size)) - SLACK
-            ids, values = _gather(row, _peaks(row), peak + warmth * least)
+            ids, values = _gather(row, peaks, peak + warmth * least)
             weights, _, _ = _weigh(values, peak, inverse)
         ids, values = _nearest(ids, values, weights, peak + warmth * mean, typical_p * total)
     if top_p < 1:
@@ -128,7 +142,7 @@ def keep(row, peak, temperature, top_k, top_p, min_p, typical_p):
         if not ids.size:
             # Those of less than this weight have less than 1 - top_p of the total together: none of them stays.
             least = np.log((1.0 - top_p) * total / row.size) - SLACK
-            ids, values = _gather(row, _peaks(row), peak + warmth * least)
+            ids, values = _gather(row, peaks, peak + warmth * least)
             weights, _, _ = _weigh(values, peak, inverse)
         ids, values = _first(ids, values, weights, top_p * total)
     return ids, values
@@ -158,7 +172,9 @@ def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, m):
     _, _, total = _weigh(row, largest[m], np.float32(1.0))
     log_total = largest[m] + np.log(total)
     if count:
-        best_ids, best = _likeliest(row, _peaks(row), count, -np.inf)
+        peaks = np.empty((row.size + CHUNK - 1) // CHUNK, np.float32)
+        find_peaks(row, peaks)
+        best_ids, best = _likeliest(row, peaks, count, -np.inf)
         for i in range(count):
             at = i
             while at > 0 and values[m, at - 1] < best[i]:
@@ -171,15 +187,28 @@ def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, m):
 
 
 @kernel
-def _peaks(row):
-    """The largest logit of each chunk."""
-    peaks = np.empty((row.size + CHUNK - 1) // CHUNK, np.float32)
+def find_peaks(row, peaks):
+    """Write the largest logit of each chunk; returns the place of the largest, the first of equals.
+
+    -1 where it is no finite number, or anything in the row is no number.
+    """
+    highest, at, lowest = np.float32(-np.inf), -1, splat(np.float32(-3e38))
+    check = splat(np.float32(0.0))  # becomes nan by a nan or an infinity, but not by an impossible token
     for c in range(peaks.size):
         largest, end = splat(np.float32(-np.inf)), min(row.size, (c + 1) * CHUNK)
         for i in range(c * CHUNK, end, LANES):
-            largest = maximum(largest, _lanes(row, i, end - i))
+            x = _lanes(row, i, end - i)
+            largest = larger(x, largest)
+            check = fma(larger(lowest, x), splat(np.float32(0.0)), check)
         peaks[c] = max_lane(largest)
-    return peaks
+        if peaks[c] > highest:
+            highest, at = peaks[c], c
+    if at < 0 or np.isnan(sum_lanes(check)):
+        return -1
+    i = at * CHUNK
+    while row[i] != highest:
+        i += 1
+    return i
 
 
 @kernel
@@ -304,10 +333,14 @@ def _cutoff(values, weights, limit):
 
     A look at the upper bits finds the bucket in which that happens, further looks the one in the bucket.
     """
-    buckets = np.empty(BUCKETS)
-    last, before = np.int64(0), 0.0
-    for shift, bits in LEVELS:
-        for bucket in range(BUCKETS):
+    # A few values are looked at oftener, with fewer buckets to empty.
+    width = 8 if values.size <= 1 << 10 else 11
+    buckets = np.empty(1 << width)
+    last, before, shift = np.int64(0), 0.0, 32
+    while shift:
+        bits = min(width, shift)
+        shift -= bits
+        for bucket in range(1 << bits):
             buckets[bucket] = 0.0
         for i in range(values.size):
             rank = _rank(values[i])

@@ -308,6 +308,8 @@ def _function(argument_types: tuple, result: Vector | types.Type, emit: Callable
 _F, _I = f32x16, i32x16
 fma = _function((_F, _F, _F), _F, lambda b, x, y, z: emit_call(b, "llvm.fma.v16f32", _F.llvm, x, y, z))
 maximum = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, x, y))
+# One instruction, where `maximum` takes three to pass over a nan: if either is one, this is y.
+larger = _function((_F, _F), _F, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 minimum = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.minnum.v16f32", _F.llvm, x, y))
 absolute = _function((_F,), _F, lambda b, x: emit_call(b, "llvm.fabs.v16f32", _F.llvm, x))
 copy_sign = _function((_F, _F), _F, lambda b, x, y: emit_call(b, "llvm.copysign.v16f32", _F.llvm, x, y))
