@@ -44,7 +44,7 @@ def keep(logits: Array, temperature: float, top_k: int, top_p: float, min_p: flo
         distance = np.abs(wide[order] - expected).astype(np.float32)
         nearest = np.argsort(distance, kind="stable")
         last = min((np.cumsum(probabilities[nearest]) < typical_p).sum(), len(order) - 1)
-        order = order[distance <= distance[nearest[last]]]
+        order = order[distance <= distance[nearest[last]] + temperature * 1e-6]  # less is a rounding of the surprise
     if top_p < 1:
         # A token stays if those before it do not yet add up to top_p: the first one always does.
         probabilities = _probabilities(wide[order], temperature)

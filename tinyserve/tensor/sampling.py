@@ -51,6 +51,7 @@ Array = np.ndarray
 
 CHUNK = 256  # logits that have a largest one and a sum of weights of their own
 EVERY_LANE = (1 << LANES) - 1
+ROUNDING = 1e-6  # surprises that differ by less are equal: which of two is nearer to the mean is chance then
 SLACK = 1e-3  # what rounding can do to the logarithm of a weight, generously
 
 
@@ -136,7 +137,7 @@ def keep(row, peaks, peak, temperature, top_k, top_p, min_p, typical_p):
             least = min(2 * mean, np.log((1.0 - typical_p) * total / row.size)) - SLACK
             ids, values = _gather(row, peaks, peak + warmth * least)
             weights, _, _ = _weigh(values, peak, inverse)
-        ids, values = _nearest(ids, values, weights, peak + warmth * mean, typical_p * total)
+        ids, values = _nearest(ids, values, weights, peak + warmth * mean, typical_p * total, warmth * ROUNDING)
     if top_p < 1:
         weights, _, total = _weigh(values, peak, inverse)
         if not ids.size:
@@ -314,16 +315,19 @@ def _first(ids, values, weights, limit):
 
 
 @kernel
-def _nearest(ids, values, weights, center, limit):
-    """Those that stay when values are taken by their distance until their weights add up to `limit`; order of ids."""
+def _nearest(ids, values, weights, center, limit, rounding):
+    """Those that stay when values are taken by their distance until their weights add up to `limit`; order of ids.
+
+    What is farther than the last one by no more than `rounding` is as near.
+    """
     nearness = np.empty(values.size, np.float32)
     for i in range(values.size):
         nearness[i] = -abs(values[i] - center)
-    last, _ = _cutoff(nearness, weights, limit)
+    last = _value(_cutoff(nearness, weights, limit)[0]) - rounding
     count = 0
     for i in range(values.size):
         ids[count], values[count] = ids[i], values[i]
-        count += _rank(nearness[i]) >= last
+        count += nearness[i] >= last
     return ids[:count], values[:count]
 
 
