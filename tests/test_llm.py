@@ -203,7 +203,7 @@ def test_logprobs(llm: LLM, count: int) -> None:
         assert set(logprobs) == best | {token}
         chosen_outside += token not in best
         for other, value in logprobs.items():
-            assert type(other) is int and type(value) is float
+            assert type(other) is int and isinstance(value, float)
             assert value == pytest.approx(row[other], abs=1e-6)
     assert chosen_outside or count == 100
     chunks = list(llm.stream(TEXTS[0], params))

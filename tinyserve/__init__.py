@@ -3,19 +3,29 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "RequestOutput", "SamplingParams", "TinyserveError", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "TinyserveError",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from tinyserve.async_engine import AsyncEngine
     from tinyserve.errors import TinyserveError
     from tinyserve.llm import LLM, RequestOutput
     from tinyserve.sampling_params import SamplingParams
+    from tinyserve.structured_outputs import StructuredOutputs
 
 _HOME = {
     "AsyncEngine": "tinyserve.async_engine",
     "LLM": "tinyserve.llm",
     "RequestOutput": "tinyserve.llm",
     "SamplingParams": "tinyserve.sampling_params",
+    "StructuredOutputs": "tinyserve.structured_outputs",
     "TinyserveError": "tinyserve.errors",
 }
 

@@ -52,8 +52,11 @@ class AsyncEngine:
         with its `request_id`. `on_prefill` hears of a prompt that takes several steps: tokens read, and tokens in all.
         Raises RequestError for a prompt that cannot be served, EngineDeadError, and why the request failed.
         """
+        params = self.llm.resolve(sampling_params)
+        if params.best_of is not None and params.best_of > params.n:
+            raise RequestError(f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.")
         # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
-        answers = await asyncio.to_thread(self.llm.make_request, prompt, self.llm.resolve(sampling_params), priority)
+        answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
         name = request_id if request_id is not None else f"request-{answers[0].sequence.request_id}"
         if name in self._requests:
             raise RequestError(f"There is a request {name!r} already: give each an id of its own, or none.")

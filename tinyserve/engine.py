@@ -86,7 +86,7 @@ class Engine:
     def make(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
         """A request that can be served, not yet queued; any thread may call this. Raises RequestError for any other.
 
-        With `params.n` above 1 the other answers are the sequence's `forks`.
+        With `params.n` or `best_of` above 1 the other answers are the sequence's `forks`.
         """
         if not prompt_token_ids:
             raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.")
@@ -103,7 +103,7 @@ class Engine:
             )
         first, *forks = (
             Sequence(next(self._ids), list(prompt_token_ids), _params_of_answer(params, i), priority)
-            for i in range(params.n)
+            for i in range(params.best_of or params.n)
         )
         first.forks = forks
         return first
@@ -215,7 +215,7 @@ class Engine:
     def _admit(self, sequence: Sequence) -> bool:
         if self.running and self._reserve() >= self.blocks.num_free:
             return False  # before anything is looked up: this may be asked at every step
-        if self._start(sequence, self.prefixes.reusable_prefix(sequence.token_ids)):
+        if self._start(sequence, self._prefix(sequence)):
             self.waiting.remove(sequence)
             return True
         if self.running:
@@ -224,6 +224,13 @@ class Engine:
         self._start(sequence, Prefix())
         self.waiting.remove(sequence)
         return True
+
+    def _prefix(self, sequence: Sequence) -> Prefix:
+        """What need not be computed: nothing, as long as the prompt's own logits are asked for."""
+        asks = sequence.params.prompt_logprobs is not None
+        if asks and len(sequence.prompt_logprobs) < len(sequence.prompt_token_ids):
+            return Prefix()
+        return self.prefixes.reusable_prefix(sequence.token_ids)
 
     def _reserve(self) -> int:
         """Blocks that a newcomer leaves to those who run, or it would be the next that is preempted."""

@@ -5,7 +5,7 @@ their own, while the next step runs.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.errors import EngineDeadError, TinyserveError
-from tinyserve.sequence import Sequence
+from tinyserve.sequence import Logprobs, Sequence
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class Update(NamedTuple):
     num_computed: int = 0  # tokens that are in the cache: how far a prompt is read
     token_id: int | None = None
     time: float = 0.0  # of the token, by `perf_counter`
-    logprobs: Mapping[int, float] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
     error: BaseException | None = None  # where `finish_reason` is "error"
 

@@ -8,7 +8,8 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from operator import index
 from os import PathLike
 from queue import SimpleQueue
@@ -23,9 +24,13 @@ from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
 from tinyserve.sampling_params import SamplingParams
+from tinyserve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tinyserve.grammar import Grammar, GrammarCompiler
+    from tinyserve.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
 
@@ -137,6 +142,8 @@ class LLM:
         )  # fmt: skip
         self._chunk = max_num_batched_tokens
         self._seed = seed
+        self._text_of = lru_cache(1 << 14)(partial(_text_of, self.tokenizer)) if self.tokenizer else None
+        self._grammars: GrammarCompiler | None = None
         self.thread = EngineThread(self._engine)
         weakref.finalize(self, self.thread.close)  # also when the interpreter ends
         logger.info("%s: cache of %s", self.name, plan)
@@ -181,7 +188,9 @@ class LLM:
                 self.cancel(request)
         for request in requests.values():
             request.raise_error()
-        return [output(answers) for answers in submitted]
+        return [
+            output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)
+        ]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Complete one prompt, yielding each piece of the answer as soon as it is certain.
@@ -190,8 +199,9 @@ class LLM:
         cancels the request.
         """
         params = self.resolve(sampling_params)
-        if params.n > 1:
-            raise RequestError(f"A stream is one answer, and n is {params.n}: use generate, or a stream for each.")
+        for name in ("n", "best_of"):
+            if (count := getattr(params, name) or 1) > 1:
+                raise RequestError(f"A stream is one answer, and {name} is {count}: use generate, or several streams.")
         (request,) = self.make_request(prompt, params)
         news: SimpleQueue[list[Update]] = SimpleQueue()
         self.thread.submit([request.sequence], news)
@@ -294,19 +304,35 @@ class LLM:
         """
         ids = self._encode(prompt)
         params.check_vocabulary(self.config.vocab_size)
+        grammar = self._compile(params.structured_outputs) if params.structured_outputs is not None else None
         text = prompt if isinstance(prompt, str) else None
+        if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
+            params = replace(params, logprobs=params.logprobs or 0)
         first = self._engine.make(ids, params, priority)
         answers = []
         for i, sequence in enumerate((first, *first.forks)):
             detokenizer = None
             if self.tokenizer is not None:
                 # An answer to a template begins a text; a completion goes on with the prompt's.
-                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=text is not None)
+                # A grammar has a say in the first space, too.
+                continues = text is not None or grammar is not None
+                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=continues)
             if params.seed is None and self._seed is not None:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
-            answers.append(Request(sequence, text, detokenizer, i))
+            sequence.matcher = grammar and grammar.matcher()
+            answers.append(Request(sequence, text, detokenizer, i, self._text_of))
         return answers
+
+    def _compile(self, spec: StructuredOutputs) -> "Grammar":
+        from tinyserve.grammar import GrammarCompiler, MaskFiller
+
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has synthetic weights and no tokenizer: it has no text to give a structure.")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._engine.eos_token_ids)
+            self._runner.masks = MaskFiller(self.config.vocab_size)
+        return self._grammars.compile(spec)
 
     def cancel(self, request: Request) -> None:
         """End a request that has not ended: its blocks are free before the next step."""
@@ -339,6 +365,10 @@ class LLM:
                     yield request.chunk()
         finally:
             self.cancel(request)
+
+
+def _text_of(tokenizer: "Tokenizer", token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False, continuation=True)
 
 
 def _announcer() -> Progress:

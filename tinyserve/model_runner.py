@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from tinyserve.errors import UserError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache import KV_DTYPES, KVCache
-from tinyserve.sampler import Sampler
+from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.sequence import Sampled, Scheduled, Sequence
 from tinyserve.shapes import state_bytes_per_sequence, weight_bytes
 from tinyserve.tensor import _jit
@@ -25,6 +25,7 @@ from tinyserve.tensor import _jit
 Array = np.ndarray
 
 MAX_SNAPSHOTS = 64
+_ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
 
 
 class ModelRunner:
@@ -45,19 +46,39 @@ class ModelRunner:
         # States for running sequences and for snapshots, and the last one for `logits`.
         self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
         self.sampler = Sampler(eos_token_ids)
+        self.masks: Masks = _NoMasks()
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
         last_rows = np.cumsum([num_tokens for _, num_tokens in scheduled]) - 1
         complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
+        sequences = [scheduled[i].sequence for i in complete]
+        matchers = [sequence.matcher for sequence in sequences]
+        if any(matchers):
+            self.masks.start(matchers)  # while the model works
         with _jit.one_at_a_time(self.num_threads):
             hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
+            for (sequence, num_tokens), end in zip(scheduled, last_rows + 1, strict=True):
+                if sequence.params.prompt_logprobs is not None:
+                    self._read_prompt(sequence, hidden[end - num_tokens : end])
             logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
-            sampled = self._sample([scheduled[i].sequence for i in complete], logits)
+            masks = self.masks.wait() if any(matchers) else ()
+            allowed = [mask if matcher else None for mask, matcher in zip(masks, matchers, strict=False)]
+            sampled = self._sample(sequences, logits, allowed)
         results: list[Sampled | None] = [None] * len(scheduled)
-        for i, result in zip(complete, sampled, strict=True):
-            results[i] = result
+        for i, matcher, result in zip(complete, matchers, sampled, strict=True):
+            results[i] = result if matcher is None else _obeyed(matcher, result)
         return results
+
+    def _read_prompt(self, sequence: Sequence, hidden: Array) -> None:
+        """Log-probabilities of the prompt's tokens that follow these, if they are not known; hidden (tokens, H)."""
+        prompt, known, start = sequence.prompt_token_ids, sequence.prompt_logprobs, sequence.num_computed
+        end = min(start + len(hidden), len(prompt) - 1)
+        for first in range(max(start, len(known) - 1), end, _ROWS):
+            last = min(first + _ROWS, end)
+            logits = self.model.logits(hidden[first - start : last - start])
+            counts = [sequence.params.prompt_logprobs or 0] * (last - first)
+            known += logprobs_of(logits, prompt[first + 1 : last + 1], counts)
 
     def copy_block(self, source: int, target: int) -> None:
         self.cache.copy_block(source, target)
@@ -120,6 +141,31 @@ class ModelRunner:
 
     def _sample(self, sequences: list[Sequence], logits: Array, masks: SequenceOf[Array | None] = ()) -> list[Sampled]:
         return self.sampler.sample(sequences, logits, masks)
+
+
+class Masks(Protocol):
+    """Finds out which tokens come next, in a thread of its own."""
+
+    def start(self, matchers: list[Any]) -> None:
+        """Begin; a matcher may be None."""
+
+    def wait(self) -> Array:
+        """The masks (matchers, words) uint32 of the last `start`."""
+
+
+class _NoMasks:
+    def start(self, matchers: list[Any]) -> None:
+        raise RuntimeError("A sequence has a grammar, and the runner has no `masks`.")
+
+    def wait(self) -> Array:
+        raise NotImplementedError
+
+
+def _obeyed(matcher: Any, sampled: Sampled) -> Sampled:
+    """The token, taken in by its grammar; or why there is none."""
+    if sampled.error is None:
+        matcher.advance(sampled.token_id)
+    return sampled if matcher.error is None else Sampled(-1, error=matcher.error)
 
 
 class _Tokens(Protocol):

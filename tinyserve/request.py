@@ -3,11 +3,12 @@
 Knows text and the news of one sequence, which the engine may be ahead of; it does not know other requests.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tinyserve.engine_thread import Update
-from tinyserve.sequence import Metrics, Sequence
+from tinyserve.sequence import Logprobs, Metrics, Sequence
 from tinyserve.tokenizer import Detokenizer
 from tinyserve.tokenizer.stops import StopFilter
 
@@ -22,15 +23,25 @@ class CompletionOutput:
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Mapping[int, float]] | None = None
+    logprobs: list[Logprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     metrics: Metrics = field(default_factory=Metrics, compare=False)
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole answer, where `logprobs` were asked for."""
+        if self.logprobs is None:
+            return None
+        return math.fsum(row[token] for token, row in zip(self.token_ids, self.logprobs, strict=True))
+
 
 @dataclass
 class RequestOutput:
-    """A prompt with its answers, and the times of the first."""
+    """A prompt with its answers, and the times of the first.
+
+    `prompt_logprobs`, where asked for, has an entry for each token of the prompt, None for the first.
+    """
 
     request_id: int
     prompt: str | None
@@ -38,6 +49,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: Metrics
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass
@@ -46,7 +58,7 @@ class StreamChunk:
 
     text: str
     token_ids: list[int]
-    logprobs: list[Mapping[int, float]] | None
+    logprobs: list[Logprobs] | None
     finish_reason: str | None
     metrics: Metrics
     index: int = 0  # of the answer, where there are several
@@ -59,13 +71,21 @@ class StreamChunk:
 class Request:
     """One answer as far as it is certain, made from the news of its sequence."""
 
-    def __init__(self, sequence: Sequence, prompt: str | None, detokenizer: Detokenizer | None, index: int = 0):
+    def __init__(
+        self,
+        sequence: Sequence,
+        prompt: str | None,
+        detokenizer: Detokenizer | None,
+        index: int = 0,
+        text_of: Callable[[int], str] | None = None,
+    ):
+        """`text_of` is the text of one token, for those that log-probabilities are of."""
         self.sequence, self.prompt, self.index = sequence, prompt, index
-        self._detokenizer = detokenizer
+        self._detokenizer, self._text_of = detokenizer, text_of
         self._stops = StopFilter(sequence.params.stop_strings)
         self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[Mapping[int, float]] = []
+        self.logprobs: list[Logprobs] = []
         self.num_computed = 0
         self.metrics = replace(sequence.metrics, token_times=[])
         self.finish_reason: str | None = None
@@ -101,17 +121,33 @@ class Request:
         self.token_ids.append(token)
         self.metrics.token_times.append(update.time)
         if update.logprobs is not None:
-            self.logprobs.append(update.logprobs)
+            self.logprobs.append(self._spelled(update.logprobs))
         if update.finish_reason != "stop":  # the text of an end token is no part of the answer
             if self._detokenizer is not None:
-                self.text += self._stops.push(self._detokenizer.push(token))
+                self._push(self._detokenizer.push(token))
         elif token in self.sequence.params.stop_token_ids:
             self.stop_reason = token
+
+    def _push(self, piece: str) -> None:
+        """Go on with the text; a stop string counts from `min_tokens` on."""
+        if len(self.token_ids) < self.sequence.params.min_tokens:
+            self.text += piece
+            return
+        self.text += self._stops.push(piece)
+        if self._stops.matched is not None and self.sequence.params.include_stop_str_in_output:
+            self.text += self._stops.matched
+
+    def _spelled(self, logprobs: Logprobs) -> Logprobs:
+        if self._text_of is not None:
+            for token, logprob in logprobs.items():
+                logprob.decoded_token = self._text_of(token)
+        return logprobs
 
     def _close(self, reason: str | None) -> None:
         """Nothing follows: what was held back is certain now."""
         if self._detokenizer is not None and self._stops.matched is None:
-            self.text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+            self._push(self._detokenizer.finish())
+            self.text += self._stops.finish()
         if self._stops.matched is not None:
             reason, self.stop_reason = "stop", self._stops.matched  # a stop string weighs more than a length
         self.finish_reason = reason
@@ -121,6 +157,12 @@ class Request:
         return CompletionOutput(
             self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics
         )
+
+    def prompt_logprobs(self) -> list[Logprobs | None] | None:
+        """Of each token of the prompt, where they were asked for; the first has none."""
+        if self.sequence.params.prompt_logprobs is None:
+            return None
+        return [row and self._spelled(row) for row in self.sequence.prompt_logprobs]
 
     def raise_error(self) -> None:
         """Raise why this request failed, if it did."""
@@ -145,14 +187,20 @@ class Request:
         return chunk
 
 
-def output(answers: list[Request]) -> RequestOutput:
-    """All answers to one prompt."""
-    first = answers[0]
+def output(answers: list[Request], n: int, keeps_logprobs: bool) -> RequestOutput:
+    """The answers to one prompt; where there are more than n, the likeliest, first of all."""
+    first, outputs = answers[0], [request.answer() for request in answers]
+    if len(outputs) > n:
+        outputs = sorted(outputs, key=lambda answer: -(answer.cumulative_logprob or 0.0))[:n]
+        for i, answer in enumerate(outputs):
+            answer.index = i
+            answer.logprobs = answer.logprobs if keeps_logprobs else None
     return RequestOutput(
         first.sequence.request_id,
         first.prompt,
         first.sequence.prompt_token_ids,
-        [request.answer() for request in answers],
+        outputs,
         all(request.finished for request in answers),
         first.metrics,
+        first.prompt_logprobs(),
     )

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinyserve.random_numbers import uniform
-from tinyserve.sequence import Sampled, Sequence
+from tinyserve.sequence import Logprob, Logprobs, Sampled, Sequence
 from tinyserve.tensor.logits_processors import allow, penalise
 from tinyserve.tensor.sampling import log_probabilities, sample
 
@@ -58,11 +58,10 @@ class Sampler:
             is_empty = forbids and logits[row].max() == -np.inf
             results[row] = Sampled(-1, error=NOTHING_LEFT if is_empty else DAMAGED)
         healthy = [i for i, row in enumerate(wanted) if token_ids[row] >= 0]
-        if healthy:
-            rows = [wanted[i] for i in healthy]
-            counts = np.array([params[row].logprobs for row in rows], np.int64)
-            for row, logprobs in zip(rows, log_probabilities(own[healthy], token_ids[rows], counts), strict=True):
-                results[row] = results[row]._replace(logprobs=logprobs)
+        rows = [wanted[i] for i in healthy]
+        found = logprobs_of(own[healthy], token_ids[rows], [params[row].logprobs or 0 for row in rows])
+        for row, logprobs in zip(rows, found, strict=True):
+            results[row] = results[row]._replace(logprobs=logprobs)
         return results
 
     def _process(self, sequences: SequenceOf[Sequence], logits: Array, masks: SequenceOf[Array | None]) -> None:
@@ -76,6 +75,14 @@ class Sampler:
                     processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
                 processors(logits[row], sequence)
+
+
+def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> list[Logprobs]:
+    """Of each row of logits, that of the chosen token and those of so many of the likeliest."""
+    if not counts:
+        return []
+    found = log_probabilities(logits, np.asarray(chosen, np.int64), np.array(counts, np.int64))
+    return [{token: Logprob(*one) for token, one in row.items()} for row in found]
 
 
 class _Processors:

@@ -8,6 +8,7 @@ from operator import index
 from typing import Any, Self
 
 from tinyserve.errors import RequestError
+from tinyserve.structured_outputs import StructuredOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class SamplingParams:
     logprobs: return the log-probabilities of this many most likely tokens, and of the chosen one, at each step.
     prompt_logprobs: the same for each token of the prompt but the first.
     skip_special_tokens: leave special tokens out of the text.
+    structured_outputs: what the answer must look like.
     """
 
     n: int = 1
@@ -61,6 +63,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __new__(cls, **options: Any) -> Self:
         """Refuse an option that does not exist, naming the nearest one."""
@@ -100,6 +103,10 @@ class SamplingParams:
             yield f"best_of is {self.best_of} and n {self.n}: there must be at least as many answers to choose from."
         if self.allowed_token_ids is not None and set(self.allowed_token_ids) <= set(self.banned_token_ids):
             yield "banned_token_ids has every token of allowed_token_ids: none is left to choose from."
+        if self.structured_outputs is not None:
+            for name in ("ignore_eos", "min_tokens"):
+                if getattr(self, name):
+                    yield f"{name} is {getattr(self, name)!r} beside structured_outputs, which end where they are done."
         for name in ("stop", "stop_token_ids"):
             if self.ignore_eos and getattr(self, name):
                 yield f"{name} is {getattr(self, name)!r:.200} and ignore_eos True: leave out one of the two."
@@ -189,4 +196,5 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
     "skip_special_tokens": _SWITCH,
+    "structured_outputs": (lambda s: s is None or isinstance(s, StructuredOutputs), "a StructuredOutputs or None"),
 }

@@ -4,10 +4,35 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tinyserve.blocks import ROOT
 from tinyserve.sampling_params import SamplingParams
+
+
+class Logprob(float):
+    """A natural log-probability, as a number; `rank` 1 is the likeliest token, `decoded_token` its text."""
+
+    __slots__ = ("decoded_token", "rank")
+    decoded_token: str | None
+    rank: int
+
+    def __new__(cls, value: float, rank: int, decoded_token: str | None = None) -> "Logprob":
+        """Under vLLM's names, so that `.logprob` is the number as well."""
+        new = super().__new__(cls, value)
+        new.rank, new.decoded_token = rank, decoded_token
+        return new
+
+    @property
+    def logprob(self) -> float:
+        """The number itself."""
+        return float(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Logprob, (float(self), self.rank, self.decoded_token)
+
+
+Logprobs = Mapping[int, Logprob]  # of some tokens at one position, the likeliest first
 
 
 @dataclass
@@ -79,7 +104,9 @@ class Sequence:
     split_at: int = 0  # a chunk of its prompt ends here, if that is ahead
     last_snapshot: int = 0  # the prefix cache has kept a state as of here
     forks: "list[Sequence]" = field(default_factory=list)  # other answers: they wait for this one's prompt
-    logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])  # nothing is before the first token
+    matcher: Any = None  # which tokens its grammar allows: the runner's business
     finish_reason: str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
@@ -113,7 +140,7 @@ class Sequence:
         self.block_table, self.state_slot, self.num_computed = [], -1, 0
         self.num_recorded, self.key, self.split_at, self.last_snapshot = 0, ROOT, 0, 0
 
-    def append(self, token: int, logprobs: Mapping[int, float] | None) -> None:
+    def append(self, token: int, logprobs: Logprobs | None) -> None:
         """Take in the next token, and note the time."""
         self.token_ids.append(token)
         if logprobs is not None:
@@ -125,7 +152,7 @@ class Sampled(NamedTuple):
     """What a runner returns for a sequence whose newest token it computed."""
 
     token_id: int
-    logprobs: Mapping[int, float] | None = None
+    logprobs: Logprobs | None = None
     error: str | None = None  # why there is no token: this request fails, and no other
 
 

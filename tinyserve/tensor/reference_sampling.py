@@ -62,12 +62,13 @@ def _probabilities(logits: Array, temperature: float) -> Array:
     return np.exp(_log_probabilities(logits, temperature))
 
 
-def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, float]]:
+def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, tuple[float, int]]]:
     results = []
     for row, token, count in zip(logits, chosen, counts, strict=True):
         normalised = _log_probabilities(row, 1.0)
         best = np.argsort(-normalised, kind="stable")[:count]
-        results.append({int(i): float(normalised[i]) for i in [*best, token]})
+        ranks = {int(token): int((row > row[token]).sum()) + 1} | {int(i): r + 1 for r, i in enumerate(best)}
+        results.append({int(i): (float(normalised[i]), ranks[int(i)]) for i in [*best, token]})
     return results
 
 

@@ -83,19 +83,22 @@ def sample(
     return ids
 
 
-def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, float]]:
-    """logits (rows, vocab) -> for each row, natural log-probabilities of the counts[row] likeliest, and of the chosen.
+def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, tuple[float, int]]]:
+    """logits (rows, vocab) -> for each row the counts[row] likeliest tokens, and the chosen one, likeliest first.
 
-    Likeliest first, of equals the lower id. chosen, counts (rows,) int64; the largest logits are finite.
+    Of each the natural log-probability and its rank, 1 for the largest; of equals the lower id comes first. chosen,
+    counts (rows,) int64; the largest logits are finite.
     """
     counts = np.minimum(counts, logits.shape[1])
     ids: Array = np.empty((len(logits), counts.max() + 1), np.int64)
     values: Array = np.empty(ids.shape)
-    _log_probabilities(logits, logits.max(axis=1), chosen, counts, ids, values)
-    return [
-        {int(token): float(value) for token, value in zip(tokens[: count + 1], row[: count + 1], strict=True)}
-        for tokens, row, count in zip(ids, values, counts, strict=True)
-    ]
+    ranks: Array = np.empty(len(logits), np.int64)
+    _log_probabilities(logits, logits.max(axis=1), chosen, counts, ids, values, ranks)
+    found = []
+    for tokens, row, rank, count in zip(ids.tolist(), values.tolist(), ranks.tolist(), counts.tolist(), strict=True):
+        best = {tokens[i]: (row[i], i + 1) for i in range(count)}
+        found.append(best | ({} if tokens[count] in best else {tokens[count]: (row[count], rank)}))
+    return found
 
 
 @parallel_kernel
@@ -161,14 +164,14 @@ def _inverse(temperature):
 
 
 @parallel_kernel
-def _log_probabilities(logits, largest, chosen, counts, ids, values):
+def _log_probabilities(logits, largest, chosen, counts, ids, values, ranks):
     for m in prange(logits.shape[0]):
-        _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, np.int64(m))
+        _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, ranks, np.int64(m))
 
 
 @kernel
-def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, m):
-    """The count likeliest, in order, and then the chosen one."""
+def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, ranks, m):
+    """The count likeliest, in order, and then the chosen one, whose rank is one more than there are larger."""
     row, count = logits[m], counts[m]
     _, _, total = _weigh(row, largest[m], np.float32(1.0))
     log_total = largest[m] + np.log(total)
@@ -183,6 +186,10 @@ def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, m):
                 at -= 1
             ids[m, at], values[m, at] = best_ids[i], best[i]
     ids[m, count], values[m, count] = chosen[m], row[chosen[m]]
+    larger_ones = 0
+    for i in range(row.size):
+        larger_ones += row[i] > row[chosen[m]]
+    ranks[m] = larger_ones + 1
     for i in range(count + 1):
         values[m, i] -= log_total
 
