@@ -3,16 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "RequestOutput", "SamplingParams", "TinyserveError", "__version__"]
+__all__ = ["LLM", "AsyncEngine", "BeamSearchParams", "RequestOutput", "SamplingParams", "TinyserveError", "__version__"]
 
 if TYPE_CHECKING:
     from tinyserve.async_engine import AsyncEngine
     from tinyserve.errors import TinyserveError
     from tinyserve.llm import LLM, RequestOutput
-    from tinyserve.sampling_params import SamplingParams
+    from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 
 _HOME = {
     "AsyncEngine": "tinyserve.async_engine",
+    "BeamSearchParams": "tinyserve.sampling_params",
     "LLM": "tinyserve.llm",
     "RequestOutput": "tinyserve.llm",
     "SamplingParams": "tinyserve.sampling_params",
