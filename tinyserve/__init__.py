@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputs",
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from tinyserve.async_engine import AsyncEngine
     from tinyserve.errors import TinyserveError
     from tinyserve.llm import LLM, RequestOutput
-    from tinyserve.sampling_params import SamplingParams
+    from tinyserve.sampling_params import BeamSearchParams, SamplingParams
     from tinyserve.structured_outputs import StructuredOutputs
 
 _HOME = {
     "AsyncEngine": "tinyserve.async_engine",
+    "BeamSearchParams": "tinyserve.sampling_params",
     "LLM": "tinyserve.llm",
     "RequestOutput": "tinyserve.llm",
     "SamplingParams": "tinyserve.sampling_params",

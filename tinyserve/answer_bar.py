@@ -1,6 +1,6 @@
-"""The bar that `generate` shows over many prompts: answers given, and how fast prompts are read and tokens come.
+"""The bars that are shown over many prompts: of `generate`, how many answers are given and how fast tokens come.
 
-Knows requests and rich; it is told of each step, and draws at a pace of its own.
+Knows requests and rich; a bar is told of each step, and draws at a pace of its own.
 """
 
 import sys
@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING, Self
 from tinyserve.request import Request
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
+
+
+def is_shown(wanted: bool | None, total: int) -> bool:
+    """Whether there is a bar over so many prompts: as is wanted, and by default on a terminal over several."""
+    return wanted if wanted is not None else total > 1 and sys.stderr is not None and sys.stderr.isatty()
+
+
+def make_bar(what: str, *columns: "str | ProgressColumn", shown: bool = True) -> "Progress":
+    """A bar on stderr that counts `what`, with further columns, and is gone when it ends."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, disable=not shown,
+    )  # fmt: skip
 
 
 class AnswerBar:
@@ -19,7 +35,7 @@ class AnswerBar:
     def __init__(self, total: int, shown: bool | None = None):
         self.answered = 0
         self._total = total
-        self._shown = shown if shown is not None else total > 1 and sys.stderr is not None and sys.stderr.isatty()
+        self._shown = is_shown(shown, total)
         self._read: dict[Request, int] = {}  # prompt tokens of those that are being read
         self._prompt_tokens, self._output_tokens = 0, 0
         self._bar: Progress | None = None
@@ -27,13 +43,7 @@ class AnswerBar:
     def __enter__(self) -> Self:
         self._started = perf_counter()
         if self._shown:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            )  # fmt: skip
+            self._bar = make_bar("answers", "{task.fields[speed]}")
             self._task = self._bar.add_task("", total=self._total, speed="")
             self._bar.start()
         return self

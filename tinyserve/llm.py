@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tinyserve.answer_bar import AnswerBar
 from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
+from tinyserve.beam_search import BeamSearchOutput, beam_search
 from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
-from tinyserve.sampling_params import SamplingParams
+from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
@@ -191,6 +192,15 @@ class LLM:
         return [
             output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)
         ]
+
+    def beam_search(
+        self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams, progress_bar: bool | None = None
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, the best first, as beam search finds them.
+
+        Prompts, `progress_bar` and errors are those of `generate`.
+        """
+        return beam_search(self, as_prompts(prompts), params, self._engine.max_num_seqs, progress_bar)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Complete one prompt, yielding each piece of the answer as soon as it is certain.

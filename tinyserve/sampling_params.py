@@ -11,8 +11,36 @@ from tinyserve.errors import RequestError
 from tinyserve.structured_outputs import StructuredOutputs
 
 
+class _Options:
+    """A dataclass that refuses an option that does not exist, naming the nearest one, and checks those that do."""
+
+    __dataclass_fields__: dict[str, Any]
+
+    def __new__(cls, **options: Any) -> Self:
+        for name in options.keys() - cls.__dataclass_fields__.keys():
+            raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}")
+        return super().__new__(cls)
+
+    @classmethod
+    def _reason(cls, name: str) -> str:
+        """What follows "has no option": the rest of the sentence, and the way out."""
+        nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0.4)
+        return f". Did you mean {nearest[0]!r}?" if nearest else "."
+
+    def _check(self, rules: "Mapping[str, _Rule]") -> None:
+        """Raise RequestError for the first option outside its range."""
+        for name, (holds, range_) in rules.items():
+            value = getattr(self, name)
+            try:
+                good = holds(value)
+            except (TypeError, ValueError):
+                good = False
+            if not good:
+                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(_Options):
     """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range.
 
     n: how many answers to give; answer i of a request with a seed draws from seed + i.
@@ -65,14 +93,6 @@ class SamplingParams:
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
 
-    def __new__(cls, **options: Any) -> Self:
-        """Refuse an option that does not exist, naming the nearest one."""
-        for name in options.keys() - cls.__dataclass_fields__.keys():
-            nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise RequestError(f"SamplingParams has no option {name!r}.{hint}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         for name, kind in _LISTS.items():
             value = getattr(self, name)
@@ -83,14 +103,7 @@ class SamplingParams:
                     object.__setattr__(self, name, tuple(value or ()))
             else:
                 raise RequestError(f"{name} is {value!r:.200}; it must be a list.")
-        for name, (holds, range_) in _RULES.items():
-            value = getattr(self, name)
-            try:
-                good = holds(value)
-            except (TypeError, ValueError):
-                good = False
-            if not good:
-                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.")
+        self._check(_RULES)
         if self.logit_bias is not None:  # JSON has no whole numbers for keys
             object.__setattr__(self, "logit_bias", {int(token): bias for token, bias in self.logit_bias.items()})
         for contradiction in self._contradictions():
@@ -135,6 +148,38 @@ class SamplingParams:
         return bool(lists) or self.min_tokens > 0 or self.penalises
 
 
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams(_Options):
+    """How wide and how far to search for the likeliest answers. Raises RequestError as SamplingParams does.
+
+    beam_width: go on with this many of the likeliest texts at each token, and give as many answers; 1 is greedy.
+    max_tokens: at most this many new tokens.
+    ignore_eos: go on past the model's end token.
+    temperature: 0, as nothing is sampled.
+    length_penalty: answers are compared by the sum of their log-probabilities / number of tokens ** length_penalty:
+        above 0 longer ones gain, below 0 shorter ones.
+    include_stop_str_in_output: the text has the end token's too.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        self._check(_BEAM_RULES)
+
+    @classmethod
+    def _reason(cls, name: str) -> str:
+        if name in _SAMPLING:
+            return ": beam search does not sample, it keeps the beam_width likeliest. Leave it out, or use generate."
+        if name in SamplingParams.__dataclass_fields__:
+            return f", SamplingParams has: beam search takes {', '.join(cls.__dataclass_fields__)}."
+        return super()._reason(name)
+
+
 def _whole(number: Any) -> int:
     """An integer, of NumPy or Python; raises TypeError for 3.0 and True, which are something else."""
     if isinstance(number, bool):
@@ -159,6 +204,13 @@ def _are_biases(biases: Any) -> bool:
 
 _LISTS = {"stop": str, "stop_token_ids": int, "allowed_token_ids": int, "banned_token_ids": int}
 
+# What would change the odds of tokens that are drawn, or which of them are.
+_SAMPLING = {
+    "top_p", "top_k", "min_p", "typical_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "logit_bias",
+}  # fmt: skip
+
+_Rule = tuple[Callable[[Any], bool], str]
 _INFINITY = float("inf")
 _TOKEN_IDS = "token ids, whole numbers from 0 on"
 _PENALTY = (lambda p: -2 <= p <= 2, "between -2 and 2 (0 is off)")
@@ -166,7 +218,7 @@ _SHARE = (lambda p: 0 < p <= 1, "above 0 and at most 1")
 _COUNT = (lambda n: _whole(n) >= 1, "a whole number of at least 1")
 _LOGPROBS = (lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100")
 _SWITCH = (lambda yes: yes is bool(yes), "True or False")
-_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_RULES: Mapping[str, _Rule] = {
     "n": _COUNT,
     "best_of": (lambda n: n is None or _whole(n) >= 1, "a whole number of at least 1"),
     "temperature": (lambda t: 0 <= t < _INFINITY, "a finite number of at least 0 (0 is greedy)"),
@@ -197,4 +249,13 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_logprobs": _LOGPROBS,
     "skip_special_tokens": _SWITCH,
     "structured_outputs": (lambda s: s is None or isinstance(s, StructuredOutputs), "a StructuredOutputs or None"),
+}
+_BEAM_RULES: Mapping[str, _Rule] = {
+    # Each beam's step asks for as many log-probabilities, and those of the end tokens: 100 are the most there are.
+    "beam_width": (lambda n: 1 <= _whole(n) <= 50, "a whole number between 1 and 50"),
+    "max_tokens": _COUNT,
+    "ignore_eos": _SWITCH,
+    "temperature": (lambda t: t == 0, "0: beam search does not sample"),
+    "length_penalty": (lambda p: -10 <= p <= 10, "between -10 and 10 (0 is off)"),
+    "include_stop_str_in_output": _SWITCH,
 }
