@@ -10,11 +10,17 @@ from typing import Any
 import checkpoints
 import jsonschema
 import pytest
+from command_line import Shell
 from conftest import cache_bytes
 from schemas import CASES
 
 from tinyserve import LLM, AsyncEngine, SamplingParams, StructuredOutputs
 from tinyserve.errors import RequestError, TinyserveError, UserError
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
 
 
 def asked(max_tokens: int = 60, temperature: float = 1.0, **spec: Any) -> SamplingParams:
@@ -111,6 +117,27 @@ def test_a_dead_end_fails_that_request_alone(llm_of: Callable[..., LLM]) -> None
         llm.generate([[1, 2]], params)
     free = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     assert len(llm.generate([[1, 2]], free)[0].outputs[0].token_ids) == 5
+
+
+def test_on_the_command_line(smollm2: Path, tmp_path: Path, shell: Shell) -> None:
+    """A schema in a file or as it is, an expression; and what is wrong with either."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    (tmp_path / "city.json").write_text(json.dumps(schema))
+    question = ["ask", smollm2, "What is the capital of France?", "-q"]
+    for given in (tmp_path / "city.json", json.dumps(schema)):
+        result = shell(*question, "--json-schema", given)
+        assert result.code == 0, result.err
+        assert json.loads(result.out) == {"city": "Paris"}
+    assert shell(*question, "--regex", "[A-Z]{5}").out.strip().isupper()
+    for wrong, words in (
+        (["--json-schema", tmp_path / "none.json"], "none.json: this file cannot be read"),
+        (["--json-schema", "{"], "json is no JSON"),
+        (["--regex", "("], "regex is refused"),
+        (["--regex", "a", "--json-schema", "{}"], "json and regex are given"),
+    ):
+        result = shell(*question, *wrong)
+        assert result.code == 2 and words in result.err and not result.out
 
 
 def test_all_answers_of_the_real_model_fit_their_schemas(smollm2: Path) -> None:

@@ -55,6 +55,11 @@ RepetitionPenalty = Annotated[
         help="Above 1, what has been said is less likely.  [default: the model's own, else 1]",
     ),
 ]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Answer in JSON that matches this schema: a file, or the schema itself."),
+]
+Regex = Annotated[str | None, typer.Option(metavar="TEXT", help="The whole answer matches this regular expression.")]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Tell on stderr how it is decoded, who has decided it, and where it ends."),

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.errors import UserError
+
 if TYPE_CHECKING:
     from tinyserve.llm import LLM
     from tinyserve.sampling_params import SamplingParams
+    from tinyserve.structured_outputs import StructuredOutputs
 
 DEFAULT = "default"
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
@@ -30,6 +33,20 @@ def given(**options: Any) -> "SamplingParams":
     from tinyserve.sampling_params import SamplingParams
 
     return SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def structure(json_schema: str | None, regex: str | None) -> "StructuredOutputs | None":
+    """What the answer must look like; a schema is given as a file's name or as it is. Raises UserError."""
+    if json_schema is None and regex is None:
+        return None
+    from tinyserve.structured_outputs import StructuredOutputs
+
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        try:
+            json_schema = Path(json_schema).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--json-schema {json_schema}: this file cannot be read ({error}).") from None
+    return StructuredOutputs(json=json_schema, regex=regex)
 
 
 def decide(llm: "LLM", options: Mapping[str, Any], prompt: str | list[int], max_tokens: int) -> Decoding:

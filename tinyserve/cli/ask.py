@@ -14,7 +14,9 @@ from tinyserve import presets
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
 from tinyserve.cli._options import (
     Dtype,
+    JsonSchema,
     MinP,
+    Regex,
     RepetitionPenalty,
     Seed,
     System,
@@ -25,7 +27,7 @@ from tinyserve.cli._options import (
     TypicalP,
     Verbose,
 )
-from tinyserve.cli._sampling import given
+from tinyserve.cli._sampling import given, structure
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -108,6 +110,7 @@ SAMPLING = (
 def _ask(model: str, prompt: str | None, options: dict[str, Any]) -> None:
     """Build the question and have it answered; `options` are the flags by name."""
     sampling = {name: options[name] for name in SAMPLING}
+    sampling["structured_outputs"] = structure(options["json_schema"], options["regex"])
     given(**sampling)
     rest = {name: options[name] for name in ("system", "raw", "dtype", "threads", "quiet", "verbose")}
     answer(Question(model, read_prompt(prompt, model), sampling, json=options["json_"], **rest))
@@ -128,6 +131,8 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         repetition_penalty: RepetitionPenalty = None,
         seed: Seed = None,
         stop: Stop = None,
+        json_schema: JsonSchema = None,
+        regex: Regex = None,
         system: System = None,
         raw: Raw = False,
         dtype: Dtype = "auto",
@@ -172,6 +177,8 @@ def any_model(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
     system: System = None,
     raw: Raw = False,
     dtype: Dtype = "auto",
