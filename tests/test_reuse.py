@@ -63,6 +63,24 @@ def test_reuse_changes_no_bit(name: str, dtype: str, folder_of: Callable[[str], 
     assert preemptions > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whoever_goes_on_computes_what_is_new(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
+    """To the token, wherever in a block the one before has stopped; and to the bit."""
+    llm = LLM(folder_of(name), dtype=dtype, num_threads=1)
+    plain = LLM(folder_of(name), dtype=dtype, num_threads=1, enable_prefix_caching=False)
+    text = checkpoints.token_ids(14, seed=9)
+    computed = 0
+    for length in (1, 2, 3, 1, 16, 5):
+        [output] = llm.generate([text], PARAMS)
+        assert output.metrics.cached_tokens == computed
+        assert answers([output]) == answers(plain.generate([text], PARAMS))
+        computed = len(text) + len(output.outputs[0].token_ids) - 1  # the last one is chosen, and not computed
+        text = [*text, *output.outputs[0].token_ids, *checkpoints.token_ids(length, seed=length)]
+        if len(text) > 100:
+            return
+
+
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
 @pytest.mark.parametrize("caching", [True, False])
 def test_two_hundred_requests_through_room_for_ten(

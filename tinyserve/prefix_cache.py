@@ -44,11 +44,15 @@ class NoPrefixCache:
 
 
 class BlockPrefixCache(NoPrefixCache):
-    """For attention alone: every full block is a place to go on from."""
+    """For attention alone: every full block is a place to go on from, and wherever a sequence has stopped."""
 
     def reusable_prefix(self, token_ids: list[int]) -> Prefix:
-        chain = self._chain(token_ids)
-        return Prefix(len(chain) * self.blocks.block_size, *self._shared(chain))
+        chain, size = self._chain(token_ids), self.blocks.block_size
+        shared, start = self._shared(chain), len(chain) * size
+        for end in range(min(start + size, len(token_ids)) - 1, start, -1):
+            if known := self.blocks.find(shared[1], tuple(token_ids[start:end])):
+                return Prefix(end, *shared, tail=known.block)
+        return Prefix(start, *shared)
 
     def record(self, sequence: Sequence, copy_state: CopyState) -> None:
         """Remember the blocks that are full now; one that was known already takes the place of its double."""
@@ -61,6 +65,15 @@ class BlockPrefixCache(NoPrefixCache):
                 sequence.block_table[i] = known.block
                 self.blocks.free([block])
             sequence.key, sequence.num_recorded = known.key, i + 1
+
+    def keep_state(self, sequence: Sequence) -> int:
+        if tokens := self._tail_tokens(sequence):
+            self.blocks.remember(sequence.block_table[sequence.num_recorded], sequence.key, tokens)
+        return super().keep_state(sequence)
+
+    def _tail_tokens(self, sequence: Sequence) -> tuple[int, ...]:
+        """What is computed of a sequence in its last block, if that is not full."""
+        return tuple(sequence.token_ids[sequence.num_recorded * self.blocks.block_size : sequence.num_computed])
 
     def _chain(self, token_ids: list[int]) -> list[tuple[int, int]]:
         """The full blocks that are known of a text but its last token, each with its key."""
@@ -157,9 +170,6 @@ class StatePrefixCache(BlockPrefixCache):
         if not self._free_slots and self._snapshots:
             self._drop(next(iter(self._snapshots)))
         return key if self._free_slots else None
-
-    def _tail_tokens(self, sequence: Sequence) -> tuple[int, ...]:
-        return tuple(sequence.token_ids[sequence.num_recorded * self.blocks.block_size : sequence.num_computed])
 
     def _add(self, key: int, sequence: Sequence, slot: int) -> None:
         tokens = self._tail_tokens(sequence)
