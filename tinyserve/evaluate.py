@@ -75,7 +75,7 @@ class Row:
     top1: float | None = None
 
 
-def _silent(*_: object) -> None:
+def silent(*_: object) -> None:
     """The progress of whoever asked for none."""
 
 
@@ -85,7 +85,7 @@ def run(
     dtypes: Sequence[str],
     reference: str | None = "float32",
     window: int = 1024,
-    progress: Callable[[str, int, int], None] = _silent,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> Iterator[Row]:
     """Evaluate a model in each of `dtypes`, loading one after the other; the reference comes first and stays.
 
@@ -114,7 +114,7 @@ def run(
         yield row(dtype, got.perplexity, got.perplexity_change, got.kl, got.top1)
 
 
-def perplexity_of(llm: "LLM", token_ids: Sequence[int], window: int = 1024, progress: Progress = _silent) -> float:
+def perplexity_of(llm: "LLM", token_ids: Sequence[int], window: int = 1024, progress: Progress = silent) -> float:
     """The perplexity of a text's tokens but the first, each predicted from at most `window` tokens before it."""
     windows = _windows([llm], token_ids, window, progress)
     total = sum(cross_entropy(llm.logits(ids), targets) * len(ids) for ids, targets in windows)
@@ -126,7 +126,7 @@ def compare(
     other: "LLM",
     token_ids: Sequence[int],
     window: int = 1024,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Predict every token of a text but the first with both models, from at most `window` tokens before it.
 

@@ -1,6 +1,6 @@
-"""`tinyserve eval`: what a dtype costs in accuracy, on a text of the user's.
+"""`tinyserve eval`: what a dtype costs in accuracy, on a text of the user's or in the tasks that come along.
 
-Knows how to read a file and to print; the measuring is in tinyserve/evaluate.py.
+Knows how to read a file and to print; the measuring is in tinyserve/evaluate.py, the tasks in cli/_eval_tasks.py.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyserve import __version__, presets
+from tinyserve.cli._eval_tasks import LIST, evaluate_tasks, print_list
 from tinyserve.cli._options import Model, Threads
 from tinyserve.errors import TinyserveError, UserError
 
@@ -21,11 +22,18 @@ if TYPE_CHECKING:
     from tinyserve.llm import LLM
 
 NO_REFERENCE = "none"
+WINDOW = 1024
 
 
 def evaluate(
     model: Model = presets.DEFAULT,
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="The text, in UTF-8. Must be given.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text, in UTF-8. This or a task must be given.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A task, instead of a text; several times for several. `list` shows them."),
+    ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,14 +45,17 @@ def evaluate(
     against: Annotated[
         str, typer.Option(metavar="DTYPE", help="The dtype to compare with; none leaves the comparison out.")
     ] = "float32",
-    window: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens that are read at once.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens that are read at once.")] = WINDOW,
     tokens: Annotated[
         int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many tokens of the text.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many questions of each task.")
     ] = None,
     threads: Threads = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Measure what a dtype costs in accuracy on a text.
+    """Measure what a dtype costs in accuracy, on a text or in tasks.
 
     The text is cut into windows, and each token but the first is predicted from those before it in its window.
     Printed are the perplexity; bits per byte, which is the cross entropy of the predicted tokens in bits over the
@@ -52,12 +63,28 @@ def evaluate(
     perplexity, the mean of KL(float32 ‖ dtype) in nats a token, and how often both find the same token likeliest.
     Two models are in memory at a time, or one with --against none.
 
+    A task is a set of questions that come with tinyserve. Printed is how many of n answers are right, with the standard
+    error: acc takes the likeliest choice by the sum of its tokens' log-probabilities, acc_norm by that sum over the
+    choice's characters, exact_match what the model writes. No chat template is applied.
+
     \b
     Examples:
       tinyserve eval smollm2-135m --text book.txt
       tinyserve eval gpt2 --text book.txt --dtype int8 --dtype bfloat16 --json
       tinyserve eval ./model.gguf --text book.txt --tokens 5000 --against none
+      tinyserve eval --task list
+      tinyserve eval smollm2-135m --task cloze --task arithmetic --dtype int8 --dtype float32
     """
+    if task:
+        if text is not None or tokens is not None or window != WINDOW or against != "float32":
+            raise UserError("--text, --tokens, --window and --against are for a text: give a task or a text, not both.")
+        if LIST in task:
+            print_list()
+        else:
+            evaluate_tasks(model, task, dtype or ["auto"], limit, threads, json_)
+        return
+    if limit is not None:
+        raise UserError("--limit is for tasks: give --task NAME with it, or --tokens with a text.")
     content = _read(text)
     from tinyserve import evaluate as measure
     from tinyserve.cli._answer import load
@@ -114,7 +141,7 @@ def _read(text: Path | None) -> bytes:
     if text is None:
         raise UserError(
             "There is no text to evaluate on: give a file in UTF-8 with --text FILE, best some thousand words of the "
-            "kind that the model is for."
+            "kind that the model is for, or a task (--task list shows them)."
         )
     try:
         content = text.read_bytes()
