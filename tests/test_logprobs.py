@@ -13,7 +13,7 @@ from conftest import cache_bytes
 
 from tinyserve import LLM, AsyncEngine, SamplingParams
 from tinyserve.errors import RequestError
-from tinyserve.evaluate import perplexity
+from tinyserve.evaluate import perplexity_of
 from tinyserve.sequence import Logprob
 
 FAMILIES = ["gpt2", "llama", "falcon-7b", "granite-hybrid"]
@@ -61,7 +61,7 @@ def test_they_sum_to_the_perplexity(smollm2: Path) -> None:
     ids = llm.tokenizer.encode(text)[:200]
     [output] = llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=0))
     total = math.fsum(row[token] for token, row in zip(ids[1:], output.prompt_logprobs[1:], strict=True))
-    assert math.exp(-total / (len(ids) - 1)) == pytest.approx(perplexity(llm, ids, 256), rel=1e-5)
+    assert math.exp(-total / (len(ids) - 1)) == pytest.approx(perplexity_of(llm, ids, 256), rel=1e-5)
 
 
 def test_a_prompt_that_is_preempted_is_read_once(folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]) -> None:
