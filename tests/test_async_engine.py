@@ -37,7 +37,7 @@ def own_llm(folder_of: Callable[[str], Path]) -> LLM:
 
 
 def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **{"ignore_eos": "stop" not in options} | options)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
