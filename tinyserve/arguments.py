@@ -13,7 +13,7 @@ Prompt = str | SequenceOf[int] | Mapping[str, Any]
 
 _OPTIONS = (
     "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "kv_cache_dtype",
-    "block_size", "enable_prefix_caching", "num_threads", "seed", "load_format", "progress",
+    "block_size", "enable_prefix_caching", "speculative_config", "num_threads", "seed", "load_format", "progress",
 )  # fmt: skip
 _AT_LEAST = {"seed": 0, "block_size": 16, "max_model_len": 2}
 _MOST_SEQS = 1 << 16  # each has a place in the queue, whether it is ever taken or not

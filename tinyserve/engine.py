@@ -5,6 +5,7 @@ Knows neither text nor arrays; a runner is handed in, and a fake one of a few do
 
 from bisect import insort
 from collections import Counter, deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
@@ -15,6 +16,7 @@ from tinyserve.errors import RequestError
 from tinyserve.prefix_cache import NoPrefixCache, Prefix
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Scheduled, Sequence
+from tinyserve.speculation import MOST_SEQUENCES, NgramProposer
 
 
 class Runner(Protocol):
@@ -43,6 +45,8 @@ class EngineStats(NamedTuple):
     cached_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    guessed_tokens: int = 0  # by speculation, and how many of them the model would have chosen
+    right_tokens: int = 0
 
 
 class Engine:
@@ -61,7 +65,10 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefixes: NoPrefixCache | None = None,
+        proposer: NgramProposer | None = None,
+        spare_slots: SequenceOf[int] | None = None,
     ):
+        """`spare_slots` are for states while guesses are checked; None where a model has none."""
         self.runner, self.blocks, self.eos_token_ids = runner, blocks, eos_token_ids
         self.max_model_len = max_model_len
         # Each that decodes gets a token in every step: forks could be more than the budget holds, and would stall all
@@ -69,6 +76,7 @@ class Engine:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefixes = prefixes or NoPrefixCache(blocks)
+        self.proposer, self.spare_slots = proposer, spare_slots
         self.waiting: list[Sequence] = []  # both by place in the queue
         self.running: list[Sequence] = []
         self.scheduled: list[Scheduled] = []  # in the last step
@@ -133,7 +141,7 @@ class Engine:
                 if sequence.is_running:
                     self._requeue(sequence, keep_state=False)
             raise
-        self.totals.update(steps=1, output_tokens=len(grown))
+        self.totals["steps"] += 1
         self.step_seconds += perf_counter() - start
         return grown
 
@@ -169,6 +177,7 @@ class Engine:
             if sequence.forks:
                 self._fork_when_ready(sequence)
         budget, scheduled, preempted = self.max_num_batched_tokens, [], False
+        spares = list(self.spare_slots or ())
         # Those with one token to go are decoding: they come first, so that a long prompt stalls nobody.
         for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed > 1):
             if budget == 0:
@@ -177,8 +186,10 @@ class Engine:
             if not sequence.is_running or not self._grow(sequence, num_tokens):
                 preempted = True
                 continue
-            budget -= num_tokens
             scheduled.append(Scheduled(sequence, num_tokens))
+            if self.proposer is not None:
+                self._guess(sequence, num_tokens, budget - num_tokens, spares)
+            budget -= num_tokens + len(sequence.draft)
         # Where blocks have run out, a newcomer would only take those of the next in need.
         while budget and not preempted and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
@@ -189,6 +200,26 @@ class Engine:
             budget -= num_tokens
             scheduled.append(Scheduled(sequence, num_tokens))
         return scheduled
+
+    def _guess(self, sequence: Sequence, num_tokens: int, room: int, spares: list[int]) -> None:
+        """Give a sequence that decodes guesses to check, if there are some, and room, and a place for its state."""
+        params, length = sequence.params, len(sequence.token_ids)
+        room = min(room, self.max_model_len - length - 1, params.max_tokens - sequence.num_output - 1)
+        is_decoding = sequence.num_computed + num_tokens == length and sequence.num_output > 0
+        if not is_decoding or room < 1 or len(self.running) > MOST_SEQUENCES:
+            return
+        if sequence.matcher is not None or params.changes_logits or (self.spare_slots is not None and not spares):
+            return
+        assert self.proposer is not None
+        draft = self.proposer.propose(sequence, room)
+        needed = self.blocks.blocks_for(length + len(draft)) - len(sequence.block_table)
+        if not draft or needed > self.blocks.num_free:
+            return
+        sequence.block_table += self.blocks.allocate(max(0, needed))
+        if spares:
+            sequence.spare_slot = spares.pop()
+            self.runner.copy_state(sequence.state_slot, sequence.spare_slot)
+        sequence.draft = draft
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many of a sequence's tokens come next; forks and those who reuse states wait at places of their own."""
@@ -291,12 +322,38 @@ class Engine:
             self.blocks.forget(sequence.block_table)  # earlier chunks may be what is wrong: nobody goes on from them
             self.finish(sequence, "error")
             return
+        if sequence.draft and sampled is not None:
+            self._check_guesses(sequence, num_tokens, sampled)
+            return
         sequence.num_computed += num_tokens
         self.prefixes.record(sequence, self.runner.copy_state)
-        if sampled is not None:
-            sequence.append(sampled.token_id, sampled.logprobs)
-            if reason := self._finish_reason(sequence):
-                self.finish(sequence, reason)
+        if sampled is not None and (reason := self._append(sequence, sampled)):
+            self.finish(sequence, reason)
+
+    def _check_guesses(self, sequence: Sequence, num_tokens: int, sampled: Sampled) -> None:
+        """Keep what the model has chosen as guessed, and the token after it; a state that went farther goes back."""
+        assert self.proposer is not None
+        guessed, right, reason = len(sequence.draft), -1, None
+        for one in (sampled, *sampled.then):
+            right += 1
+            if reason := self._append(sequence, one):
+                break
+        self.proposer.learn(sequence, guessed, right)
+        self.totals.update(guessed_tokens=guessed, right_tokens=right)
+        if sequence.spare_slot is not None and right < guessed:
+            self.runner.copy_state(sequence.spare_slot, sequence.state_slot)  # the next step comes here again
+        else:
+            sequence.num_computed += num_tokens + right
+        sequence.draft, sequence.spare_slot = [], None
+        self.prefixes.record(sequence, self.runner.copy_state)
+        if reason is not None:
+            self.finish(sequence, reason)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> str | None:
+        """Take in a token; returns why the sequence ends with it, if it does."""
+        sequence.append(sampled.token_id, sampled.logprobs)
+        self.totals["output_tokens"] += 1
+        return self._finish_reason(sequence)
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
         token, params, length = sequence.token_ids[-1], sequence.params, len(sequence.token_ids)

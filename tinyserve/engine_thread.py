@@ -149,7 +149,7 @@ class EngineThread:
             self._fail(at_work or [*self._engine.running, *self._engine.waiting], error)
             return
         reading = [s for s, _ in self._engine.scheduled if 0 < s.num_computed < len(s.prompt_token_ids)]
-        self._deliver([_news(s) for s in grown] + [Update(s, s.num_computed) for s in reading])
+        self._deliver([update for s in grown for update in _news(s)] + [Update(s, s.num_computed) for s in reading])
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.finish_reason is None:
@@ -181,16 +181,17 @@ class EngineThread:
             self._deliver([Update(s, finish_reason="error", error=self.dead_error) for s in self._mailboxes])
 
 
-def _news(sequence: Sequence) -> Update:
-    return Update(
-        sequence,
-        sequence.num_computed,
-        None if sequence.error else sequence.token_ids[-1],
-        sequence.metrics.last_token or 0.0,
-        sequence.logprobs[-1] if sequence.logprobs else None,
-        sequence.finish_reason,
-        TinyserveError(sequence.error) if sequence.error else None,
-    )
+def _news(sequence: Sequence) -> list[Update]:
+    """One update for each new token, or for why there is none."""
+    computed, reason = sequence.num_computed, sequence.finish_reason
+    if sequence.error:
+        return [Update(sequence, computed, finish_reason=reason, error=TinyserveError(sequence.error))]
+    first, sequence.num_delivered = sequence.num_delivered, sequence.num_output
+    tokens = sequence.output_token_ids[first:]
+    logprobs: SequenceOf[Logprobs | None] = sequence.logprobs[first:] or [None] * len(tokens)
+    times = sequence.metrics.token_times[first:]
+    ends = [None] * (len(tokens) - 1) + [reason]
+    return [Update(sequence, computed, *one) for one in zip(tokens, times, logprobs, ends, strict=True)]
 
 
 def _dead(error: BaseException | None) -> EngineDeadError:

@@ -25,6 +25,7 @@ from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
+from tinyserve.speculation import MOST_SEQUENCES, proposer_of
 from tinyserve.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        speculative_config: Mapping[str, Any] | None = None,
         num_threads: int | None = None,
         seed: int | None = None,
         load_format: str = "auto",
@@ -77,6 +79,8 @@ class LLM:
         block_size: tokens in a block of the cache, a multiple of 16.
         enable_prefix_caching: keep what finished requests have computed while nobody else needs its room, and take it
             over where a prompt begins with the same tokens; no answer changes by a bit.
+        speculative_config: {"method": "ngram"} lets an answer that repeats what was said come several tokens a step;
+            no token changes. Also num_speculative_tokens (16 at most), prompt_lookup_max (4), prompt_lookup_min (2).
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
@@ -104,6 +108,7 @@ class LLM:
 
         if not isinstance(model, str | PathLike) or not str(model):
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
+        proposer = proposer_of(speculative_config)
         resolve_dtype(dtype)  # before anything is downloaded
         resolve_kv_cache_dtype(kv_cache_dtype, dtype)
         files = open_model(str(model), load_format, progress=True)
@@ -115,7 +120,7 @@ class LLM:
         self.num_threads = _jit.set_threads(num_threads)
         self.cache_plan = plan = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
-            self.kv_cache_dtype, snapshots=enable_prefix_caching,
+            self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if proposer else 0,
         )  # fmt: skip
         self.max_model_len = plan.max_model_len
         self._progress, self._compiled = progress or _announcer(), 0
@@ -134,12 +139,13 @@ class LLM:
         blocks = BlockManager(plan.num_blocks, block_size)
         prefixes = NoPrefixCache(blocks)
         if enable_prefix_caching and plan.state_nbytes:
-            prefixes = StatePrefixCache(blocks, range(max_num_seqs, plan.num_states))
+            prefixes = StatePrefixCache(blocks, range(max_num_seqs, max_num_seqs + plan.num_snapshots))
         elif enable_prefix_caching:
             prefixes = BlockPrefixCache(blocks)
         self._engine = Engine(
             self._runner, blocks, files.eos_token_ids, self.max_model_len, max_num_seqs, max_num_batched_tokens,
-            prefixes,
+            prefixes, proposer,
+            range(plan.num_states - plan.num_spares, plan.num_states) if plan.state_nbytes else None,
         )  # fmt: skip
         self._chunk = max_num_batched_tokens
         self._seed = seed

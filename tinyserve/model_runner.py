@@ -50,23 +50,33 @@ class ModelRunner:
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
-        last_rows = np.cumsum([num_tokens for _, num_tokens in scheduled]) - 1
         complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
-        sequences = [scheduled[i].sequence for i in complete]
-        matchers = [sequence.matcher for sequence in sequences]
+        matchers = [scheduled[i].sequence.matcher for i in complete]
         if any(matchers):
             self.masks.start(matchers)  # while the model works
         with _jit.one_at_a_time(self.num_threads):
-            hidden = self.model(self._batch(scheduled), self.cache)  # (tokens, hidden)
-            for (sequence, num_tokens), end in zip(scheduled, last_rows + 1, strict=True):
+            batch = self._batch(scheduled)
+            hidden = self.model(batch, self.cache)  # (tokens, hidden)
+            for (sequence, num_tokens), first in zip(scheduled, batch.starts, strict=False):
                 if sequence.params.prompt_logprobs is not None:
-                    self._read_prompt(sequence, hidden[end - num_tokens : end])
-            logits = self.model.logits(hidden[last_rows[complete]])  # (complete sequences, vocab)
+                    self._read_prompt(sequence, hidden[first : first + num_tokens])
+            # What follows a sequence's last token, and each guess behind it.
+            places = [(i, ahead) for i in complete for ahead in range(len(scheduled[i].sequence.draft) + 1)]
+            rows = [batch.starts[i] + scheduled[i].num_tokens - 1 + ahead for i, ahead in places]
+            logits = self.model.logits(hidden[rows])  # (places, vocab)
             masks = self.masks.wait() if any(matchers) else ()
-            allowed = [mask if matcher else None for mask, matcher in zip(masks, matchers, strict=False)]
-            sampled = self._sample(sequences, logits, allowed)
+            mask_of = {i: mask for i, mask, matcher in zip(complete, masks, matchers, strict=False) if matcher}
+            sampled = self._sample(
+                [scheduled[i].sequence for i, _ in places],
+                logits,
+                [mask_of.get(i) for i, _ in places],
+                [ahead for _, ahead in places],
+            )
         results: list[Sampled | None] = [None] * len(scheduled)
-        for i, matcher, result in zip(complete, matchers, sampled, strict=True):
+        chosen = iter(sampled)
+        for i, matcher in zip(complete, matchers, strict=True):
+            draft = scheduled[i].sequence.draft
+            result = _followed(draft, [next(chosen) for _ in range(len(draft) + 1)])
             results[i] = result if matcher is None else _obeyed(matcher, result)
         return results
 
@@ -125,11 +135,10 @@ class ModelRunner:
         for sequence, _ in work:
             if sequence.num_computed == 0:
                 self.cache.reset_slot(sequence.state_slot)
-        starts, counts = np.array([(sequence.num_computed, num_tokens) for sequence, num_tokens in work]).T
+        starts, counts = np.array([(s.num_computed, num_tokens + len(s.draft)) for s, num_tokens in work]).T
         rows = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
-        token_ids = np.fromiter(
-            chain.from_iterable(s.token_ids[s.num_computed : s.num_computed + n] for s, n in work), np.int64, rows[-1]
-        )
+        parts = (s.token_ids[s.num_computed : s.num_computed + n] + s.draft for s, n in work)
+        token_ids = np.fromiter(chain.from_iterable(parts), np.int64, rows[-1])
         sequence_of = np.repeat(np.arange(len(work)), counts)
         positions = np.arange(rows[-1]) + (starts - rows[:-1])[sequence_of]
         width = max(len(sequence.block_table) for sequence, _ in work)
@@ -139,8 +148,14 @@ class ModelRunner:
         state_slots = np.array([sequence.state_slot for sequence, _ in work])
         return Batch(token_ids, positions, slots, sequence_of, tables, rows, state_slots)
 
-    def _sample(self, sequences: list[Sequence], logits: Array, masks: SequenceOf[Array | None] = ()) -> list[Sampled]:
-        return self.sampler.sample(sequences, logits, masks)
+    def _sample(
+        self,
+        sequences: list[Sequence],
+        logits: Array,
+        masks: SequenceOf[Array | None] = (),
+        ahead: SequenceOf[int] = (),
+    ) -> list[Sampled]:
+        return self.sampler.sample(sequences, logits, masks, ahead)
 
 
 class Masks(Protocol):
@@ -161,6 +176,14 @@ class _NoMasks:
         raise NotImplementedError
 
 
+def _followed(draft: list[int], sampled: list[Sampled]) -> Sampled:
+    """The first token, and those after it as long as the guesses were right."""
+    right = 0
+    while right < len(draft) and sampled[right].token_id == draft[right] and sampled[right + 1].error is None:
+        right += 1
+    return sampled[0]._replace(then=tuple(sampled[1 : right + 1])) if right else sampled[0]
+
+
 def _obeyed(matcher: Any, sampled: Sampled) -> Sampled:
     """The token, taken in by its grammar; or why there is none."""
     if sampled.error is None:
@@ -173,6 +196,7 @@ class _Tokens(Protocol):
     num_computed: int
     block_table: list[int]
     state_slot: int
+    draft: list[int]
 
 
 class _Scratch:
@@ -180,6 +204,7 @@ class _Scratch:
 
     def __init__(self, token_ids: list[int], block_table: list[int], state_slot: int):
         self.token_ids, self.block_table, self.state_slot, self.num_computed = token_ids, block_table, state_slot, 0
+        self.draft: list[int] = []
 
 
 class CachePlan(NamedTuple):
@@ -192,11 +217,12 @@ class CachePlan(NamedTuple):
     num_snapshots: int  # of states, for prefixes to go on from
     block_nbytes: int
     state_nbytes: int  # of one sequence
+    num_spares: int = 0  # of states, for while guesses are checked
 
     @property
     def num_states(self) -> int:
-        """Slots for running sequences and for snapshots."""
-        return self.max_num_seqs + self.num_snapshots
+        """Slots for running sequences, for snapshots, and spare ones, in this order."""
+        return self.max_num_seqs + self.num_snapshots + self.num_spares
 
     @property
     def nbytes(self) -> int:
@@ -222,6 +248,7 @@ def plan_cache(
     kv_cache_memory: int | None,
     kv_cache_dtype: str = "float32",
     snapshots: bool = True,
+    spares: int = 0,
 ) -> CachePlan:
     """How many blocks the cache has, how many tokens a sequence may come to, and how many snapshots are kept.
 
@@ -236,7 +263,8 @@ def plan_cache(
     budget = kv_cache_memory
     if budget is None:
         budget = max(0, available_memory() - weight_bytes(config, dtype)) // 2
-    states = state_nbytes(config, max_num_seqs)
+    spares = spares if state_bytes_per_sequence(config) else 0
+    states = state_nbytes(config, max_num_seqs + spares)
     if states > budget:
         raise UserError(
             f"{_size(budget)} are too little for the states of {max_num_seqs} sequences, which take {_size(states)}: "
@@ -259,7 +287,7 @@ def plan_cache(
             f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
             f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
-    return CachePlan(num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, block, state)
+    return CachePlan(num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, block, state, spares)
 
 
 def _size(nbytes: int) -> str:

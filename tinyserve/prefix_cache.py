@@ -143,7 +143,7 @@ class StatePrefixCache(BlockPrefixCache):
 
     def record(self, sequence: Sequence, copy_state: CopyState) -> None:
         super().record(sequence, copy_state)
-        done, is_prefill = sequence.num_computed, sequence.num_computed < len(sequence.token_ids)
+        done, is_prefill = sequence.num_computed, len(sequence.token_ids) - sequence.num_computed > 1
         passed_stride = is_prefill and done - sequence.last_snapshot >= self.stride
         if passed_stride or done in (len(sequence.prompt_token_ids), sequence.split_at):
             sequence.last_snapshot = done

@@ -31,12 +31,17 @@ class Sampler:
         self._processors: WeakKeyDictionary[Sequence, _Processors] = WeakKeyDictionary()
 
     def sample(
-        self, sequences: SequenceOf[Sequence], logits: Array, masks: SequenceOf[Array | None] = ()
+        self,
+        sequences: SequenceOf[Sequence],
+        logits: Array,
+        masks: SequenceOf[Array | None] = (),
+        ahead: SequenceOf[int] = (),
     ) -> list[Sampled]:
         """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
 
         masks: none, or for each sequence None or the tokens that its grammar allows, bits in words of uint32 (as
-        `allow` takes them). Log-probabilities are of the logits as they came.
+        `allow` takes them). ahead: how many guesses stand before each row's token, none by default. Log-probabilities
+        are of the logits as they came.
         """
         params = [sequence.params for sequence in sequences]
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
@@ -45,8 +50,8 @@ class Sampler:
         temperature = np.array([p.temperature for p in params], np.float64)
         if temperature.any():
             numbers = [
-                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output))
-                for p, sequence in zip(params, sequences, strict=True)
+                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output + guesses))
+                for p, sequence, guesses in zip(params, sequences, ahead or [0] * len(params), strict=True)
             ]
             top_k = np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64)
             token_ids = sample(logits, temperature, top_k, *np.array(numbers).T.copy())

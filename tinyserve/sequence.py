@@ -101,6 +101,9 @@ class Sequence:
     state_slot: int = -1  # while it runs: which row of the recurrent layers' memory is its own
     num_recorded: int = 0  # full blocks that the prefix cache knows, and the key of the last
     key: int = ROOT
+    draft: list[int] = field(default_factory=list)  # guesses that the next step checks
+    spare_slot: int | None = None  # where its state is kept meanwhile
+    num_delivered: int = 0  # tokens of the answer that were handed over
     split_at: int = 0  # a chunk of its prompt ends here, if that is ahead
     last_snapshot: int = 0  # the prefix cache has kept a state as of here
     forks: "list[Sequence]" = field(default_factory=list)  # other answers: they wait for this one's prompt
@@ -138,6 +141,7 @@ class Sequence:
     def stop_running(self) -> None:
         """Forget everything about the cache: whoever runs it again starts from its token ids."""
         self.block_table, self.state_slot, self.num_computed = [], -1, 0
+        self.draft, self.spare_slot = [], None
         self.num_recorded, self.key, self.split_at, self.last_snapshot = 0, ROOT, 0, 0
 
     def append(self, token: int, logprobs: Logprobs | None) -> None:
@@ -154,6 +158,7 @@ class Sampled(NamedTuple):
     token_id: int
     logprobs: Logprobs | None = None
     error: str | None = None  # why there is no token: this request fails, and no other
+    then: tuple["Sampled", ...] = ()  # what follows it, where the guesses were right up to there
 
 
 class Scheduled(NamedTuple):
