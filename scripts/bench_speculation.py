@@ -1,4 +1,4 @@
-"""What prompt lookup gains where an answer repeats what was said, and costs where it does not; with and without in turn.
+"""What prompt lookup gains where an answer repeats what was said, and costs elsewhere; with and without in turn.
 
 python scripts/bench_speculation.py --dtype int8 --rounds 3
 """
