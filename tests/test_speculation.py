@@ -45,7 +45,7 @@ def test_guesses_change_no_bit(name: str, dtype: str, folder_of: Callable[[str],
             assert answers(llm.generate(PROMPTS, params)) == expected
         stats = llm.stats()
         guessed, right = guessed + stats.guessed_tokens, right + stats.right_tokens
-        assert stats.num_free_blocks == stats.num_blocks and stats.steps < stats.output_tokens
+        assert stats.num_free_blocks == stats.num_blocks
     assert 0 < right < guessed
 
 
