@@ -49,7 +49,10 @@ class NgramProposer:
         for n in range(self.longest, self.shortest - 1, -1):
             end = text.ends.get(tuple(tokens[-n:])) if len(tokens) > n else None
             if end is not None:
-                return tokens[end : end + min(room, text.num_tokens)]
+                guesses: list[int] = []
+                for i in range(end, end + min(room, text.num_tokens)):  # past the end of the text, round and round
+                    guesses.append(tokens[i] if i < len(tokens) else guesses[i - len(tokens)])
+                return guesses
         return []
 
     def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
