@@ -157,10 +157,10 @@ class Recorder:
         self.logits: dict[int, list[np.ndarray]] = {}
         sample = llm._runner._sample
 
-        def recording(sequences: list[Any], logits: np.ndarray) -> Any:
+        def recording(sequences: list[Any], logits: np.ndarray, *others: Any) -> Any:
             for sequence, row in zip(sequences, logits, strict=True):
                 self.logits.setdefault(sequence.request_id, []).append(row.copy())
-            return sample(sequences, logits)
+            return sample(sequences, logits, *others)
 
         monkeypatch.setattr(llm._runner, "_sample", recording)
 
