@@ -55,7 +55,7 @@ def evaluate(
     threads: Threads = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Measure what a dtype costs in accuracy, on a text or in tasks.
+    """Measure what a dtype costs in accuracy, by text or tasks.
 
     The text is cut into windows, and each token but the first is predicted from those before it in its window.
     Printed are the perplexity; bits per byte, which is the cross entropy of the predicted tokens in bits over the
