@@ -11,6 +11,7 @@ from tinyserve.errors import RequestError
 from tinyserve.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Sequence
+from tinyserve.speculation import NgramProposer
 
 END = 99
 
@@ -309,3 +310,38 @@ def test_what_failed_is_no_beginning(kind: type[BlockPrefixCache]) -> None:
     run(engine)
     assert both[0].num_output == 20 and both[1].finish_reason == "error"
     assert engine.blocks.num_free == 64
+
+
+class Eager(NgramProposer):
+    """Guesses as much as there is room for, and never learns."""
+
+    def propose(self, sequence: Sequence, room: int) -> list[int]:
+        return [7] * room
+
+    def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
+        assert right == 0 < guessed
+
+
+@pytest.mark.parametrize("budget", [4, 5, 9, 64])
+def test_guesses_take_nobodys_token(budget: int) -> None:
+    """Each that decodes gains one in every step, however much the first would like to try."""
+    engine = build(FakeRunner(has_states=False), seqs=4, budget=budget)
+    engine.proposer = Eager()
+    sequences = [engine.add([5] * 3, params(12)) for _ in range(4)]
+    while not all(sequence.num_output for sequence in sequences):
+        engine.step()
+    while all(sequence.finish_reason is None for sequence in sequences):
+        before = [sequence.num_output for sequence in sequences]
+        engine.step()
+        assert [sequence.num_output for sequence in sequences] == [count + 1 for count in before]
+    assert engine.totals["guessed_tokens"] > 0
+
+
+def test_guesses_take_nobodys_block() -> None:
+    """Where every block is needed nobody is preempted for the sake of a guess."""
+    engine = build(FakeRunner(has_states=False), seqs=2, num_blocks=4)
+    engine.proposer = Eager()
+    for _ in range(2):
+        engine.add([5] * 10, params(20))
+    run(engine)
+    assert engine.totals["preemptions"] == 0 and engine.totals["guessed_tokens"] > 0

@@ -155,14 +155,14 @@ class Recorder:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[int, list[np.ndarray]] = {}
-        sample = llm._runner._sample
+        sample = llm._runner.sampler.sample
 
         def recording(sequences: list[Any], logits: np.ndarray, *others: Any) -> Any:
             for sequence, row in zip(sequences, logits, strict=True):
                 self.logits.setdefault(sequence.request_id, []).append(row.copy())
             return sample(sequences, logits, *others)
 
-        monkeypatch.setattr(llm._runner, "_sample", recording)
+        monkeypatch.setattr(llm._runner.sampler, "sample", recording)
 
     def of(self, output: Any) -> np.ndarray:
         return np.stack(self.logits[output.request_id])

@@ -204,16 +204,17 @@ class Engine:
     def _guess(self, sequence: Sequence, num_tokens: int, room: int, spares: list[int]) -> None:
         """Give a sequence that decodes guesses to check, if there are some, and room, and a place for its state."""
         params, length = sequence.params, len(sequence.token_ids)
-        room = min(room, self.max_model_len - length - 1, params.max_tokens - sequence.num_output - 1)
+        others = len(self.running)  # a guess takes neither their token in this step nor their next block
+        room = min(room - others, self.max_model_len - length - 1, params.max_tokens - sequence.num_output - 1)
         is_decoding = sequence.num_computed + num_tokens == length and sequence.num_output > 0
-        if not is_decoding or room < 1 or len(self.running) > MOST_SEQUENCES:
+        if not is_decoding or room < 1 or others > MOST_SEQUENCES:
             return
         if sequence.matcher is not None or params.changes_logits or (self.spare_slots is not None and not spares):
             return
         assert self.proposer is not None
         draft = self.proposer.propose(sequence, room)
         needed = self.blocks.blocks_for(length + len(draft)) - len(sequence.block_table)
-        if not draft or needed > self.blocks.num_free:
+        if not draft or (needed > 0 and needed + others > self.blocks.num_free):
             return
         sequence.block_table += self.blocks.allocate(max(0, needed))
         if spares:

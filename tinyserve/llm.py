@@ -4,7 +4,6 @@ Builds the runner and the engine and hands them down; knows nothing of kernels, 
 """
 
 import logging
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -15,6 +14,7 @@ from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
+from tinyserve.announcer import announcer
 from tinyserve.answer_bar import AnswerBar
 from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
 from tinyserve.beam_search import BeamSearchOutput, beam_search
@@ -123,7 +123,7 @@ class LLM:
             self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if proposer else 0,
         )  # fmt: skip
         self.max_model_len = plan.max_model_len
-        self._progress, self._compiled = progress or _announcer(), 0
+        self._progress, self._compiled = progress or announcer(), 0
         with _jit.on_compile(self._report_kernel):
             load = partial(self._progress, "load")
             with _jit.one_at_a_time(self.num_threads):
@@ -385,22 +385,3 @@ class LLM:
 
 def _text_of(tokenizer: "Tokenizer", token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False, continuation=True)
-
-
-def _announcer() -> Progress:
-    """The progress of a program that asked for none: compiling takes a while, and is said once."""
-    said: set[str] = set()
-
-    def report(stage: str, done: int, total: int) -> None:
-        kind = stage.split()[0]
-        if kind in _ANNOUNCED and kind not in said:
-            print(f"tinyserve: {_ANNOUNCED[kind]}", file=sys.stderr)  # noqa: T201
-            said.add(kind)
-
-    return report
-
-
-_ANNOUNCED = {
-    "compile": "compiling kernels for this processor (the first time, up to a minute)",
-    "wait": "another process is compiling the kernels: waiting for it",
-}

@@ -5,7 +5,6 @@ The highest floor that knows arrays. It does not choose what runs, and has never
 
 import os
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceOf
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -46,14 +45,15 @@ class ModelRunner:
         # States for running sequences and for snapshots, and the last one for `logits`.
         self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
         self.sampler = Sampler(eos_token_ids)
-        self.masks: Masks = _NoMasks()
+        self.masks: Masks | None = None  # for sequences that have a grammar
 
     def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
         """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
         complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
         matchers = [scheduled[i].sequence.matcher for i in complete]
-        if any(matchers):
-            self.masks.start(matchers)  # while the model works
+        filler = self.masks if any(matchers) else None
+        if filler is not None:
+            filler.start(matchers)  # while the model works
         with _jit.one_at_a_time(self.num_threads):
             batch = self._batch(scheduled)
             hidden = self.model(batch, self.cache)  # (tokens, hidden)
@@ -64,9 +64,9 @@ class ModelRunner:
             places = [(i, ahead) for i in complete for ahead in range(len(scheduled[i].sequence.draft) + 1)]
             rows = [batch.starts[i] + scheduled[i].num_tokens - 1 + ahead for i, ahead in places]
             logits = self.model.logits(hidden[rows])  # (places, vocab)
-            masks = self.masks.wait() if any(matchers) else ()
+            masks = filler.wait() if filler is not None else ()
             mask_of = {i: mask for i, mask, matcher in zip(complete, masks, matchers, strict=False) if matcher}
-            sampled = self._sample(
+            sampled = self.sampler.sample(
                 [scheduled[i].sequence for i, _ in places],
                 logits,
                 [mask_of.get(i) for i, _ in places],
@@ -148,15 +148,6 @@ class ModelRunner:
         state_slots = np.array([sequence.state_slot for sequence, _ in work])
         return Batch(token_ids, positions, slots, sequence_of, tables, rows, state_slots)
 
-    def _sample(
-        self,
-        sequences: list[Sequence],
-        logits: Array,
-        masks: SequenceOf[Array | None] = (),
-        ahead: SequenceOf[int] = (),
-    ) -> list[Sampled]:
-        return self.sampler.sample(sequences, logits, masks, ahead)
-
 
 class Masks(Protocol):
     """Finds out which tokens come next, in a thread of its own."""
@@ -166,14 +157,6 @@ class Masks(Protocol):
 
     def wait(self) -> Array:
         """The masks (matchers, words) uint32 of the last `start`."""
-
-
-class _NoMasks:
-    def start(self, matchers: list[Any]) -> None:
-        raise RuntimeError("A sequence has a grammar, and the runner has no `masks`.")
-
-    def wait(self) -> Array:
-        raise NotImplementedError
 
 
 def _followed(draft: list[int], sampled: list[Sampled]) -> Sampled:

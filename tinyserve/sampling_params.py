@@ -1,46 +1,18 @@
 """How one request is decoded, under vLLM's names. Plain data: nothing here samples."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from operator import index
-from typing import Any, Self
+from typing import Any
 
 from tinyserve.errors import RequestError
+from tinyserve.options import Options, Rule
 from tinyserve.structured_outputs import StructuredOutputs
 
 
-class _Options:
-    """A dataclass that refuses an option that does not exist, naming the nearest one, and checks those that do."""
-
-    __dataclass_fields__: dict[str, Any]
-
-    def __new__(cls, **options: Any) -> Self:
-        for name in options.keys() - cls.__dataclass_fields__.keys():
-            raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}")
-        return super().__new__(cls)
-
-    @classmethod
-    def _reason(cls, name: str) -> str:
-        """What follows "has no option": the rest of the sentence, and the way out."""
-        nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0.4)
-        return f". Did you mean {nearest[0]!r}?" if nearest else "."
-
-    def _check(self, rules: "Mapping[str, _Rule]") -> None:
-        """Raise RequestError for the first option outside its range."""
-        for name, (holds, range_) in rules.items():
-            value = getattr(self, name)
-            try:
-                good = holds(value)
-            except (TypeError, ValueError):
-                good = False
-            if not good:
-                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.")
-
-
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams(_Options):
+class SamplingParams(Options):
     """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range.
 
     n: how many answers to give; answer i of a request with a seed draws from seed + i.
@@ -149,7 +121,7 @@ class SamplingParams(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeamSearchParams(_Options):
+class BeamSearchParams(Options):
     """How wide and how far to search for the likeliest answers. Raises RequestError as SamplingParams does.
 
     beam_width: go on with this many of the likeliest texts at each token, and give as many answers; 1 is greedy.
@@ -210,7 +182,6 @@ _SAMPLING = {
     "logit_bias",
 }  # fmt: skip
 
-_Rule = tuple[Callable[[Any], bool], str]
 _INFINITY = float("inf")
 _TOKEN_IDS = "token ids, whole numbers from 0 on"
 _PENALTY = (lambda p: -2 <= p <= 2, "between -2 and 2 (0 is off)")
@@ -218,7 +189,7 @@ _SHARE = (lambda p: 0 < p <= 1, "above 0 and at most 1")
 _COUNT = (lambda n: _whole(n) >= 1, "a whole number of at least 1")
 _LOGPROBS = (lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100")
 _SWITCH = (lambda yes: yes is bool(yes), "True or False")
-_RULES: Mapping[str, _Rule] = {
+_RULES: Mapping[str, Rule] = {
     "n": _COUNT,
     "best_of": (lambda n: n is None or _whole(n) >= 1, "a whole number of at least 1"),
     "temperature": (lambda t: 0 <= t < _INFINITY, "a finite number of at least 0 (0 is greedy)"),
@@ -250,7 +221,7 @@ _RULES: Mapping[str, _Rule] = {
     "skip_special_tokens": _SWITCH,
     "structured_outputs": (lambda s: s is None or isinstance(s, StructuredOutputs), "a StructuredOutputs or None"),
 }
-_BEAM_RULES: Mapping[str, _Rule] = {
+_BEAM_RULES: Mapping[str, Rule] = {
     # Each beam's step asks for as many log-probabilities, and those of the end tokens: 100 are the most there are.
     "beam_width": (lambda n: 1 <= _whole(n) <= 50, "a whole number between 1 and 50"),
     "max_tokens": _COUNT,

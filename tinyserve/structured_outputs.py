@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any
 
 from tinyserve.errors import RequestError
+from tinyserve.options import Options
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -18,7 +18,7 @@ WHITESPACE = r" |\n {0,24}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StructuredOutputs:
+class StructuredOutputs(Options):
     """Exactly one kind of structure. Raises RequestError, with the field, for what is none.
 
     json: a JSON schema: an object, its text, or a pydantic model's class.
@@ -33,14 +33,6 @@ class StructuredOutputs:
     choice: Sequence[str] | None = None  # afterwards a tuple
     grammar: str | None = None
     json_object: bool = False
-
-    def __new__(cls, **options: Any) -> Self:
-        """Refuse an option that does not exist, naming the nearest one."""
-        for name in options.keys() - set(KINDS):
-            nearest = get_close_matches(name, KINDS, n=1, cutoff=0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise RequestError(f"StructuredOutputs has no option {name!r}.{hint}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.json_object is not bool(self.json_object):
