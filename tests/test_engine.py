@@ -324,24 +324,25 @@ class Eager(NgramProposer):
 
 @pytest.mark.parametrize("budget", [4, 5, 9, 64])
 def test_guesses_take_nobodys_token(budget: int) -> None:
-    """Each that decodes gains one in every step, however much the first would like to try."""
+    """Once all decode each gains one in every step, however much the first would like to try."""
     engine = build(FakeRunner(has_states=False), seqs=4, budget=budget)
     engine.proposer = Eager()
-    sequences = [engine.add([5] * 3, params(12)) for _ in range(4)]
-    while not all(sequence.num_output for sequence in sequences):
+    sequences = [engine.add([5] * 3, params(40)) for _ in range(4)]
+    for _ in range(12):
         engine.step()
-    while all(sequence.finish_reason is None for sequence in sequences):
+    for _ in range(12):
         before = [sequence.num_output for sequence in sequences]
         engine.step()
         assert [sequence.num_output for sequence in sequences] == [count + 1 for count in before]
+    run(engine)
     assert engine.totals["guessed_tokens"] > 0
 
 
 def test_guesses_take_nobodys_block() -> None:
-    """Where every block is needed nobody is preempted for the sake of a guess."""
+    """The first may need every block some day, but the other needs one now, and is not preempted for a guess."""
     engine = build(FakeRunner(has_states=False), seqs=2, num_blocks=4)
     engine.proposer = Eager()
-    for _ in range(2):
-        engine.add([5] * 10, params(20))
+    engine.add([5] * 10, params(50))
+    engine.add([5] * 14, params(6))
     run(engine)
     assert engine.totals["preemptions"] == 0 and engine.totals["guessed_tokens"] > 0
