@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tinyserve import presets, shapes
-from tinyserve.cli._model_config import architecture, count, load_raw_config, size
+from tinyserve.architecture import architecture, count, load_raw_config, size
 from tinyserve.cli.compare import compare
 from tinyserve.cli.inspect_config import inspect_config, layer_map
 from tinyserve.config import parse_config

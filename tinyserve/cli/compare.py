@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import shapes
-from tinyserve.cli._model_config import architecture, attention_kind, count, load_raw_config, size
+from tinyserve.architecture import architecture, attention_kind, count, load_raw_config, size
 from tinyserve.config import ModelConfig, parse_config
 from tinyserve.errors import UserError
 

@@ -78,7 +78,7 @@ def architecture(config: ModelConfig) -> dict[str, str]:
             position, norm = _rope(config.rope, otherwise="none (NoPE)"), "RMSNorm"
             activation, block = "SwiGLU", "sequential"
         case _:
-            position = norm = activation = block = "not described yet (cli/_model_config.py)"
+            position = norm = activation = block = "not described yet (architecture.py)"
     return {
         "attention": _attention(config),
         "position": position,
