@@ -6,6 +6,7 @@ Makes text in the event loop, of what the engine's thread sends there; neither e
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import aclosing
 from os import PathLike
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from tinyserve.engine import EngineStats
 from tinyserve.engine_thread import Update
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM, Message
-from tinyserve.request import Request, StreamChunk
+from tinyserve.request import Request, RequestOutput, StreamChunk, output
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sequence
 
@@ -55,6 +56,30 @@ class AsyncEngine:
         params = self.llm.resolve(sampling_params)
         if params.best_of is not None and params.best_of > params.n:
             raise RequestError(f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.")
+        async with aclosing(self._run(prompt, params, request_id, priority, on_prefill)) as news:
+            async for request in news:
+                yield request.chunk()
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        on_prefill: OnPrefill | None = None,
+    ) -> RequestOutput:
+        """The answers to one prompt, when all are there; a cancelled task ends the request, too."""
+        params = self.llm.resolve(sampling_params)
+        answers: dict[int, Request] = {}
+        async with aclosing(self._run(prompt, params, request_id, priority, on_prefill)) as news:
+            async for request in news:
+                answers[request.index] = request
+        return output([answers[i] for i in sorted(answers)], params.n, params.logprobs is not None)
+
+    async def _run(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, on_prefill: OnPrefill | None
+    ) -> AsyncGenerator[Request, None]:
+        """Each answer to a prompt whenever there is more of it, and once when it has ended."""
         # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
         answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
         name = request_id if request_id is not None else f"request-{answers[0].sequence.request_id}"
@@ -76,7 +101,7 @@ class AsyncEngine:
                 if on_prefill is not None and request.is_reading:
                     on_prefill(request.num_computed, request.metrics.prompt_tokens)
                 if request.has_news():
-                    yield request.chunk()
+                    yield request
         finally:
             office.give_up(list(requests))
             del self._requests[name]
@@ -94,12 +119,9 @@ class AsyncEngine:
     ) -> AsyncGenerator[StreamChunk, None]:
         """The same for a conversation, by the model's own chat template."""
         prompt = await asyncio.to_thread(self.llm.chat_prompt, messages, **template_variables)
-        answer = self.generate(prompt, sampling_params, request_id, priority, on_prefill)
-        try:
+        async with aclosing(self.generate(prompt, sampling_params, request_id, priority, on_prefill)) as answer:
             async for chunk in answer:
                 yield chunk
-        finally:
-            await answer.aclose()
 
     async def abort(self, request_id: str) -> None:
         """End a request; its generator yields a last chunk, whose finish_reason is "abort". Unknown ids do nothing."""
