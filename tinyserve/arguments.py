@@ -6,10 +6,11 @@ from collections.abc import Sequence as SequenceOf
 from operator import index
 from typing import Any
 
+from tinyserve.chat_request import ChatPrompt
 from tinyserve.errors import RequestError, UserError
 from tinyserve.sampling_params import SamplingParams
 
-Prompt = str | SequenceOf[int] | Mapping[str, Any]
+Prompt = str | SequenceOf[int] | Mapping[str, Any] | ChatPrompt
 
 _OPTIONS = (
     "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "kv_cache_dtype",
@@ -45,7 +46,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
         items = list(prompts)
     except TypeError:  # an array of no dimension: the prompt is refused as a prompt
         return [prompts]
-    is_one_prompt = bool(items) and not any(hasattr(item, "__len__") for item in items)
+    is_one_prompt = bool(items) and not any(hasattr(item, "__len__") or isinstance(item, ChatPrompt) for item in items)
     return [items] if is_one_prompt else items
 
 

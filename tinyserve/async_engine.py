@@ -115,11 +115,11 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         on_prefill: OnPrefill | None = None,
-        **template_variables: Any,
+        **options: Any,
     ) -> AsyncGenerator[StreamChunk, None]:
-        """The same for a conversation, by the model's own chat template."""
-        prompt = await asyncio.to_thread(self.llm.chat_prompt, messages, **template_variables)
-        async with aclosing(self.generate(prompt, sampling_params, request_id, priority, on_prefill)) as answer:
+        """The same for a conversation, by the model's own chat template; options are those of `LLM.chat_request`."""
+        request = await asyncio.to_thread(self.llm.chat_request, messages, sampling_params, **options)
+        async with aclosing(self.generate(*request, request_id, priority, on_prefill)) as answer:
             async for chunk in answer:
                 yield chunk
 

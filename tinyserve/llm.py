@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from operator import index
 from os import PathLike
 from queue import SimpleQueue
@@ -19,6 +19,7 @@ from tinyserve.answer_bar import AnswerBar
 from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
 from tinyserve.beam_search import BeamSearchOutput, beam_search
 from tinyserve.blocks import BlockManager
+from tinyserve.chat_request import AnswerReader, ChatFormat, ChatPrompt, ChatRequest, ToolOptions
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
@@ -229,36 +230,62 @@ class LLM:
         self,
         messages: SequenceOf[Message] | SequenceOf[SequenceOf[Message]],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        **template_variables: Any,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, by the model's own chat template.
 
-        Raises RequestError for a malformed message, UserError for a model that has no chat template.
+        Options and errors are those of `chat_request`: tools among them, whose calls come as `tool_calls`.
         """
-        for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
-            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).")
         if isinstance(messages, Mapping):
             messages = [messages]
         single = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        return self.generate([self.chat_prompt(c, **template_variables) for c in conversations], sampling_params)
+        params = self._params(sampling_params, len(conversations))
+        requests = [self.chat_request(*one, **options) for one in zip(conversations, params, strict=True)]
+        return self.generate([request.prompt for request in requests], [request.params for request in requests])
 
     def stream_chat(
+        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[StreamChunk]:
+        """The same for one conversation, as a stream."""
+        return self.stream(*self.chat_request(messages, sampling_params, **options))
+
+    def chat_request(
         self,
         messages: SequenceOf[Message],
         sampling_params: SamplingParams | None = None,
+        *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        tool_format: str | None = None,
         **template_variables: Any,
-    ) -> Iterator[StreamChunk]:
-        """The same for one conversation, as a stream."""
-        return self.stream(self.chat_prompt(messages, **template_variables), sampling_params)
+    ) -> ChatRequest:
+        """What a conversation becomes, for `generate`, `stream` and those of an `AsyncEngine`; any thread may ask.
+
+        tools: OpenAI's list of functions, shown to the model by its template; calls of them are read out of answers.
+        tool_choice: "auto" (also None), "none", "required", or an object that names a function, as OpenAI has it.
+        parallel_tool_calls: an answer may have several calls; else it ends behind the first.
+        tool_format: how calls are written, where the chat template does not tell (`tools.FORMATS`).
+
+        Raises RequestError for a malformed message, tool or choice, UserError for a model that has no chat template.
+        """
+        for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
+            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).")
+        options = ToolOptions(tools, tool_choice, parallel_tool_calls, tool_format)
+        return self._chats.request(messages, self.resolve(sampling_params), options, template_variables)
 
     def chat_prompt(self, messages: SequenceOf[Message], **template_variables: Any) -> list[int]:
         """The token ids that a conversation becomes: the template's text, with no second BOS."""
+        return self._chats.prompt(messages, template_variables)
+
+    @cached_property
+    def _chats(self) -> ChatFormat:
         if self.tokenizer is None or self.chat_template is None:
             raise UserError(
                 f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream."
             )
-        return self.tokenizer.encode_chat(self.chat_template.render(messages, **template_variables))
+        return ChatFormat(self.name, self.tokenizer, self.chat_template)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; SamplingParams() where it does not ask to sample."""
@@ -293,6 +320,8 @@ class LLM:
             manager.free(blocks)
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, ChatPrompt):
+            prompt = prompt.token_ids
         if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
@@ -303,9 +332,10 @@ class LLM:
             try:
                 if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
                     raise TypeError  # an order is part of a prompt
-                if any(isinstance(token, bool) for token in prompt):
+                tokens = cast(SequenceOf[int], prompt)
+                if any(isinstance(token, bool) for token in tokens):
                     raise TypeError  # True is 1 to Python, and no token to anybody
-                ids = [index(cast(int, token)) for token in prompt]
+                ids = [index(token) for token in tokens]
             except TypeError:
                 raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
         # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
@@ -322,6 +352,7 @@ class LLM:
         params.check_vocabulary(self.config.vocab_size)
         grammar = self._compile(params.structured_outputs) if params.structured_outputs is not None else None
         text = prompt if isinstance(prompt, str) else None
+        calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
         if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
             params = replace(params, logprobs=params.logprobs or 0)
         first = self._engine.make(ids, params, priority)
@@ -332,12 +363,17 @@ class LLM:
                 # An answer to a template begins a text; a completion goes on with the prompt's.
                 # A grammar has a say in the first space, too.
                 continues = text is not None or grammar is not None
-                detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continuation=continues)
+                detokenizer = self.tokenizer.detokenizer(
+                    params.skip_special_tokens,
+                    continuation=continues,
+                    shown=calls.shown_ids if calls else frozenset(),
+                )
             if params.seed is None and self._seed is not None:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
             sequence.matcher = grammar and grammar.matcher()
-            answers.append(Request(sequence, text, detokenizer, i, self._text_of))
+            reader = AnswerReader(calls) if calls else None
+            answers.append(Request(sequence, text, detokenizer, i, self._text_of, reader))
         return answers
 
     def _compile(self, spec: StructuredOutputs) -> "Grammar":

@@ -7,17 +7,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from tinyserve.chat_request import AnswerReader
 from tinyserve.engine_thread import Update
 from tinyserve.sequence import Logprobs, Metrics, Sequence
 from tinyserve.tokenizer import Detokenizer
 from tinyserve.tokenizer.stops import StopFilter
+from tinyserve.tool_parser import ToolCall
 
 
 @dataclass
 class CompletionOutput:
-    """One answer. `finish_reason` is "stop" (an end token or a stop string), "length" or "abort".
+    """One answer. `finish_reason` is "stop" (an end token or a stop string), "tool_calls", "length" or "abort".
 
     `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
+    `tool_calls` are no part of `text`; "tool_calls" is a "stop" of an answer that has some, and chose them itself.
     """
 
     index: int = 0
@@ -27,6 +30,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     metrics: Metrics = field(default_factory=Metrics, compare=False)
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -63,6 +67,7 @@ class StreamChunk:
     metrics: Metrics
     index: int = 0  # of the answer, where there are several
     stop_reason: str | int | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)  # each as soon as all of it is there
 
     def __str__(self) -> str:
         return self.text
@@ -78,9 +83,11 @@ class Request:
         detokenizer: Detokenizer | None,
         index: int = 0,
         text_of: Callable[[int], str] | None = None,
+        reader: AnswerReader | None = None,
     ):
-        """`text_of` is the text of one token, for those that log-probabilities are of."""
+        """`text_of` is the text of one token, for those that log-probabilities are of; `reader` finds calls."""
         self.sequence, self.prompt, self.index = sequence, prompt, index
+        self._reader = reader
         self._detokenizer, self._text_of = detokenizer, text_of
         self._stops = StopFilter(sequence.params.stop_strings)
         self.text = ""
@@ -91,11 +98,16 @@ class Request:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: BaseException | None = None
-        self._sent_text, self._sent_tokens = 0, 0  # what a stream has handed out
+        self._sent_text, self._sent_tokens, self._sent_calls = 0, 0, 0  # what a stream has handed out
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls that are certain."""
+        return [] if self._reader is None else self._reader.tool_calls
 
     @property
     def is_reading(self) -> bool:
@@ -103,7 +115,7 @@ class Request:
         return not self.token_ids and 0 < self.num_computed < self.metrics.prompt_tokens
 
     def take(self, update: Update) -> bool:
-        """Take in what a step has brought; True where a stop string ended the answer, which the engine cannot know."""
+        """Take in what a step has brought; True where its text ended the answer, which the engine cannot know."""
         if self.finished:
             return False
         self.num_computed, self.error = update.num_computed, update.error
@@ -112,10 +124,14 @@ class Request:
         self.metrics.preemptions = begun.preemptions
         if update.token_id is not None:
             self._append(update, update.token_id)
-        if self._stops.matched is None and update.finish_reason is None:
+        if not self._is_over() and update.finish_reason is None:
             return False
         self._close(update.finish_reason)
         return update.finish_reason is None
+
+    def _is_over(self) -> bool:
+        """Whether a stop string has come, or the only call there may be."""
+        return self._stops.matched is not None or (self._reader is not None and self._reader.is_over)
 
     def _append(self, update: Update, token: int) -> None:
         self.token_ids.append(token)
@@ -131,11 +147,14 @@ class Request:
     def _push(self, piece: str) -> None:
         """Go on with the text; a stop string counts from `min_tokens` on."""
         if len(self.token_ids) < self.sequence.params.min_tokens:
-            self.text += piece
+            self._show(piece)
             return
-        self.text += self._stops.push(piece)
+        self._show(self._stops.push(piece))
         if self._stops.matched is not None and self.sequence.params.include_stop_str_in_output:
-            self.text += self._stops.matched
+            self._show(self._stops.matched)
+
+    def _show(self, piece: str) -> None:
+        self.text += piece if self._reader is None else self._reader.push(piece)
 
     def _spelled(self, logprobs: Logprobs) -> Logprobs:
         if self._text_of is not None:
@@ -147,16 +166,20 @@ class Request:
         """Nothing follows: what was held back is certain now."""
         if self._detokenizer is not None and self._stops.matched is None:
             self._push(self._detokenizer.finish())
-            self.text += self._stops.finish()
-        if self._stops.matched is not None:
-            reason, self.stop_reason = "stop", self._stops.matched  # a stop string weighs more than a length
+            self._show(self._stops.finish())
+        if self._is_over():  # which weighs more than a length
+            reason, self.stop_reason = "stop", self._stops.matched
+        if self._reader is not None:
+            self.text += self._reader.finish()
+            reason = self._reader.finish_reason(reason)
         self.finish_reason = reason
 
     def answer(self) -> CompletionOutput:
         logprobs = self.logprobs if self.sequence.params.logprobs is not None else None
         return CompletionOutput(
-            self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics
-        )
+            self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics,
+            self.tool_calls,
+        )  # fmt: skip
 
     def prompt_logprobs(self) -> list[Logprobs | None] | None:
         """Of each token of the prompt, where they were asked for; the first has none."""
@@ -182,8 +205,9 @@ class Request:
             replace(self.metrics, token_times=list(self.metrics.token_times)),
             self.index,
             self.stop_reason,
+            self.tool_calls[self._sent_calls :],
         )
-        self._sent_text, self._sent_tokens = len(self.text), len(self.token_ids)
+        self._sent_text, self._sent_tokens, self._sent_calls = len(self.text), len(self.token_ids), len(self.tool_calls)
         return chunk
 
 

@@ -105,17 +105,20 @@ class ByteDetokenizer:
 class StreamDetokenizer:
     """Any other decoder: the `tokenizers` library decides when text is safe to show."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+        """`skipped` tokens add nothing to the text."""
         from tokenizers.decoders import DecodeStream
 
         self._backend = backend
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skipped = skipped
+        self._stream = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._shown = ""
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the characters it completes, possibly none."""
+        if token_id in self._skipped:
+            return ""
         self._ids.append(token_id)
         text: str = self._stream.step(self._backend, token_id) or ""
         self._shown += text
@@ -123,5 +126,5 @@ class StreamDetokenizer:
 
     def finish(self) -> str:
         """Return what was still held back."""
-        text = self._backend.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
+        text = self._backend.decode(self._ids, skip_special_tokens=False)
         return text.removeprefix(self._shown) if text.startswith(self._shown) else ""

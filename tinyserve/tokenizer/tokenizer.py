@@ -50,7 +50,8 @@ class Tokenizer:
         self.chat_templates = dict(chat_templates)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._added = {i: str(token.content) for i, token in backend.get_added_tokens_decoder().items()}
-        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.specials = {str(t.content): i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.special_ids = frozenset(self.specials.values())
         decoder = backend.decoder
         self._alphabet = alphabet_of(json.loads(decoder.__getstate__()) if decoder is not None else None)
         self._bytes: dict[int, bytes] = {}
@@ -115,13 +116,19 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", errors="replace")
 
-    def detokenizer(self, skip_special_tokens: bool = True, *, continuation: bool = False) -> Detokenizer:
-        """A fresh stream whose pieces join to `decode` of the same ids with the same options."""
+    def detokenizer(
+        self, skip_special_tokens: bool = True, *, continuation: bool = False, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A fresh stream whose pieces join to `decode` of the same ids with the same options.
+
+        `shown` are special tokens that are not skipped.
+        """
         alphabet = self._alphabet
+        skipped = self.special_ids - shown if skip_special_tokens else frozenset()
         if alphabet is None:
-            return StreamDetokenizer(self._backend, skip_special_tokens)
+            return StreamDetokenizer(self._backend, skipped)
         return ByteDetokenizer(
-            lambda token_id: self.token_bytes(token_id, skip_special_tokens),
+            lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id, skip_special_tokens=False),
             alphabet.strips_leading_space and not continuation,
         )
 
