@@ -77,7 +77,12 @@ class AsyncEngine:
         return output([answers[i] for i in sorted(answers)], params.n, params.logprobs is not None)
 
     async def _run(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, priority: int, on_prefill: OnPrefill | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+        on_prefill: OnPrefill | None,
     ) -> AsyncGenerator[Request, None]:
         """Each answer to a prompt whenever there is more of it, and once when it has ended."""
         # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.

@@ -24,6 +24,7 @@ from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
 from tinyserve.cli.quantize import quantize
 from tinyserve.cli.rm import rm
+from tinyserve.cli.serve import serve
 from tinyserve.cli.warmup import warmup
 from tinyserve.errors import TinyserveError, UserError
 
@@ -39,7 +40,20 @@ class Commands(typer.core.TyperGroup):
         return [name for name in _ORDER if name in self.commands]
 
 
-_ORDER = ("ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize")
+_ORDER = (
+    "ask",
+    "chat",
+    "serve",
+    "bench",
+    "eval",
+    "inspect-config",
+    "compare",
+    "pull",
+    "list",
+    "rm",
+    "warmup",
+    "quantize",
+)
 
 app = typer.Typer(
     name="tinyserve",
@@ -75,6 +89,7 @@ def _options(
 
 app.add_typer(ask_app, name="ask")
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("eval")(evaluate)
 app.command("inspect-config")(inspect_config)

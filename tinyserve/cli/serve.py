@@ -1,0 +1,166 @@
+"""`tinyserve serve`: models behind OpenAI's HTTP interface, and a page to talk to them."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyserve.cli._options import Dtype, Threads
+from tinyserve.errors import UserError
+
+KEY_VARIABLE = "TINYSERVE_API_KEY"
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Presets, repo ids, folders or .gguf files; NAME=MODEL gives one another name. The first is loaded at "
+            "once, and answers who names none.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="NUMBER", help="The port; 0 takes any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Keys, one a line, of which clients need one. {KEY_VARIABLE} has one, too."),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in who reaches an address beyond this machine.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this origin may call the server; several times, '*' for all."),
+    ] = None,
+    dtype: Dtype = "auto",
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", help="Of prompt and answer.  [default: the model's own, or what fits]"),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(metavar="NUMBER", help="Answers that are computed at once.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="Tokens of one step.")] = 512,
+    max_queue: Annotated[
+        int,
+        typer.Option(metavar="NUMBER", help="Answers that may wait for each model; beyond, 429 tells to come again."),
+    ] = 128,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="For all models; idle ones make room.  [default: 80 % of what is free]"),
+    ] = None,
+    kv_cache_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="For each model's cache.  [default: what fits]")
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, int8 or auto.")] = "auto",
+    ngram: Annotated[
+        bool, typer.Option("--ngram", help="Guess what repeats the prompt, and check several tokens a step.")
+    ] = False,
+    load_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="auto, or dummy: synthetic weights without a download.")
+    ] = "auto",
+    threads: Threads = None,
+    drain_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
+    ] = 30.0,
+    max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = 16.0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")] = False,
+) -> None:
+    """Serve models over HTTP as OpenAI does, with a page to talk to them at /.
+
+    It listens at this machine's own address, and asks for no key there. The first SIGTERM or Ctrl-C lets what runs be
+    finished, a second one stops at once.
+
+    \b
+    Examples:
+      tinyserve serve smollm2-135m
+      tinyserve serve tiny=./my-model.gguf granite-350m --port 8080
+      TINYSERVE_API_KEY=secret tinyserve serve llama-3.2-1b --host 0.0.0.0
+    """
+    check(port=port, max_queue=max_queue, memory=memory, kv_cache_memory=kv_cache_memory, max_body=max_body,
+          drain_timeout=drain_timeout, threads=threads)  # fmt: skip
+    try:
+        from tinyserve.server.run import ServeOptions
+        from tinyserve.server.run import serve as run
+    except ImportError as error:
+        raise UserError(f"serve needs the extra of that name ({error}): pip install 'tinyserve[serve]'.") from None
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("tinyserve").setLevel(logging.WARNING if quiet else logging.INFO)
+    llm_options: dict[str, Any] = {
+        "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_memory": _bytes(kv_cache_memory), "num_threads": threads, "load_format": load_format,
+        "speculative_config": {"method": "ngram"} if ngram else None,
+    }  # fmt: skip
+    options = ServeOptions(
+        models=names(models),
+        llm_options=llm_options,
+        host=host,
+        port=port,
+        api_keys=keys(api_key_file),
+        no_auth=no_auth,
+        cors_origins=cors_origin or (),
+        memory=_bytes(memory),
+        max_queue=max_queue,
+        max_body=round(max_body * 1e6),
+        drain_timeout=drain_timeout,
+        on_listen=lambda url: print(f"{url}  {', '.join(options.models)}; Ctrl-C stops.", file=sys.stderr, flush=True),
+    )
+    if code := run(options):
+        raise typer.Exit(code)
+
+
+def names(models: list[str]) -> dict[str, str]:
+    """The models by the names that clients give them; raises UserError for a name that stands twice."""
+    named: dict[str, str] = {}
+    for word in models:
+        name, equals, source = word.partition("=")
+        if not equals or Path(word).exists():
+            name = source = word
+        if not name or not source:
+            raise UserError(f"MODEL is {word!r}; it must be a model, or NAME=MODEL.")
+        if name in named:
+            raise UserError(f"The model {name!r} is given twice: NAME=MODEL gives one of them another name.")
+        named[name] = source
+    return named
+
+
+def keys(file: Path | None) -> list[str]:
+    """The API keys of the environment and of a file; raises UserError for a file without any, or keys that are odd."""
+    found = [os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else []
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', None) or error}."
+            ) from None
+        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise UserError(f"--api-key-file {file} has no key: write one a line.")
+    for key in found:
+        if not key.isascii() or not key.isprintable() or " " in key or not key:
+            raise UserError(
+                "An API key is empty, or has characters that a header cannot carry: take letters and digits."
+            )
+    return found
+
+
+_RANGES = {
+    "port": (0, 65535), "max_queue": (0, 1e6), "memory": (1e-3, 1e6), "kv_cache_memory": (1e-6, 1e6),
+    "max_body": (1e-3, 1e3), "drain_timeout": (0, 86400), "threads": (1, 4096),
+}  # fmt: skip
+
+
+def check(**options: float | None) -> None:
+    """Raise UserError for a number that is out of range."""
+    for name, value in options.items():
+        low, high = _RANGES[name]
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}.")
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else round(gigabytes * 1e9)

@@ -1,0 +1,96 @@
+"""Log-probabilities and usage as OpenAI's clients read them, from what the engine says of an answer."""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from tinyserve.request import StreamChunk
+from tinyserve.sequence import Logprob, Logprobs, Metrics
+from tinyserve.tokenizer import Tokenizer
+
+
+def usage(metrics: Metrics, output_tokens: int) -> dict[str, Any]:
+    """OpenAI's usage of one prompt, with how many of its tokens were in the cache."""
+    return {
+        "prompt_tokens": metrics.prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": metrics.prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": metrics.cached_tokens},
+    }
+
+
+def total(usages: SequenceOf[dict[str, Any]]) -> dict[str, Any]:
+    """The usage of several prompts."""
+    keys = ("prompt_tokens", "completion_tokens", "total_tokens")
+    cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in usages)
+    return {key: sum(one[key] for one in usages) for key in keys} | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+class Counted:
+    """What the chunks of one prompt's answers have come to."""
+
+    def __init__(self) -> None:
+        self._tokens, self._metrics = 0, Metrics()
+        self._seen: set[int] = set()
+        self._calls: dict[int, int] = {}
+
+    def is_first(self, chunk: StreamChunk) -> bool:
+        """Count a chunk; whether it is its answer's first."""
+        self._tokens += len(chunk.token_ids)
+        self._metrics = chunk.metrics
+        first = chunk.index not in self._seen
+        self._seen.add(chunk.index)
+        return first
+
+    def calls(self, chunk: StreamChunk) -> int:
+        """Count a chunk's tool calls; how many its answer has had before."""
+        before = self._calls.get(chunk.index, 0)
+        self._calls[chunk.index] = before + len(chunk.tool_calls)
+        return before
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage of all of them."""
+        return usage(self._metrics, self._tokens)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, token_ids: SequenceOf[int], rows: SequenceOf[Logprobs], count: int
+) -> dict[str, Any]:
+    """Of each token: itself, and the `count` likeliest."""
+    content = []
+    for token, row in zip(token_ids, rows, strict=True):
+        likeliest = [item for item in row.items() if item[1].rank <= count]
+        tops = [_token(tokenizer, *item) for item in likeliest]
+        content.append({**_token(tokenizer, token, row[token]), "top_logprobs": tops})
+    return {"content": content, "refusal": None}
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: Logprob) -> dict[str, Any]:
+    spelled = list(tokenizer.token_bytes(token, skip_special_tokens=False))
+    return {"token": logprob.decoded_token or "", "logprob": _finite(logprob), "bytes": spelled}
+
+
+def completion_logprobs(
+    tokens: SequenceOf[tuple[int, Logprobs | None]], names: SequenceOf[str], count: int, offset: int
+) -> dict[str, Any]:
+    """The older form: four lists, as long as there are tokens; `offset` is where the first stands in the text.
+
+    A prompt's first token has no log-probability: nothing is before it.
+    """
+    chosen: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets = []
+    for (token, row), name in zip(tokens, names, strict=True):
+        offsets.append(offset)
+        offset += len(name)
+        if row is None:
+            chosen.append(None)
+            tops.append(None)
+            continue
+        chosen.append(_finite(row[token]))
+        tops.append({p.decoded_token or "": _finite(p) for t, p in row.items() if p.rank <= count or t == token})
+    return {"tokens": list(names), "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinities: a token that could not be drawn has OpenAI's -9999."""
+    return max(float(logprob), -9999.0)

@@ -1,0 +1,149 @@
+"""The application: which path is whose, and what stands before them."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinyserve.errors import TinyserveError
+from tinyserve.server import chat, completions, guards, status, texts
+from tinyserve.server.errors import ApiError, as_api_error
+from tinyserve.server.metrics import ServerMetrics
+from tinyserve.server.pool import ModelPool
+from tinyserve.server.state import State
+
+MAX_BODY = 16 << 20  # bytes: a context of 128k tokens is half a megabyte of text
+
+
+def create_app(
+    pool: ModelPool,
+    *,
+    api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    max_body: int = MAX_BODY,
+    on_failure: Callable[[Exception], None] = lambda error: None,
+) -> Starlette:
+    """The server of a pool as an ASGI application, which loads the pool's first model when it starts.
+
+    api_keys: who has none of these is refused; without any, nobody is asked.
+    hosts: names by which it may be called; without any, all.
+    cors_origins: pages of these origins may call it, "*" for all.
+    max_body: bytes.
+    on_failure: hears why the first model cannot be loaded.
+    """
+    state = State(pool, ServerMetrics(pool))
+    routes = [
+        Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions.completions, methods=["POST"]),
+        Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
+        Route("/v1/models", status.models),
+        Route("/v1/models/{name:path}", status.model),
+        Route("/tokenize", texts.tokenize, methods=["POST"]),
+        Route("/detokenize", texts.detokenize, methods=["POST"]),
+        Route("/apply-template", texts.apply_template, methods=["POST"]),
+        Route("/health", status.health),
+        Route("/ready", status.ready),
+        Route("/metrics", status.metrics),
+        Route("/stats", status.stats),
+        Route("/inspect", status.inspect),
+        Route("/", _page()),
+    ]
+    paths = [route.path for route in routes]
+    middleware = [Middleware(guards.Counting, state=state, paths=paths)]
+    if cors_origins:
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        )
+    if hosts:
+        middleware.append(Middleware(guards.KnownHosts, hosts=hosts))
+    middleware.append(Middleware(guards.DeadEngine, state=state))
+    if api_keys:
+        middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
+    middleware.append(Middleware(guards.BodyLimit, limit=max_body))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        first = asyncio.create_task(_load_first(state, on_failure))  # whoever asks meanwhile waits for the same loading
+        try:
+            yield
+        finally:
+            first.cancel()
+            await pool.close()
+
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        lifespan=lifespan,
+        exception_handlers={
+            ApiError: _api_error,
+            TinyserveError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _nobody,
+            Exception: _api_error,
+        },
+    )
+    app.state.server = state
+    return app
+
+
+async def _load_first(state: State, on_failure: Callable[[Exception], None]) -> None:
+    model = state.pool.default
+    try:
+        async with state.pool.use(model):
+            state.is_ready = True
+    except Exception as error:
+        state.failure = f"{model.name} could not be loaded: {error}"
+        on_failure(error)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    return as_api_error(error, chat.FIELDS | completions.FIELDS).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: a path or a method that is not there."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method").response()
+    return await status.not_found(request, error)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # the client has gone: nobody reads this
+
+
+def _page() -> Callable[[Request], Awaitable[Response]]:
+    """The page at /, which may run its own script and style, and nothing else from anywhere."""
+    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    scripts = " ".join(_hash(body) for body in re.findall("<script>(.*?)</script>", text, re.DOTALL))
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def page(request: Request) -> Response:
+        return Response(text, media_type="text/html; charset=utf-8", headers=headers)
+
+    return page
+
+
+def _hash(body: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"

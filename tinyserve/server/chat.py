@@ -1,0 +1,124 @@
+"""POST /v1/chat/completions: a conversation's next message, whole or as a stream."""
+
+import asyncio
+import time
+import uuid
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinyserve.chat_request import ChatRequest
+from tinyserve.llm import LLM
+from tinyserve.request import CompletionOutput, StreamChunk
+from tinyserve.server.answers import Counted, chat_logprobs, usage
+from tinyserve.server.outbox import EventStream, Outbox
+from tinyserve.server.protocol import ChatBody
+from tinyserve.server.sampling import chat_params
+from tinyserve.server.state import Json, State, read, state_of, unless_gone
+from tinyserve.tool_parser import ToolCall
+
+FIELDS = frozenset(ChatBody.model_fields)
+
+
+async def chat_completions(request: Request) -> Response:
+    body = await read(request, ChatBody)
+    chat = _Chat(state_of(request), body)
+    if body.stream:
+        return EventStream(chat.stream, FIELDS)
+    return Json(await unless_gone(request, chat.whole()))
+
+
+class _Chat:
+    """One request: its answers are the choices of what is sent."""
+
+    def __init__(self, state: State, body: ChatBody):
+        self._state, self._body = state, body
+        self._model = state.pool.find(body.model)
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._answers = body.best_of or body.n or 1
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, when all of it is there."""
+        async with self._state.pool.use(self._model, self._answers) as engine:
+            prompt, params = await asyncio.to_thread(self._request, engine.llm)
+            with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
+                output = await engine.complete(prompt, params, self._id, self._body.priority)
+                for answer in output.outputs:
+                    watch.ended(answer.metrics, answer.finish_reason)
+            choices = [self._choice(engine.llm, answer) for answer in output.outputs]
+            tokens = sum(len(answer.token_ids) for answer in output.outputs)
+            return {**self._head("chat.completion"), "choices": choices, "usage": usage(output.metrics, tokens)}
+
+    async def stream(self, outbox: Outbox) -> None:
+        """The same in pieces; a choice's first has its role."""
+        counted = Counted()
+        async with self._state.pool.use(self._model, self._answers, outbox.progress) as engine:
+            prompt, params = await asyncio.to_thread(self._request, engine.llm)
+            with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
+                news = engine.generate(prompt, params, self._id, self._body.priority, outbox.prefill)
+                async with aclosing(news) as chunks:
+                    async for chunk in chunks:
+                        if counted.is_first(chunk):
+                            self._send(outbox, {"index": chunk.index, "delta": {"role": "assistant", "content": ""}})
+                        self._send_chunk(outbox, engine.llm, chunk, counted)
+                        if chunk.finish_reason is not None:
+                            watch.ended(chunk.metrics, chunk.finish_reason)
+        options = self._body.stream_options
+        if options is not None and options.include_usage:
+            outbox.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counted.usage()})
+        outbox.done()
+
+    def _request(self, llm: LLM) -> ChatRequest:
+        body = self._body
+        return llm.chat_request(
+            body.messages,
+            chat_params(body, llm),
+            tools=body.tools or None,  # some clients send an empty list for none
+            tool_choice=body.tool_choice,
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            add_generation_prompt=body.add_generation_prompt,
+            **(body.chat_template_kwargs or {}),
+        )
+
+    def _send_chunk(self, outbox: Outbox, llm: LLM, chunk: StreamChunk, counted: Counted) -> None:
+        delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
+        if chunk.tool_calls:
+            first = counted.calls(chunk)
+            delta["tool_calls"] = [{"index": first + i, **_call(call)} for i, call in enumerate(chunk.tool_calls)]
+        choice = {"index": chunk.index, "delta": delta}
+        if self._body.logprobs:
+            choice["logprobs"] = self._logprobs(llm, chunk)
+        if chunk.finish_reason is not None:
+            choice |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
+        if delta or "logprobs" in choice or chunk.finish_reason is not None:
+            self._send(outbox, choice)
+
+    def _send(self, outbox: Outbox, choice: dict[str, Any]) -> None:
+        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None} | choice
+        outbox.event({**self._head("chat.completion.chunk"), "choices": [choice]})
+
+    def _choice(self, llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.tool_calls:
+            message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.tool_calls]}
+        return {
+            "index": answer.index,
+            "message": message,
+            "logprobs": self._logprobs(llm, answer) if self._body.logprobs else None,
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+
+    def _logprobs(self, llm: LLM, answer: CompletionOutput | StreamChunk) -> dict[str, Any]:
+        assert llm.tokenizer is not None  # a conversation was rendered
+        return chat_logprobs(llm.tokenizer, answer.token_ids, answer.logprobs or [], self._body.top_logprobs or 0)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -1,0 +1,188 @@
+"""POST /v1/completions: each prompt gone on with, whole or as a stream; with `echo`, the prompts as well."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine, Iterable
+from collections.abc import Sequence as SequenceOf
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinyserve.async_engine import AsyncEngine
+from tinyserve.llm import LLM
+from tinyserve.request import RequestOutput
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.sequence import Logprobs
+from tinyserve.server.answers import Counted, completion_logprobs, total, usage
+from tinyserve.server.errors import ApiError
+from tinyserve.server.outbox import EventStream, Outbox
+from tinyserve.server.protocol import CompletionBody
+from tinyserve.server.sampling import completion_params
+from tinyserve.server.state import Json, State, read, state_of, unless_gone
+
+FIELDS = frozenset(CompletionBody.model_fields)
+MOST_PROMPTS = 1024
+
+TextOrIds = str | list[int]
+T = TypeVar("T")
+
+
+async def completions(request: Request) -> Response:
+    body = await read(request, CompletionBody)
+    if body.suffix is not None:
+        raise ApiError(
+            400,
+            "suffix is given, and these models only go on with a text: leave it out.",
+            param="suffix",
+            code="unsupported",
+        )
+    work = _Completion(state_of(request), body)
+    if body.stream:
+        return EventStream(work.stream, FIELDS)
+    return Json(await unless_gone(request, work.whole()))
+
+
+def prompts_of(given: Any, field: str) -> list[TextOrIds]:
+    """A text, the ids of one, or a list of several; raises ApiError that names the field for anything else."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given and len(given) <= MOST_PROMPTS:
+        if all(_is_id(item) for item in given):
+            return [given]
+        if all(isinstance(item, str) or (isinstance(item, list) and all(map(_is_id, item))) for item in given):
+            return given
+    what = f"a list of {len(given)}" if isinstance(given, list) else f"{given!r:.60}"
+    raise ApiError(
+        400,
+        f"{field} is {what}; it must be a text, a list of token ids, or a list of 1 to {MOST_PROMPTS} of these.",
+        param=field,
+    )
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+class _Completion:
+    """One request; choice i of prompt p has index p * n + i."""
+
+    def __init__(self, state: State, body: CompletionBody):
+        self._state, self._body = state, body
+        self._model = state.pool.find(body.model)
+        self._prompts = prompts_of(body.prompt, "prompt")
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._n = body.n or 1
+        self._answers = (body.best_of or self._n) * len(self._prompts)
+        self._scores_only = bool(body.echo) and body.max_tokens == 0
+        if body.stream and body.echo and body.logprobs is not None:
+            raise ApiError(400, "echo with logprobs comes whole: leave out stream, or one of the two.", param="echo")
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, when all of it is there."""
+        async with self._state.pool.use(self._model, self._answers) as engine:
+            params = completion_params(self._body, engine.llm)
+            outputs = await _together(self._complete(engine, prompt, params) for prompt in self._prompts)
+            choices, usages = [], []
+            for p, (prompt, output) in enumerate(zip(self._prompts, outputs, strict=True)):
+                choices += self._choices(engine.llm, p, prompt, output)
+                tokens = 0 if self._scores_only else sum(len(answer.token_ids) for answer in output.outputs)
+                usages.append(usage(output.metrics, tokens))
+            return {**self._head(), "choices": choices, "usage": total(usages)}
+
+    async def _complete(self, engine: AsyncEngine, prompt: TextOrIds, params: SamplingParams) -> RequestOutput:
+        with self._state.metrics.watch(self._model.name, self._n) as watch:
+            output = await engine.complete(prompt, params, priority=self._body.priority)
+            for answer in output.outputs:
+                watch.ended(answer.metrics, answer.finish_reason)
+            return output
+
+    async def stream(self, outbox: Outbox) -> None:
+        """The same in pieces, those of several prompts as they come."""
+        async with self._state.pool.use(self._model, self._answers, outbox.progress) as engine:
+            params = completion_params(self._body, engine.llm)
+            counts = await _together(
+                self._stream(outbox, engine, p, prompt, params) for p, prompt in enumerate(self._prompts)
+            )
+        options = self._body.stream_options
+        if options is not None and options.include_usage:
+            outbox.event({**self._head(), "choices": [], "usage": total([count.usage() for count in counts])})
+        outbox.done()
+
+    async def _stream(
+        self, outbox: Outbox, engine: AsyncEngine, p: int, prompt: TextOrIds, params: SamplingParams
+    ) -> Counted:
+        counted, offsets = Counted(), [0] * self._n
+        with self._state.metrics.watch(self._model.name, self._n) as watch:
+            news = engine.generate(prompt, params, self._name(p), self._body.priority, outbox.prefill)
+            async with aclosing(news) as chunks:
+                async for chunk in chunks:
+                    first = counted.is_first(chunk)
+                    text = "" if self._scores_only else chunk.text
+                    if first and self._body.echo:
+                        text = _text_of(engine.llm, prompt) + text
+                    choice = _choice(p * self._n + chunk.index, text, chunk.finish_reason, chunk.stop_reason)
+                    if chunk.logprobs is not None:
+                        tokens = list(zip(chunk.token_ids, chunk.logprobs, strict=True))
+                        choice["logprobs"] = self._logprobs(engine.llm, tokens, offsets[chunk.index])
+                        offsets[chunk.index] += sum(map(len, choice["logprobs"]["tokens"]))
+                    if text or chunk.logprobs or chunk.finish_reason is not None:
+                        outbox.event({**self._head(), "choices": [choice]})
+                    if chunk.finish_reason is not None:
+                        watch.ended(chunk.metrics, chunk.finish_reason)
+        return counted
+
+    def _choices(self, llm: LLM, p: int, prompt: TextOrIds, output: RequestOutput) -> list[dict[str, Any]]:
+        choices = []
+        for answer in output.outputs:
+            text = answer.text
+            tokens: list[tuple[int, Logprobs | None]] = list(zip(answer.token_ids, answer.logprobs or [], strict=False))
+            if self._scores_only:
+                text, tokens = "", []
+            if self._body.echo:
+                text = _text_of(llm, prompt) + text
+                tokens = [*zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False), *tokens]
+            choice = _choice(p * self._n + answer.index, text, answer.finish_reason, answer.stop_reason)
+            if self._body.logprobs is not None:
+                choice["logprobs"] = self._logprobs(llm, tokens, 0)
+            choices.append(choice)
+        return choices
+
+    def _logprobs(self, llm: LLM, tokens: SequenceOf[tuple[int, Logprobs | None]], offset: int) -> dict[str, Any]:
+        names = [_spelled(llm, token, row) for token, row in tokens]
+        return completion_logprobs(tokens, names, self._body.logprobs or 0, offset)
+
+    def _name(self, p: int) -> str:
+        """What the engine calls a prompt."""
+        return self._id if len(self._prompts) == 1 else f"{self._id}-{p}"
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model.name}
+
+
+def _choice(index: int, text: str, reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": stop_reason}
+
+
+def _text_of(llm: LLM, prompt: TextOrIds) -> str:
+    if isinstance(prompt, str) or llm.tokenizer is None:
+        return prompt if isinstance(prompt, str) else ""
+    return llm.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+def _spelled(llm: LLM, token: int, row: Logprobs | None) -> str:
+    if row is not None:
+        return row[token].decoded_token or ""
+    return llm.tokenizer.decode([token], skip_special_tokens=False, continuation=True) if llm.tokenizer else ""
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; where one fails the others are cancelled, and its error is everybody's."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -1,0 +1,137 @@
+"""Who is let in: the layers around the handlers, in plain ASGI. Each refuses in OpenAI's form, or steps aside."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinyserve.server.errors import ApiError
+from tinyserve.server.state import State
+
+# What is open without a key: the page, which asks for one, and what supervisors ask.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+
+class Guard:
+    """Lets a request pass unless `refusal` has a reason."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (reason := self.refusal(scope)) is not None:
+            await reason.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> ApiError | None:
+        """Why this request is refused, or None."""
+        raise NotImplementedError
+
+
+class DeadEngine(Guard):
+    """Refuses everything, /health too, once an engine has died: only a new process helps."""
+
+    def __init__(self, app: ASGIApp, state: State):
+        super().__init__(app)
+        self._state = state
+
+    def refusal(self, scope: Scope) -> ApiError | None:
+        reason = self._state.pool.dead()
+        return None if reason is None else ApiError(503, f"{reason} Restart the server.", code="engine_dead")
+
+
+class ApiKeys(Guard):
+    """Asks for one of the keys, compared in a time that says nothing about them."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        super().__init__(app)
+        self._digests = [_digest(key) for key in keys]
+
+    def refusal(self, scope: Scope) -> ApiError | None:
+        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":  # a browser's preflight has no key
+            return None
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # Every key is compared, and digests are as long as each other.
+        matches = sum(hmac.compare_digest(given, digest) for digest in self._digests)
+        if kind.lower() == "bearer" and matches:
+            return None
+        what = "is none of this server's" if key else "is missing: send Authorization: Bearer KEY"
+        return ApiError(401, f"The API key {what}.", code="invalid_api_key")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class KnownHosts(Guard):
+    """Refuses names that are not this machine's own.
+
+    A page of somebody else's can have its name mean 127.0.0.1, and its scripts then pass for this server's own.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+        super().__init__(app)
+        self._hosts = frozenset(host.lower() for host in hosts)
+
+    def refusal(self, scope: Scope) -> ApiError | None:
+        given = Headers(scope=scope).get("host", "")
+        name = given.rpartition(":")[0] if given.rpartition(":")[2].isdigit() else given
+        if name.lower().strip("[]") in self._hosts:
+            return None
+        return ApiError(
+            403,
+            f"The Host is {given!r:.80}, and this server is only for {', '.join(sorted(self._hosts))}.",
+            code="host",
+        )
+
+
+class BodyLimit:
+    """Refuses bodies above `limit` bytes, announced or not."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self._limit:
+            await self._error(int(announced)).response()(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                raise self._error(size)
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _error(self, size: int) -> ApiError:
+        return ApiError(
+            413, f"The body has {size} bytes or more, and {self._limit} are the most.", code="body_too_large"
+        )
+
+
+class Counting:
+    """Counts responses by path and status."""
+
+    def __init__(self, app: ASGIApp, state: State, paths: Sequence[str]):
+        self.app, self._state, self._paths = app, state, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._paths else "other"  # paths are the clients' to choose
+                self._state.metrics.responded(path, message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)

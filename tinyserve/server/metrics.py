@@ -1,0 +1,130 @@
+"""What Prometheus reads: counts of the engines as they are, and how long requests took.
+
+A registry of its own for each server: nothing is global, and two servers in a process do not add up.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from tinyserve.engine import EngineStats
+from tinyserve.sequence import Metrics
+from tinyserve.server.pool import ModelPool
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+_GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+# Of EngineStats: the metric's name, its help, and the count.
+_GAUGES = {
+    "tinyserve_requests_running": ("Answers that are computed now.", lambda s: s.num_running),
+    "tinyserve_requests_waiting": ("Answers that wait for a place.", lambda s: s.num_waiting),
+    "tinyserve_cache_blocks": ("Blocks of the cache.", lambda s: s.num_blocks),
+    "tinyserve_cache_blocks_used": ("Blocks that requests hold.", lambda s: s.num_blocks - s.num_free_blocks),
+}
+_COUNTERS = {
+    "tinyserve_requests": ("Answers that have ended.", lambda s: s.requests),
+    "tinyserve_prompt_tokens": ("Prompt tokens of requests that have begun.", lambda s: s.prompt_tokens),
+    "tinyserve_cached_prompt_tokens": ("Those of them that were in the cache.", lambda s: s.cached_tokens),
+    "tinyserve_output_tokens": ("Tokens of answers.", lambda s: s.output_tokens),
+    "tinyserve_preemptions": ("How often a request had to give up its blocks.", lambda s: s.preemptions),
+    "tinyserve_guessed_tokens": ("Tokens that were guessed.", lambda s: s.guessed_tokens),
+    "tinyserve_right_tokens": ("Those of them that were right.", lambda s: s.right_tokens),
+}
+
+
+class ServerMetrics:
+    """What a server counts."""
+
+    def __init__(self, pool: ModelPool):
+        self.registry = CollectorRegistry()
+        self.registry.register(_Engines(pool))
+        labels = ("model",)
+        self._first = Histogram(
+            "tinyserve_time_to_first_token_seconds", "From a request's arrival to its first token.", labels,
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "tinyserve_queue_seconds", "From a request's arrival to its first step.", labels,
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._gap = Histogram(
+            "tinyserve_inter_token_seconds", "From one token of an answer to the next.", labels,
+            buckets=_GAPS, registry=self.registry,
+        )  # fmt: skip
+        self._ends = Counter(
+            "tinyserve_answers", "Answers, by why they ended.", ("model", "finish_reason"), registry=self.registry
+        )
+        self._responses = Counter(
+            "tinyserve_http_responses", "Responses, by path and status.", ("path", "status"), registry=self.registry
+        )
+
+    def answered(self, model: str, metrics: Metrics, reason: str | None) -> None:
+        """An answer has ended, for whatever reason."""
+        if metrics.queue_time is not None:
+            self._queue.labels(model).observe(metrics.queue_time)
+        if metrics.time_to_first_token is not None:
+            self._first.labels(model).observe(metrics.time_to_first_token)
+        gaps = self._gap.labels(model)
+        times = metrics.token_times
+        for before, after in pairwise(times):
+            gaps.observe(after - before)
+        self._ends.labels(model, reason or "abort").inc()
+
+    @contextmanager
+    def watch(self, model: str, answers: int) -> "Iterator[Watch]":
+        """Count the answers of one prompt; those that have not ended by the end were given up."""
+        watch = Watch(self, model)
+        try:
+            yield watch
+        finally:
+            for _ in range(answers - watch.count):
+                self._ends.labels(model, "abort").inc()
+
+    def responded(self, path: str, status: int) -> None:
+        """A response has begun."""
+        self._responses.labels(path, str(status)).inc()
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Watch:
+    """Told of each answer that has ended."""
+
+    def __init__(self, metrics: ServerMetrics, model: str):
+        self._metrics, self._model, self.count = metrics, model, 0
+
+    def ended(self, metrics: Metrics, reason: str | None) -> None:
+        self.count += 1
+        self._metrics.answered(self._model, metrics, reason)
+
+
+class _Engines(Collector):
+    """The engines' own counts, asked for when Prometheus asks."""
+
+    def __init__(self, pool: ModelPool):
+        self._pool = pool
+
+    def collect(self) -> Iterable[Metric]:
+        stats: dict[str, EngineStats] = {
+            model.name: model.engine.stats() for model in self._pool.models.values() if model.engine is not None
+        }
+        for name, (help_, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, help_, labels=["model"])
+            for model, one in stats.items():
+                gauge.add_metric([model], value(one))
+            yield gauge
+        for name, (help_, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(name, help_, labels=["model"])
+            for model, one in stats.items():
+                counter.add_metric([model], value(one))
+            yield counter
+        steps = SummaryMetricFamily("tinyserve_step_seconds", "Steps of the engine.", labels=["model"])
+        for model, one in stats.items():
+            steps.add_metric([model], one.steps, one.step_seconds)
+        yield steps

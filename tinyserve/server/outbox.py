@@ -1,0 +1,126 @@
+"""A stream of server-sent events: what one request's task writes, and one client reads, until either goes away.
+
+Knows bytes and connections; what the events say is told by whoever writes them.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tinyserve.server.errors import ApiError, as_api_error
+
+QUIET = 10.0  # seconds after which a connection is told that somebody still works at it
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the tokens
+]
+
+
+class Outbox:
+    """Takes events in order; `comment`s are for people, proxies and progress lines: clients pass over them."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    def event(self, data: dict[str, Any]) -> None:
+        self._queue.put_nowait(b"data: " + dumps(data) + b"\n\n")
+
+    def comment(self, text: str) -> None:
+        """One line; what would end it is left out."""
+        self._queue.put_nowait(b": " + " ".join(text.split()).encode() + b"\n\n")
+
+    def progress(self, step: str, done: int, of: int) -> None:
+        """A comment on work whose steps have names and numbers, such as loading."""
+        self.comment(f"{step} {done}/{of}" if of else step)
+
+    def prefill(self, done: int, of: int) -> None:
+        """A comment on how far a prompt is read."""
+        self.comment(f"prefill {done}/{of}")
+
+    def done(self) -> None:
+        """OpenAI's last event."""
+        self._queue.put_nowait(b"data: [DONE]\n\n")
+
+    def close(self) -> None:
+        self._queue.put_nowait(None)
+
+    async def get(self) -> bytes | None:
+        """All that is there, as soon as something is; None at the end."""
+        try:
+            first = await asyncio.wait_for(self._queue.get(), QUIET)
+        except TimeoutError:
+            return b": waiting\n\n"
+        parts = [first]
+        while parts[-1] is not None and not self._queue.empty():
+            parts.append(self._queue.get_nowait())
+        if parts[-1] is None and len(parts) > 1:
+            self.close()
+        return None if first is None else b"".join(part for part in parts if part is not None)
+
+
+class EventStream(Response):
+    """Runs `write` beside the connection. It is cancelled when the client goes away, and awaited in every case.
+
+    An error before the first event is a plain response with its status; a later one is the stream's last event.
+    """
+
+    def __init__(self, write: Callable[[Outbox], Awaitable[None]], fields: frozenset[str] = frozenset()):
+        super().__init__(None, 200)
+        self._write, self._fields = write, fields
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outbox = Outbox()
+        writer = asyncio.create_task(self._run(outbox))
+        watcher = asyncio.create_task(_gone(receive))
+        sender = asyncio.create_task(self._send(outbox, writer, scope, receive, send))
+        try:
+            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            tasks = (sender, watcher, writer)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
+            raise results[0]
+
+    async def _run(self, outbox: Outbox) -> ApiError | None:
+        try:
+            await self._write(outbox)
+        except Exception as error:
+            return as_api_error(error, self._fields)
+        finally:
+            outbox.close()
+        return None
+
+    async def _send(
+        self, outbox: Outbox, writer: "asyncio.Task[ApiError | None]", scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        piece = await outbox.get()
+        if piece is None and (error := await writer) is not None:
+            await error.response()(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        while piece is not None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            piece = await outbox.get()
+        if (error := await writer) is not None:
+            await send(
+                {"type": "http.response.body", "body": b"data: " + dumps(error.body) + b"\n\n", "more_body": True}
+            )
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def dumps(data: Any) -> bytes:
+    """JSON as short as it can be, in UTF-8."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

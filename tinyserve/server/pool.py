@@ -1,0 +1,230 @@
+"""The models of a server: loaded when somebody asks for them, within a budget of memory; who waits, and who is refused.
+
+Knows engines and their sizes; nothing of HTTP beyond the errors that it raises.
+"""
+
+import asyncio
+import gc
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Thread
+from typing import Any, TypeVar, cast
+
+from tinyserve.architecture import size
+from tinyserve.async_engine import AsyncEngine
+from tinyserve.llm import LLM
+from tinyserve.server.errors import ApiError
+
+logger = logging.getLogger("tinyserve.server")
+
+T = TypeVar("T")
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model under the name that clients give it, whether or not it is in memory."""
+
+    name: str
+    source: str  # a preset, a repo id, a folder or a file
+    engine: AsyncEngine | None = None
+    nbytes: int = 0  # weights and cache, while it is in memory
+    open: int = 0  # answers that are asked for and not finished
+    last_used: float = 0.0
+    seconds: float = 1.0  # that an answer took, lately
+    loading: "asyncio.Task[None] | None" = None
+    listeners: list[OnProgress] = field(default_factory=list)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def llm(self) -> LLM | None:
+        return self.engine.llm if self.engine is not None else None
+
+
+class ModelPool:
+    """Hands out engines. `options` are those of LLM; `max_queue` answers may wait for each model beside those that run.
+
+    `memory` is in bytes: where a model does not fit beside the others, idle ones make room, the least recently used
+    first. One model loads at a time.
+    """
+
+    def __init__(self, models: dict[str, str], options: dict[str, Any], memory: int, max_queue: int):
+        self.models = {name: ServedModel(name, source) for name, source in models.items()}
+        self.options, self.memory, self.max_queue = options, memory, max_queue
+        self.max_num_seqs = int(options.get("max_num_seqs", 16))
+        self._turn = asyncio.Lock()
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of a request that names none."""
+        return next(iter(self.models.values()))
+
+    def find(self, name: str | None) -> ServedModel:
+        """A model by its name; raises ApiError 404 that lists those there are."""
+        if name is None:
+            return self.default
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404, f"There is no model {name!r}: this server has {known}.", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    def dead(self) -> str | None:
+        """Why nothing can be served any more, if an engine has died."""
+        for model in self.models.values():
+            if model.engine is not None and (error := model.llm and model.llm.thread.dead_error):
+                return f"The engine of {model.name} is dead: {error}"
+        return None
+
+    @asynccontextmanager
+    async def use(
+        self, model: ServedModel, answers: int = 1, progress: OnProgress | None = None
+    ) -> AsyncIterator[AsyncEngine]:
+        """The engine of a model, which stays in memory meanwhile; `progress` hears how far it is loaded.
+
+        Raises ApiError: 429 where too many answers are waiting, 503 where it cannot be loaded now.
+        """
+        limit = self.max_num_seqs + self.max_queue
+        if model.open and model.open + answers > limit:
+            raise ApiError(
+                429,
+                f"{model.name} has {model.open} answers to give and takes {limit} at a time: ask again later.",
+                code="queue_full",
+                retry_after=self._retry_after(model),
+            )
+        start = time.monotonic()
+        model.open += answers
+        try:
+            if model.engine is None:
+                await self._load(model, progress)
+            assert model.engine is not None
+            yield model.engine
+            model.seconds += 0.1 * (time.monotonic() - start - model.seconds)
+        finally:
+            model.open -= answers
+            model.last_used = time.monotonic()
+
+    def _retry_after(self, model: ServedModel) -> int:
+        """Seconds until a place is free, if answers go on taking as long as they did."""
+        return max(1, min(60, math.ceil(model.seconds * max(1, model.open - self.max_num_seqs) / self.max_num_seqs)))
+
+    async def _load(self, model: ServedModel, progress: OnProgress | None) -> None:
+        if progress is not None:
+            model.listeners.append(progress)
+        if model.loading is None:
+            model.loading = asyncio.create_task(self._load_in_turn(model))
+        task = model.loading
+        try:
+            await asyncio.shield(task)  # who goes away does not take the model from those who wait for it, too
+        finally:
+            if progress is not None:
+                model.listeners.remove(progress)
+
+    async def _load_in_turn(self, model: ServedModel) -> None:
+        try:
+            async with self._turn:
+                loop = asyncio.get_running_loop()
+                needed = await _in_thread(partial(self._needs, model))
+                await self._make_room(model, needed)
+
+                def tell(what: str, done: int, of: int) -> None:
+                    for listener in list(model.listeners):
+                        listener(what, done, of)
+
+                def report(what: str, done: int, of: int) -> None:
+                    loop.call_soon_threadsafe(tell, what, done, of)
+
+                start = time.monotonic()
+                llm = await _in_thread(partial(LLM, model.source, progress=report, **self.options))
+                model.engine, model.nbytes = AsyncEngine(llm), needed
+                logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(needed))
+        finally:
+            model.loading = None
+
+    def _needs(self, model: ServedModel) -> int:
+        """Bytes that a model will take: its weights, and its cache as it will be planned."""
+        from tinyserve.model_files import open_model
+        from tinyserve.model_runner import plan_cache, resolve_kv_cache_dtype
+        from tinyserve.quantize import resolve_dtype
+        from tinyserve.shapes import weight_bytes
+
+        files = open_model(model.source, self.options.get("load_format", "auto"))
+        dtype = resolve_dtype(self.options.get("dtype", "auto"), files.packed_dtype)
+        plan = plan_cache(
+            files.config,
+            dtype,
+            self.options.get("block_size", 16),
+            self.options.get("max_model_len"),
+            self.max_num_seqs,
+            self.options.get("kv_cache_memory"),
+            resolve_kv_cache_dtype(self.options.get("kv_cache_dtype", "auto"), dtype),
+            self.options.get("enable_prefix_caching", True),
+        )
+        return weight_bytes(files.config, dtype) + plan.nbytes
+
+    async def _make_room(self, model: ServedModel, needed: int) -> None:
+        if needed > self.memory:
+            raise ApiError(
+                503,
+                f"{model.name} needs {size(needed)} and the server may use {size(self.memory)}: give it a smaller "
+                "--kv-cache-memory, or more --memory.",
+                code="model_too_large",
+            )
+        while sum(other.nbytes for other in self.models.values()) + needed > self.memory:
+            idle = [other for other in self.models.values() if other.engine is not None and not other.open]
+            if not idle:
+                busy = ", ".join(other.name for other in self.models.values() if other.engine is not None)
+                raise ApiError(
+                    503,
+                    f"{model.name} does not fit beside {busy}, which others are using: ask again later.",
+                    code="model_does_not_fit",
+                    retry_after=10,
+                )
+            await self._unload(min(idle, key=lambda other: other.last_used))
+
+    async def _unload(self, model: ServedModel) -> None:
+        engine, model.engine, model.nbytes = model.engine, None, 0
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+            logger.info("%s makes room for another model", model.name)
+        del engine
+        gc.collect()
+
+    async def close(self) -> None:
+        """End all engines."""
+        for model in self.models.values():
+            if model.engine is not None:
+                await asyncio.to_thread(model.engine.shutdown)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """The result of `work` in a thread that nobody waits for when the process ends, as they do for a pool's."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        with suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(settle, result, error)
+
+    Thread(target=run, name="tinyserve-load", daemon=True).start()
+    return await future

@@ -1,0 +1,76 @@
+"""What the handlers of one server share, and how a request's body is read."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from tinyserve.server.errors import ApiError
+from tinyserve.server.metrics import ServerMetrics
+from tinyserve.server.outbox import dumps
+from tinyserve.server.pool import ModelPool
+from tinyserve.server.protocol import B, parse
+
+T = TypeVar("T")
+
+BODY_TIMEOUT = 30.0  # seconds for a body to arrive
+
+
+@dataclass
+class State:
+    """One server's models and counts; `is_ready` once the first model is in memory."""
+
+    pool: ModelPool
+    metrics: ServerMetrics
+    is_ready: bool = False
+    failure: str | None = None  # why the first model could not be loaded
+
+
+class Json(Response):
+    """JSON of whatever the engine says; floats that are no numbers are a mistake of ours."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content)
+
+
+def state_of(request: Request) -> State:
+    state: State = request.app.state.server
+    return state
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body, checked; raises ApiError for what is none, or comes too slowly."""
+    given = request.headers.get("content-type", "")
+    if given.split(";")[0].strip().lower() != "application/json":
+        # A page of somebody else's may send a browser's user's forms here, but not JSON.
+        raise ApiError(415, f"The content type is {given!r:.80}; it must be application/json.", code="content_type")
+    try:
+        data = await asyncio.wait_for(request.body(), BODY_TIMEOUT)
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT:.0f} s.") from None
+    return parse(kind, data)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away before."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,93 @@
+"""What a server says of itself: which models it has, whether it lives, and how it does."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinyserve.architecture import load_raw_config
+from tinyserve.config import parse_config
+from tinyserve.inspection import inspection
+from tinyserve.server.errors import ApiError
+from tinyserve.server.pool import ModelPool, ServedModel
+from tinyserve.server.state import Json, state_of
+
+
+async def models(request: Request) -> Response:
+    """OpenAI's list."""
+    pool = state_of(request).pool
+    return Json({"object": "list", "data": [_card(pool, model) for model in pool.models.values()]})
+
+
+async def model(request: Request) -> Response:
+    """One of them."""
+    pool = state_of(request).pool
+    return Json(_card(pool, pool.find(request.path_params["name"])))
+
+
+def _card(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
+    llm = model.llm
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tinyserve",
+        "root": model.source,
+        "loaded": llm is not None,
+        "max_model_len": llm.max_model_len if llm else None,
+        "dtype": llm.dtype if llm else pool.options.get("dtype", "auto"),
+        "chat": llm.chat_template is not None if llm else None,
+    }
+
+
+async def health(request: Request) -> Response:
+    """200 as long as the engines live: what a supervisor asks. A dead engine was refused before (guards.py)."""
+    return Json({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """200 as soon as the first model is in memory: what a load balancer asks."""
+    state = state_of(request)
+    if state.failure is not None:
+        raise ApiError(503, state.failure, code="not_ready")
+    if not state.is_ready:
+        raise ApiError(503, f"{state.pool.default.name} is being loaded.", code="not_ready", retry_after=1)
+    return Json({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """What Prometheus reads."""
+    return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def stats(request: Request) -> Response:
+    """The engines' counts as JSON, for the page."""
+    loaded = [m for m in state_of(request).pool.models.values() if m.engine is not None]
+    return Json({"models": {m.name: m.engine.stats()._asdict() | _cache(m) for m in loaded if m.engine is not None}})
+
+
+def _cache(model: ServedModel) -> dict[str, Any]:
+    plan = model.llm.cache_plan if model.llm else None
+    return {"block_size": plan.block_size, "cache_bytes": plan.nbytes, "memory_bytes": model.nbytes} if plan else {}
+
+
+async def inspect(request: Request) -> Response:
+    """What `tinyserve inspect-config` says of a model."""
+    name = request.query_params.get("model")
+    model = state_of(request).pool.find(name)
+    return Json(await asyncio.to_thread(_inspection, model))
+
+
+def _inspection(model: ServedModel) -> dict[str, Any]:
+    if model.llm is not None:
+        source = str(model.llm.path or model.source)
+        return inspection(model.llm.config, model.source, source)
+    raw, source = load_raw_config(model.source)
+    return inspection(parse_config(raw, source), model.source, source)
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    """Any other path, in OpenAI's form."""
+    message = f"There is no {request.method} {request.url.path}; docs/serving.md has the list."
+    return ApiError(404, message, code="not_found").response()
