@@ -14,8 +14,8 @@ from starlette.applications import Starlette
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.server.app import create_app
+from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
-from tinyserve.server.run import MAX_HEADERS
 from tinyserve.server.state import State
 
 
@@ -68,7 +68,7 @@ def running(
     application = create_app(pool, **(app or {}))
     config = uvicorn.Config(
         application, host="127.0.0.1", port=0, http="h11", ws="none", log_config=None, lifespan="on",
-        h11_max_incomplete_event_size=MAX_HEADERS, timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

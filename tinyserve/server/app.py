@@ -71,7 +71,7 @@ def create_app(
     middleware.append(Middleware(guards.DeadEngine, state=state))
     if api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
-    middleware.append(Middleware(guards.BodyLimit, limit=max_body))
+    middleware.append(Middleware(guards.Sizes, limit=max_body))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

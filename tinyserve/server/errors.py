@@ -1,14 +1,11 @@
 """Whatever goes wrong, as OpenAI's clients expect it: a status, and a body that names the field."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from tinyserve.errors import EngineDeadError, HubError, RequestError, TinyserveError, UserError
-
-logger = logging.getLogger("tinyserve.server")
 
 _TYPES = {
     401: "authentication_error",
@@ -64,7 +61,6 @@ def as_api_error(error: BaseException, fields: frozenset[str] = frozenset()) -> 
         return ApiError(500, str(error))
     if isinstance(error, MemoryError):
         return ApiError(503, "There is not enough memory for this now.", code="out_of_memory", retry_after=10)
-    logger.error("a request failed unforeseen", exc_info=error)
     return ApiError(500, f"The server made a mistake ({type(error).__name__}); its log says more.")
 
 

@@ -89,8 +89,11 @@ class KnownHosts(Guard):
         )
 
 
-class BodyLimit:
-    """Refuses bodies above `limit` bytes, announced or not."""
+MAX_HEADERS = 16 << 10  # bytes
+
+
+class Sizes:
+    """Refuses headers above MAX_HEADERS, and bodies above `limit` bytes, announced or not."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self._limit = app, limit
@@ -98,6 +101,10 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            error = ApiError(431, f"The headers have more than {MAX_HEADERS} bytes.", code="headers_too_large")
+            await error.response()(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced) > self._limit:

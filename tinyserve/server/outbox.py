@@ -5,6 +5,7 @@ Knows bytes and connections; what the events say is told by whoever writes them.
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tinyserve.server.errors import ApiError, as_api_error
+
+logger = logging.getLogger("tinyserve.server")
 
 QUIET = 10.0  # seconds after which a connection is told that somebody still works at it
 _HEADERS = [
@@ -92,7 +95,10 @@ class EventStream(Response):
         try:
             await self._write(outbox)
         except Exception as error:
-            return as_api_error(error, self._fields)
+            told = as_api_error(error, self._fields)
+            if told.status == 500:  # else nobody would ever see where it came from
+                logger.error("a stream failed", exc_info=error)
+            return told
         finally:
             outbox.close()
         return None

@@ -146,7 +146,7 @@ def _as_api_error(kind: type[Body], error: ValidationError) -> ApiError:
     # Of a union every member complains; an unknown field is the plainest complaint.
     details = error.errors(include_url=False, include_context=False)
     first = min(details, key=lambda detail: (detail["type"] != "extra_forbidden", -len(detail["loc"])))
-    where = _where(kind, first["loc"])
+    where = _where(first["loc"])
     match first["type"]:
         case "json_invalid":
             return ApiError(
@@ -164,16 +164,14 @@ def _as_api_error(kind: type[Body], error: ValidationError) -> ApiError:
     return ApiError(400, f"{where} is {given}: {_lower(first['msg'])}.", param=where, code="invalid_value")
 
 
-def _where(kind: type[Body], loc: tuple[int | str, ...]) -> str:
+def _where(loc: tuple[int | str, ...]) -> str:
     """messages[0].role; members of a union, which pydantic names as well, are left out."""
-    parts = list(loc[:1])
-    for i, part in enumerate(loc[1:], 1):
-        is_member = i == 1 and isinstance(part, str) and loc[0] in kind.model_fields and part not in ("include_usage",)
-        if not is_member:
-            parts.append(part)
     text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not text or (part != "str" and "[" not in part):
+            text += f".{part}" if text else part
     return text
 
 

@@ -21,11 +21,11 @@ from tinyserve import presets
 from tinyserve.arguments import check_options
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import MAX_BODY, create_app
+from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
 
 logger = logging.getLogger("tinyserve.server")
 
-MAX_HEADERS = 16 << 10  # bytes of a request's first line and headers
 IDLE = 75  # seconds for which an idle connection is kept: longer than nginx's 60, or it may speak to a closed one
 
 
@@ -77,7 +77,7 @@ def serve(options: ServeOptions) -> int:
     )
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="on", access_log=False, log_config=None, server_header=False,
-        h11_max_incomplete_event_size=MAX_HEADERS, timeout_keep_alive=IDLE,
+        h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
     server = _Server(config)
