@@ -13,7 +13,7 @@ from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.activation import gelu_tanh_vector, gelu_vector, silu_vector
 from tinyserve.tensor.norm import norm_row
 from tinyserve.tensor.quant import BLOCK, PANEL, quantize_row
-from tinyserve.tensor.simd import LANES, WIDE, load, load_first, prefetch, splat, store_first
+from tinyserve.tensor.simd import LANES, WIDE, load, load_first, splat, store_first
 from tinyserve.tensor.tiles import (
     PANELS,
     begin_part,
@@ -22,13 +22,15 @@ from tinyserve.tensor.tiles import (
     fma_rows,
     inputs_per_load,
     load_tile,
+    prefetch_panels,
     scaled_rows,
     start_rows,
     store_rows,
     zeros,
 )
 
-AHEAD = 2048  # bytes of weights that a single row asks for ahead of their use
+# What a single row asks for ahead of its use: bytes of each panel's weights, and groups of its scales.
+BYTES_AHEAD, GROUPS_AHEAD = 2048, 8
 FINE = 2  # panels of a work item for a single row, where a block would leave a thread waiting for another's last
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
 FLOAT_ROWS, FLOAT_PANELS = 6, 4 if WIDE else 1
@@ -57,6 +59,12 @@ def _float_tile(ROWS, PANELS):
 _float_tile_1, _float_tile_n = _float_tile(1, FINE), _float_tile(FLOAT_ROWS, FLOAT_PANELS)
 
 
+@kernel
+def _ahead(place, length, panels):
+    """A place in each of some panels, one behind the other; whoever is past their ends is in the panels after them."""
+    return place if place < length else place + (panels - 1) * length
+
+
 def _integer_tile(ROWS, PANELS):
     """The same for quantized weights and activations of every kind: their types say which."""
     SIZE = ROWS * PANELS
@@ -72,12 +80,18 @@ def _integer_tile(ROWS, PANELS):
             total = zeros(SIZE)
             w_at, scales_at = (first_panel + p) * w_stride, (first_panel + p) * scale_stride
             for g in range(groups):
+                if ROWS == 1:
+                    there = scales_at + PANEL * _ahead(g + GROUPS_AHEAD, groups, PANELS)
+                    prefetch_panels(PANELS, w_scales, there, scale_stride)
+                    if minimums.size:
+                        prefetch_panels(PANELS, minimums, there, scale_stride)
                 sums = start_rows(ROWS, PANELS, q, starts, m * groups + g, groups)
                 for k in range(g * group, (g + 1) * group, 32):
                     part = begin_part(sums, w, q)
                     for i in range(k, k + 32, inputs):
                         if ROWS == 1:
-                            prefetch(w, w_at + 4 * PANEL * (i // inputs) + AHEAD)
+                            there = w_at + _ahead(4 * PANEL * (i // inputs) + BYTES_AHEAD, w_stride, PANELS)
+                            prefetch_panels(PANELS, w, there, w_stride)
                         part = dot_rows(part, PANELS, w, w_at + 4 * PANEL * (i // inputs), w_stride, q, m * K + i, K)
                     sums = end_part(sums, part)
                 scales = load_tile(PANELS, w_scales, scales_at + g * PANEL, scale_stride)

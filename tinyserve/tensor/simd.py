@@ -208,19 +208,6 @@ def emit_store_first(context, builder, array_type, array, index, vector, count):
 
 
 @intrinsic
-def prefetch(typing_context, array, index):
-    """Ask for the cache line at a flat index of an array of bytes, which is read once; past its end it is no harm."""
-
-    def codegen(context, builder, sig, args):
-        address = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
-        flags = [ir.Constant(I32, flag) for flag in (0, 0, 1)]  # to read, once and not to keep, data
-        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), address, *flags)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), codegen
-
-
-@intrinsic
 def as_kept(typing_context, array, number, inverse):
     """A float32 as an element of this array: itself, rounded to bfloat16, or number · inverse rounded to int8."""
 

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from tinyserve.tensor import dot_product
 from tinyserve.tensor.simd import (
     F32,
+    I8,
     I32,
     LANES,
     WIDE,
@@ -68,6 +69,27 @@ def load_tile(typing_context, count, array, index, stride):
         return context.make_tuple(builder, tile, vectors)
 
     return tile(count, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def prefetch_panels(typing_context, count, array, index, stride):
+    """Ask for `count` cache lines at flat indices index, index + stride, ..., each of which is read once.
+
+    Past the array's end it is no harm.
+    """
+
+    panels = _length(count)
+
+    def codegen(context, builder, sig, args):
+        at = args[2]
+        flags = [ir.Constant(I32, flag) for flag in (0, 0, 1)]  # to read, once and not to keep, data
+        for _ in range(panels):
+            address = emit_address(context, builder, sig.args[1], args[1], at, I8)
+            emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), address, *flags)
+            at = builder.add(at, args[3])
+        return context.get_dummy_value()
+
+    return types.void(count, array, types.intp, types.intp), codegen
 
 
 @intrinsic
