@@ -5,7 +5,7 @@ Builds the runner and the engine and hands them down; knows nothing of kernels, 
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -355,6 +355,7 @@ class LLM:
         calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
         if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
             params = replace(params, logprobs=params.logprobs or 0)
+        bad_words = self._spellings(params.bad_words) if params.bad_words else []
         first = self._engine.make(ids, params, priority)
         answers = []
         for i, sequence in enumerate((first, *first.forks)):
@@ -371,10 +372,20 @@ class LLM:
             if params.seed is None and self._seed is not None:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
-            sequence.matcher = grammar and grammar.matcher()
+            sequence.matcher, sequence.bad_words = grammar and grammar.matcher(), bad_words
             reader = AnswerReader(calls) if calls else None
             answers.append(Request(sequence, text, detokenizer, i, self._text_of, reader))
         return answers
+
+    def _spellings(self, texts: Iterable[str]) -> list[list[int]]:
+        """Each text in tokens, with a space before it and without (vLLM's SamplingParams.update_from_tokenizer)."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.name} has synthetic weights and no tokenizer: it has no words, and bad_words neither."
+            )
+        words = [text.lstrip() or text for text in texts]
+        spelled = [self.tokenizer.encode(before + word, False) for word in words for before in ("", " ")]
+        return [ids for ids in spelled if ids]
 
     def _compile(self, spec: StructuredOutputs) -> "Grammar":
         from tinyserve.grammar import GrammarCompiler, MaskFiller
