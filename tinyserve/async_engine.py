@@ -6,13 +6,17 @@ Makes text in the event loop, of what the engine's thread sends there; neither e
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
+from threading import Event
 from typing import Any, Self
 
 from tinyserve.arguments import Prompt
 from tinyserve.beam_search import BeamSearch, BeamSearchOutput
+from tinyserve.embedding import EmbeddingOutput
 from tinyserve.engine import EngineStats
 from tinyserve.engine_thread import Update
 from tinyserve.errors import RequestError
@@ -34,6 +38,8 @@ class AsyncEngine:
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._jobs: dict[object, _Job] = {}
         self._office: _PostOffice | None = None
+        # Texts are read one at a time: those that wait must not take the threads that make requests.
+        self._readers = ThreadPoolExecutor(1, "tinyserve-texts")
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,6 +120,15 @@ class AsyncEngine:
                     search.advance([request.logprobs for (request,) in submitted])
         return await asyncio.to_thread(search.output)
 
+    async def embed(self, prompts: Prompt | SequenceOf[Prompt], *, normalize: bool = True) -> list[EmbeddingOutput]:
+        """Texts as vectors, as those of `LLM.embed`; a cancelled task ends the reading behind its chunk."""
+        cancelled = Event()
+        read = partial(self.llm.embed, prompts, normalize=normalize, is_cancelled=cancelled.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        finally:
+            cancelled.set()
+
     async def abort(self, request_id: str) -> None:
         """End a request; its generator yields a last chunk, whose finish_reason is "abort". Unknown ids do nothing."""
         if request_id in self._jobs:
@@ -132,6 +147,7 @@ class AsyncEngine:
     def shutdown(self) -> None:
         """End the engine; requests that are open fail with EngineDeadError."""
         self.llm.close()
+        self._readers.shutdown(wait=False)
 
     async def _answer(
         self,
