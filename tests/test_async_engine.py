@@ -12,7 +12,7 @@ import pytest
 from checkpoints import BOS, USER
 from conftest import settle
 
-from tinyserve import LLM, AsyncEngine, SamplingParams
+from tinyserve import LLM, AsyncEngine, BeamSearchParams, SamplingParams
 from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
 from tinyserve.request import StreamChunk
 
@@ -63,7 +63,7 @@ def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
             assert "".join(map(str, chunks)) == output.outputs[0].text
             assert [chunk.finish_reason for chunk in chunks[-2:]] == [None, "length"]
             assert chunks[-1].metrics.output_tokens == 12 and len(chunks[3].metrics.token_times) == 4
-        assert engine._requests == {} and not engine._office._boxes
+        assert engine._jobs == {} and not engine._office._boxes
         before = engine.stats()
         assert before.num_running == 0 and before.output_tokens >= 24 * len(PROMPTS)
 
@@ -84,6 +84,65 @@ def test_a_chat_and_several_answers(llm_of: Callable[..., LLM]) -> None:
         assert sorted(chunk.index for chunk in chunks if chunk.finish_reason) == [0, 1, 2]
         one = await collect(AsyncEngine(llm).generate([BOS, USER, *b"hi\n"], greedy()))
         assert tokens(one) == llm.chat(messages, greedy())[0].outputs[0].token_ids
+
+    run(main())
+
+
+def test_beam_searches_beside_others(llm: LLM) -> None:
+    """Each finds what it finds alone, though their beams and a stream share the engine's steps."""
+    params = BeamSearchParams(beam_width=3, max_tokens=10)
+    expected = llm.beam_search(["The other one", *PROMPTS[:3]], params)
+
+    async def main() -> None:
+        engine = AsyncEngine(llm)
+        searches = [engine.beam_search(prompt, params) for prompt in ("The other one", *PROMPTS[:3])]
+        *found, chunks = await asyncio.gather(*searches, collect(engine.generate(PROMPTS[4], greedy(40))))
+        assert found == expected and engine._jobs == {}
+        assert tokens(chunks) == llm.generate(PROMPTS[4], greedy(40))[0].outputs[0].token_ids
+        for bad, words in (([], "empty"), ([1] * 1000, "1000")):
+            with pytest.raises(RequestError, match=words):
+                await engine.beam_search(bad, params)
+        with pytest.raises(RequestError, match="BeamSearchParams"):
+            await engine.beam_search([1], greedy())  # type: ignore[arg-type]
+
+    run(main())
+
+
+@pytest.mark.parametrize("end", ["cancel", "abort", "abort while requests are made"])
+def test_a_beam_search_can_be_ended(llm: LLM, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = llm.make_request, [0]
+
+    async def main() -> None:
+        engine, begun = AsyncEngine(llm), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def counted(*arguments: Any) -> Any:
+            made[0] += 1
+            if made[0] == 12:  # one that checks the prompt, one for the prompt, and three for each token
+                if end == "abort while requests are made":
+                    asyncio.run_coroutine_threadsafe(engine.abort("mine"), loop).result(10)
+                loop.call_soon_threadsafe(begun.set)
+            return make(*arguments)
+
+        monkeypatch.setattr(llm, "make_request", counted)
+        params = BeamSearchParams(beam_width=3, max_tokens=90, ignore_eos=True)
+        task = asyncio.create_task(engine.beam_search(PROMPTS[1], params, request_id="mine"))
+        await begun.wait()
+        if end == "cancel":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            await engine.abort("mine")
+            output = await task
+            assert [sequence.finish_reason for sequence in output.sequences] == ["abort"] * 3
+            scores = [sequence.score for sequence in output.sequences]
+            lengths = {len(sequence.logprobs) for sequence in output.sequences}
+            assert scores == sorted(scores, reverse=True) and len(lengths) == 1 and 3 <= min(lengths) < 90
+            if end == "abort while requests are made":
+                assert lengths == {4} and made[0] == 14
+        settle(llm)
+        assert engine._jobs == {} and not llm._engine.has_work()
 
     run(main())
 
@@ -140,7 +199,7 @@ def test_every_way_to_end_a_request(llm: LLM) -> None:
             await asyncio.sleep(0)
             settle(llm)
             assert llm._engine.blocks.num_free == free and not llm._engine.has_work(), end
-            assert engine._requests == {}
+            assert engine._jobs == {}
         await engine.abort("nobody")
 
     run(main())

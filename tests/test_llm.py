@@ -120,6 +120,33 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
         LLM(folder, dtype="float32").chat([{"role": "user", "content": "hi"}])
 
 
+def test_bad_words_never_come(llm: LLM) -> None:
+    """Whatever of an answer is forbidden, other tokens come in its place; words are counted behind the prompt only."""
+    full = llm.generate(TEXTS[0], greedy(40))[0].outputs[0]
+    for start in range(0, len(full.text) - 3, 4):
+        word = full.text[start : start + 3].lstrip()
+        if "\ufffd" in word or not word:
+            continue
+        [output] = llm.generate(TEXTS[0], greedy(40, bad_words=[word, "never in it"]))
+        changed = output.outputs[0]
+        assert word not in changed.text and len(changed.token_ids) == 40
+        first = len(llm.tokenizer.encode(full.text[: full.text.index(word)]))
+        assert changed.token_ids[:first] == full.token_ids[:first]
+    assert answers(llm.generate(TEXTS[0], greedy(40, bad_words=["\x00\x01 \x02"]))) == [full.token_ids]
+
+
+def test_bad_words_are_spelled_as_vllm_spells_them(smollm2: Path) -> None:
+    llm = LLM(smollm2, max_model_len=256, num_threads=1)
+    encode = llm.tokenizer.encode
+    assert len(encode(" Paris")) == 1 and llm._maker.spellings(["  Paris", "\n"]) == [
+        encode("Paris"), encode(" Paris"), encode("\n"), encode(" \n"),
+    ]  # fmt: skip
+    prompt = "The capital of France is"
+    free, forbidden = (llm.generate(prompt, greedy(8, bad_words=words))[0].outputs[0] for words in ([], ["Paris"]))
+    assert free.text.startswith(" Paris") and "Paris" not in forbidden.text
+    assert forbidden.token_ids[0] != free.token_ids[0]
+
+
 # --- where an answer ends -----------------------------------------------------------------------------------------
 
 
@@ -315,14 +342,16 @@ def test_interleaved_streams(llm: LLM) -> None:
 
 
 def test_logits_beside_a_stream(llm: LLM) -> None:
-    """They take what is free of the cache, and refuse, with the numbers, where that is too little."""
+    """They take what is free of the cache, then what the stream has, which is none the worse for it."""
     expected, logits = llm.generate(TEXTS[0], greedy(60))[0].outputs[0].text, llm.logits([1, 2, 3])
     stream = llm.stream(TEXTS[0], greedy(60))
     text = next(stream).text
     np.testing.assert_array_equal(llm.logits([1, 2, 3]), logits)
+    free = llm._engine.blocks.num_free
     held = llm.thread.call(lambda: llm._engine.blocks.allocate(llm._engine.blocks.num_free - 3))
-    with pytest.raises(RequestError, match=r"100 tokens need 7 blocks .* [0-3] are free: finish, or close"):
-        llm.logits([1] * 100)
+    with pytest.raises(RequestError, match=r"of 128 tokens needs 8 blocks of the cache, and \d are free\."):
+        llm.logits([1] * 128)
+    assert llm.thread.call(lambda: llm._engine.blocks.num_free) + len(held) >= free
     llm.thread.call(lambda: llm._engine.blocks.free(held))
     assert text + "".join(map(str, stream)) == expected
 

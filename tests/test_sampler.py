@@ -26,6 +26,11 @@ def sequence(request_id: int = 0, prompt: tuple[int, ...] = (1, 2), output: tupl
     return made
 
 
+def with_bad_words(made: Sequence, words: list[list[int]]) -> Sequence:
+    made.bad_words = words
+    return made
+
+
 def one(logits: np.ndarray, made: Sequence, mask: np.ndarray | None = None) -> Sampled:
     [sampled] = Sampler(frozenset({EOS})).sample([made], logits[None].copy(), [mask])
     return sampled
@@ -125,6 +130,10 @@ def exact(logits: np.ndarray, made: Sequence, mask: np.ndarray | None = None) ->
     if params.allowed_token_ids is not None:
         left = {token: logit for token, logit in left.items() if token in params.allowed_token_ids}
     left = {token: logit for token, logit in left.items() if token not in params.banned_token_ids}
+    left = {
+        token: logit for token, logit in left.items()
+        if not any([*output, token][-len(word) :] == word for word in made.bad_words)
+    }  # fmt: skip
     for token, bias in (params.logit_bias or {}).items():
         if token in left:
             left[token] += bias
@@ -148,7 +157,9 @@ EVERYTHING: dict[str, Any] = {
     "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.002, "typical_p": 0.97, "repetition_penalty": 1.2,
     "frequency_penalty": 0.3, "presence_penalty": -0.2, "logit_bias": {3: 2.5, 9: 4.0, 150: -5.0}, "min_tokens": 5,
     "banned_token_ids": [0, 9, 200], "allowed_token_ids": list(range(250)), "stop_token_ids": [17],
+    "bad_words": ["of a tokenizer's making"],
 }  # fmt: skip
+BAD_WORDS = [[7, 3, 8], [12], [7, 13], [3, 999], [250, 6, 6, 7, 3, 14]]
 
 
 @pytest.mark.parametrize(("seeds", "draws"), [("given", 100_000), ("none", 10_000)])
@@ -158,11 +169,12 @@ def test_the_whole_chain_draws_as_often_as_it_should(seeds: str, draws: int) -> 
     logits = random(5, 300) * 2
     prompt, output = (4, 5, 3, 250), (6, 6, 7, 3)
     mask = packed(np.arange(300) % 7 != 2)
-    logits[EOS] = logits[17] = logits[9] = logits[0] = 9  # what is forbidden is likely
+    logits[EOS] = logits[17] = logits[9] = logits[0] = logits[8] = logits[12] = 9  # what is forbidden is likely
     sampler, ids = Sampler(frozenset({EOS})), []
     for start in range(0, draws, batch):
         numbers = range(start, start + batch)
-        made = [sequence(i, prompt, output, seed=i if seeds == "given" else None, **EVERYTHING) for i in numbers]
+        seeded = ({"seed": i if seeds == "given" else None} for i in numbers)
+        made = [with_bad_words(sequence(i, prompt, output, **EVERYTHING | next(seeded)), BAD_WORDS) for i in numbers]
         ids += [sampled.token_id for sampled in sampler.sample(made, np.tile(logits, (batch, 1)), [mask] * batch)]
     probabilities = exact(logits, made[0], mask)
     assert 20 < (probabilities > 0).sum() <= 60
@@ -281,6 +293,26 @@ def test_greedy_obeys_everything_that_comes_before_the_temperature() -> None:
     assert greedy(output=(EOS,), repetition_penalty=1.1) == 20 and greedy(repetition_penalty=1.0, output=(EOS,)) == EOS
 
 
+def test_bad_words_are_those_of_transformers() -> None:
+    """Few tokens, so that words are begun often, overlap, and are longer than what was said."""
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers").generation.logits_process
+    rng, forbidden = np.random.default_rng(8), 0
+    for _ in range(300):
+        words = [rng.integers(4, size=rng.integers(1, 5)).tolist() for _ in range(rng.integers(1, 5))]
+        output, logits = rng.integers(4, size=rng.integers(1, 8)), random(3, 6)
+        theirs = process.NoBadWordsLogitsProcessor(words)(
+            torch.from_numpy(output)[None], torch.from_numpy(logits)[None]
+        )
+        made = sequence(output=tuple(output.tolist()), bad_words="x", temperature=0.0)
+        made = with_bad_words(made, [*words, [0, 6], [9]])  # a tokenizer may have more tokens than the model
+        row = logits.copy()[None]
+        Sampler().sample([made], row)
+        np.testing.assert_array_equal(row, theirs.numpy())
+        forbidden += int(np.isinf(row).sum())
+    assert forbidden > 100
+
+
 def test_the_prompt_counts_for_repetition_alone() -> None:
     logits = np.zeros(100, np.float32)
     logits[[5, 6]] = 10, 9
@@ -290,6 +322,8 @@ def test_the_prompt_counts_for_repetition_alone() -> None:
 
     assert greedy(repetition_penalty=1.5) == 6
     assert greedy(presence_penalty=2.0) == greedy(frequency_penalty=2.0) == 5
+    begun = with_bad_words(sequence(prompt=(5, 5, 5), temperature=0.0, bad_words="x"), [[5, 5]])
+    assert one(logits, begun).token_id == 5
 
 
 def test_a_token_beyond_the_logits_is_passed_over() -> None:

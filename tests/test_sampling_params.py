@@ -52,6 +52,9 @@ def test_the_defaults_change_nothing_and_are_vllms() -> None:
         ("allowed_token_ids", "yes", "a list"),
         ("banned_token_ids", (2.0,), "whole numbers from 0 on"),
         ("banned_token_ids", {3}, "a list"),
+        ("bad_words", ("a", ""), "texts of at least one character"),
+        ("bad_words", (3,), "texts of at least one character"),
+        ("bad_words", {"a"}, "a list"),
         ("min_tokens", -1, "a whole number of at least 0"),
         ("min_tokens", 1.0, "a whole number of at least 0"),
         ("best_of", 0, "a whole number of at least 1"),
@@ -87,7 +90,8 @@ def test_what_contradicts_itself(options: dict[str, Any], says: str) -> None:
         ("logits_bias", "logit_bias"),
         ("min_token", "min_tokens"),
         ("allowed_tokens", "allowed_token_ids"),
-        ("bad_words_token_ids", "banned_token_ids"),
+        ("banned_tokens", "banned_token_ids"),
+        ("bad_word", "bad_words"),
         ("prompt_logprob", "prompt_logprobs"),
         ("include_stop_string_in_output", "include_stop_str_in_output"),
     ],
@@ -95,6 +99,13 @@ def test_what_contradicts_itself(options: dict[str, Any], says: str) -> None:
 def test_an_unknown_name_brings_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(RequestError, match=f"no option {name!r}. Did you mean {nearest!r}"):
         SamplingParams(**{name: 1})
+
+
+def test_bad_words_change_logits() -> None:
+    params = SamplingParams(bad_words=["a", "b c"])
+    assert params.bad_words == ("a", "b c") and params.changes_logits
+    assert SamplingParams(bad_words="a").bad_words == ("a",)
+    assert SamplingParams(bad_words=None).bad_words == () and not SamplingParams(bad_words=[]).changes_logits
 
 
 def test_a_bias_may_come_from_json() -> None:

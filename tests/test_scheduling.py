@@ -53,6 +53,7 @@ class Setting:
             self.prefixes,
         )  # fmt: skip
         self.sequences: list[Sequence] = []
+        self.text: list[int] = []  # blocks of one that is only read
 
     def _execute(self, scheduled: list[Any]) -> list[Any]:
         fails_at, self.fails_at = self.fails_at, None
@@ -74,17 +75,32 @@ class Setting:
     def step(self, fails_at: str | None = None) -> None:
         if not self.engine.has_work():
             return
-        self.fails_at = fails_at
-        if fails_at in ("before", "after"):
-            with pytest.raises(RuntimeError):
-                self.engine.step()
-        else:
+        self.fails_at, has_failed = fails_at, False
+        try:
             self.engine.step()
+        except RuntimeError:
+            has_failed = True
+        assert has_failed == (fails_at in ("before", "after") and bool(self.engine.scheduled))
+        assert self.engine.scheduled or self.text, "a step does nothing, and never will"
+        self.fails_at = None
+
+    def read(self, num_tokens: int) -> None:
+        """Begin a text, in blocks that those who came last give up; or end the one that was begun."""
+        if self.text:
+            self.blocks.free(self.text)
+            self.text = []
+            return
+        needed = min(self.blocks.blocks_for(num_tokens), self.blocks.num_blocks)
+        while needed > self.blocks.num_free:
+            self.engine.preempt(self.engine.running[-1])
+        self.text = self.blocks.allocate(needed)
+        for block in self.text:
+            self.runner.pages[block] = [-1] * BLOCK
 
     def check(self) -> None:
         """Who holds what adds up, and nobody writes where another reads."""
         engine = self.engine
-        held = Counter(block for sequence in engine.running for block in sequence.block_table)
+        held = Counter(block for sequence in engine.running for block in sequence.block_table) + Counter(self.text)
         for block in range(self.blocks.num_blocks):
             assert self.blocks.holders(block) == held[block]
         assert self.blocks.num_free == self.blocks.num_blocks - len(held)
@@ -105,6 +121,8 @@ class Setting:
 
     def finish(self) -> None:
         """All that is left comes to its end, with the answers it gives alone."""
+        if self.text:
+            self.read(0)
         for _ in range(100_000):
             if not self.engine.has_work():
                 break
@@ -171,14 +189,9 @@ class Machine(RuleBasedStateMachine):
         if which < len(self.setting.engine.running):
             self.setting.engine.preempt(self.setting.engine.running[which])
 
-    @rule(prompt=prompts)
-    def logits(self, prompt: list[int]) -> None:
-        """What borrows blocks for itself takes what is remembered."""
-        count = min(self.setting.blocks.blocks_for(len(prompt)), self.setting.blocks.num_free)
-        borrowed = self.setting.blocks.allocate(count)
-        for block in borrowed:
-            self.setting.runner.pages[block] = [-1] * BLOCK
-        self.setting.blocks.free(borrowed)
+    @rule(num_tokens=st.integers(1, 120))
+    def read(self, num_tokens: int) -> None:
+        self.setting.read(num_tokens)
 
     @invariant()
     def it_adds_up(self) -> None:
@@ -215,7 +228,9 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
                     setting.engine.finish(chance.choice(setting.sequences[-20:]), "abort")
                 case x if x < 0.16 and setting.engine.running:
                     setting.engine.preempt(chance.choice(setting.engine.running))
-                case x if x < 0.17:
+                case x if x < 0.18:
+                    setting.read(chance.randint(1, 80))
+                case x if x < 0.19:
                     setting.step(chance.choice(["before", "after", "nan"]))
                 case _:
                     setting.step()

@@ -4,19 +4,25 @@ Makes text in the event loop, of what the engine's thread sends there; neither e
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
+from threading import Event
 from typing import Any, Self
 
 from tinyserve.arguments import Prompt
+from tinyserve.beam_search import BeamSearch, BeamSearchOutput
+from tinyserve.embedding import EmbeddingOutput
 from tinyserve.engine import EngineStats
 from tinyserve.engine_thread import Update
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM, Message
 from tinyserve.request import Request, RequestOutput, StreamChunk, output
-from tinyserve.sampling_params import SamplingParams
+from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.sequence import Sequence
 
 OnPrefill = Callable[[int, int], None]
@@ -30,8 +36,10 @@ class AsyncEngine:
 
     def __init__(self, model: LLM | str | PathLike[str], **options: Any):
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
-        self._requests: dict[str, list[Request]] = {}
+        self._jobs: dict[object, _Job] = {}
         self._office: _PostOffice | None = None
+        # Texts are read one at a time: those that wait must not take the threads that make requests.
+        self._readers = ThreadPoolExecutor(1, "tinyserve-texts")
 
     async def __aenter__(self) -> Self:
         return self
@@ -56,7 +64,7 @@ class AsyncEngine:
         params = self.llm.resolve(sampling_params)
         if params.best_of is not None and params.best_of > params.n:
             raise RequestError(f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.")
-        async with aclosing(self._run(prompt, params, request_id, priority, on_prefill)) as news:
+        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as news:
             async for request in news:
                 yield request.chunk()
 
@@ -71,47 +79,10 @@ class AsyncEngine:
         """The answers to one prompt, when all are there; a cancelled task ends the request, too."""
         params = self.llm.resolve(sampling_params)
         answers: dict[int, Request] = {}
-        async with aclosing(self._run(prompt, params, request_id, priority, on_prefill)) as news:
+        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as news:
             async for request in news:
                 answers[request.index] = request
         return output([answers[i] for i in sorted(answers)], params.n, params.logprobs is not None)
-
-    async def _run(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str | None,
-        priority: int,
-        on_prefill: OnPrefill | None,
-    ) -> AsyncGenerator[Request, None]:
-        """Each answer to a prompt whenever there is more of it, and once when it has ended."""
-        # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
-        answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
-        name = request_id if request_id is not None else f"request-{answers[0].sequence.request_id}"
-        if name in self._requests:
-            raise RequestError(f"There is a request {name!r} already: give each an id of its own, or none.")
-        requests = {request.sequence: request for request in answers}
-        self._requests[name] = answers
-        office = self._open_office()
-        box = office.rent(list(requests))
-        try:
-            self.llm.thread.submit([answers[0].sequence], office)
-            while not all(request.finished for request in answers):
-                update = await box.get()
-                request = requests[update.sequence]
-                if request.finished:
-                    continue
-                self.llm.take(request, update)
-                request.raise_error()
-                if on_prefill is not None and request.is_reading:
-                    on_prefill(request.num_computed, request.metrics.prompt_tokens)
-                if request.has_news():
-                    yield request
-        finally:
-            office.give_up(list(requests))
-            del self._requests[name]
-            for request in answers:
-                self.llm.cancel(request)
 
     async def chat(
         self,
@@ -128,10 +99,41 @@ class AsyncEngine:
             async for chunk in answer:
                 yield chunk
 
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None
+    ) -> BeamSearchOutput:
+        """The likeliest answers to a prompt, the best first, as those of `LLM.beam_search`; its beams are requests.
+
+        A cancelled task ends it before the engine's next step. So does `abort`, which lets it return the beams as they
+        are, whose finish_reason is "abort".
+        """
+        search = await asyncio.to_thread(BeamSearch, self.llm, prompt, params)
+        with self._job(request_id) as job:
+            while search.beams:
+                submitted = await asyncio.to_thread(self._requests_of, search)
+                async with aclosing(self._run(submitted, job)) as news:
+                    async for _ in news:
+                        pass
+                if job.is_aborted:
+                    search.abort()
+                else:
+                    search.advance([request.logprobs for (request,) in submitted])
+        return await asyncio.to_thread(search.output)
+
+    async def embed(self, prompts: Prompt | SequenceOf[Prompt], *, normalize: bool = True) -> list[EmbeddingOutput]:
+        """Texts as vectors, as those of `LLM.embed`; a cancelled task ends the reading behind its chunk."""
+        cancelled = Event()
+        read = partial(self.llm.embed, prompts, normalize=normalize, is_cancelled=cancelled.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        finally:
+            cancelled.set()
+
     async def abort(self, request_id: str) -> None:
         """End a request; its generator yields a last chunk, whose finish_reason is "abort". Unknown ids do nothing."""
-        for request in self._requests.get(request_id, []):
-            self.llm.cancel(request)
+        if request_id in self._jobs:
+            self._jobs[request_id].is_aborted = True
+            self._cancel(self._jobs[request_id])
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and what it has done."""
@@ -145,12 +147,84 @@ class AsyncEngine:
     def shutdown(self) -> None:
         """End the engine; requests that are open fail with EngineDeadError."""
         self.llm.close()
+        self._readers.shutdown(wait=False)
+
+    async def _answer(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+        on_prefill: OnPrefill | None,
+    ) -> AsyncGenerator[Request, None]:
+        """Each answer to a prompt whenever there is more of it, and once when it has ended."""
+        with self._job(request_id) as job:
+            # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
+            answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
+            async with aclosing(self._run([answers], job, on_prefill)) as news:
+                async for request in news:
+                    yield request
+
+    async def _run(
+        self, submitted: list[list[Request]], job: "_Job", on_prefill: OnPrefill | None = None
+    ) -> AsyncGenerator[Request, None]:
+        """Have several prompts answered, and yield each answer whenever there is more of it, and when it has ended."""
+        requests = {request.sequence: request for answers in submitted for request in answers}
+        office = self._open_office()
+        box = office.rent(list(requests))
+        job.requests = list(requests.values())
+        try:
+            self.llm.thread.submit([answers[0].sequence for answers in submitted], office)
+            if job.is_aborted:  # while there was nothing to abort yet
+                self._cancel(job)
+            while not all(request.finished for request in job.requests):
+                update = await box.get()
+                request = requests[update.sequence]
+                if request.finished:
+                    continue
+                self.llm.take(request, update)
+                request.raise_error()
+                if on_prefill is not None and request.is_reading:
+                    on_prefill(request.num_computed, request.metrics.prompt_tokens)
+                if request.has_news():
+                    yield request
+        finally:
+            office.give_up(list(requests))
+            self._cancel(job)
+
+    def _requests_of(self, search: BeamSearch) -> list[list[Request]]:
+        return [self.llm.make_request(beam.tokens, search.step) for beam in search.beams]
+
+    @contextmanager
+    def _job(self, name: str | None) -> Iterator["_Job"]:
+        """What runs under this name, as long as it runs; without one nobody else can find it."""
+        if name in self._jobs:
+            raise RequestError(f"There is a request {name!r} already: give each an id of its own, or none.")
+        job = _Job()
+        key = name if name is not None else job
+        self._jobs[key] = job
+        try:
+            yield job
+        finally:
+            del self._jobs[key]
+
+    def _cancel(self, job: "_Job") -> None:
+        for request in job.requests:
+            self.llm.cancel(request)
 
     def _open_office(self) -> "_PostOffice":
         loop = asyncio.get_running_loop()
         if self._office is None or self._office.loop is not loop:
             self._office = _PostOffice(loop, self.llm)
         return self._office
+
+
+@dataclass(eq=False)
+class _Job:
+    """What was asked for at once: requests, which others may follow."""
+
+    requests: list[Request] = field(default_factory=list)
+    is_aborted: bool = False
 
 
 class _PostOffice:

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tinyserve.answer_bar import is_shown, make_bar
@@ -16,14 +16,15 @@ from tinyserve.arguments import Prompt
 from tinyserve.errors import RequestError
 from tinyserve.request import Request, RequestOutput
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
+from tinyserve.sequence import Logprobs
 from tinyserve.tokenizer import Tokenizer
 
-__all__ = ["BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "beam_search"]
+__all__ = ["BeamSearch", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "beam_search"]
 
 
 @dataclass
 class BeamSearchSequence:
-    """One answer behind its prompt. `finish_reason` is "stop" (an end token, the last of `tokens`) or "length".
+    """One answer behind its prompt. `finish_reason` is "stop" (its last token is an end token), "length" or "abort".
 
     `logprobs` has for each new token those of the likeliest at its place; `cum_logprob` is the sum of the chosen ones,
     and `score` that by the number of new tokens ** length_penalty.
@@ -71,15 +72,8 @@ def beam_search(
 
     Raises RequestError for params that are not BeamSearchParams, and for a prompt that cannot be served.
     """
-    if not isinstance(params, BeamSearchParams):
-        raise RequestError(f"params is {params!r:.60}; beam search takes BeamSearchParams(beam_width=, max_tokens=).")
-    whole = SamplingParams(temperature=0.0, max_tokens=params.max_tokens)
-    requests = [llm.make_request(prompt, whole)[0] for prompt in prompts]  # what would not fit is refused here
-    ends = frozenset() if params.ignore_eos else frozenset(llm.end_tokens)
-    searches = [_Search(request.sequence.prompt_token_ids, params, ends, llm.max_model_len) for request in requests]
-    # The likeliest that do not end come behind the end tokens at worst.
-    step = SamplingParams(temperature=0.0, max_tokens=1, logprobs=params.beam_width + len(ends))
-    waiting, active = deque(searches), list[_Search]()
+    searches = [BeamSearch(llm, prompt, params) for prompt in prompts]  # what would not fit is refused here
+    waiting, active = deque(searches), list[BeamSearch]()
     with make_bar("tokens", shown=is_shown(progress_bar, len(prompts))) as bar:
         task = bar.add_task("", total=sum(search.max_tokens for search in searches))
         while waiting or active:
@@ -87,40 +81,47 @@ def beam_search(
             while waiting and (not active or (len(active) + 1) * params.beam_width <= max_num_seqs):
                 active.append(waiting.popleft())
             beams = [beam.tokens for search in active for beam in search.beams]
-            outputs = iter(llm.generate(beams, step, progress_bar=False))
+            answers = (output.outputs[0] for output in llm.generate(beams, active[0].step, progress_bar=False))
             for search in active:
-                search.advance([_logprobs(next(outputs)) for _ in search.beams])
+                search.advance([next(answers).logprobs for _ in search.beams])
             active = [search for search in active if search.beams]
             # One that has ended early needs no more of its tokens; one that waits has its prompt for a beam.
             bar.update(task, completed=sum(s.num_tokens if s.beams else s.max_tokens for s in searches))
-    for request, search in zip(requests, searches, strict=True):
-        for sequence in search.finished:
-            sequence.text = _text(sequence, request, llm.tokenizer, params.include_stop_str_in_output)
-    return [
-        BeamSearchOutput(search.finished, request.prompt, request.sequence.prompt_token_ids)
-        for request, search in zip(requests, searches, strict=True)
-    ]
+    return [search.output() for search in searches]
 
 
-class _Search:
+class BeamSearch:
     """The beams of one prompt, the likeliest first, and the best of those that have ended.
+
+    As long as there are `beams`, each is a prompt for a request of `step`, whose log-probabilities `advance` takes.
 
     The steps and the rule for stopping are those of transformers' `_beam_search` with early_stopping="never": the
     search ends when no beam can become better than the worst of `beam_width` finished ones, however it goes on.
     """
 
-    def __init__(self, prompt: list[int], params: BeamSearchParams, ends: frozenset[int], max_model_len: int):
-        self.params, self.ends = params, ends
-        self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
+    def __init__(self, llm: Generator, prompt: Prompt, params: BeamSearchParams):
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(
+                f"params is {params!r:.60}; beam search takes BeamSearchParams(beam_width=, max_tokens=)."
+            )
+        whole = SamplingParams(temperature=0.0, max_tokens=params.max_tokens)
+        request = llm.make_request(prompt, whole)[0]
+        self.params, self.tokenizer = params, llm.tokenizer
+        self.prompt, self.prompt_token_ids = request.prompt, request.sequence.prompt_token_ids
+        self.ends = frozenset() if params.ignore_eos else frozenset(llm.end_tokens)
+        # The likeliest that do not end come behind the end tokens at worst.
+        self.step = SamplingParams(temperature=0.0, max_tokens=1, logprobs=params.beam_width + len(self.ends))
+        self.max_tokens = min(params.max_tokens, llm.max_model_len - len(self.prompt_token_ids))
         self.num_tokens = 0  # of each beam behind the prompt
-        self.beams = [BeamSearchSequence(prompt)]
+        self.beams = [BeamSearchSequence(self.prompt_token_ids)]
         self.finished: list[BeamSearchSequence] = []  # by score
 
-    def advance(self, logprobs: list[Mapping[int, float]]) -> None:
-        """Go on from each beam with the likeliest of its next tokens, and theirs are `logprobs`."""
+    def advance(self, logprobs: list[list[Logprobs] | None]) -> None:
+        """Go on from each beam with the likeliest of its next tokens, and theirs are the `logprobs` of its answer."""
         candidates = [
             (beam.cum_logprob + logprob, beam, here, token)
-            for beam, here in zip(self.beams, logprobs, strict=True)
+            for beam, answer in zip(self.beams, logprobs, strict=True)
+            for here in answer or ()
             for token, logprob in here.items()
         ]
         candidates.sort(key=lambda candidate: -candidate[0])
@@ -134,10 +135,24 @@ class _Search:
                 [*beam.tokens, token], [*beam.logprobs, here], total, "", reason, self._score(total, self.num_tokens)
             )
             (self.finished if reason else self.beams).append(grown)
-        self.finished.sort(key=lambda sequence: -sequence.score)
-        del self.finished[width:]
+        self._keep_the_best()
         if self._is_decided():
             self.beams = []
+
+    def abort(self) -> None:
+        """End the search: the beams are answers as they are, beside those that have ended."""
+        self.finished += [
+            replace(beam, finish_reason="abort", score=self._score(beam.cum_logprob, max(1, self.num_tokens)))
+            for beam in self.beams
+        ]
+        self._keep_the_best()
+        self.beams = []
+
+    def output(self) -> BeamSearchOutput:
+        """What has been found, in text too."""
+        for sequence in self.finished:
+            sequence.text = self._text(sequence)
+        return BeamSearchOutput(self.finished, self.prompt, self.prompt_token_ids)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self.ends:
@@ -156,20 +171,18 @@ class _Search:
         length = self.max_tokens if self.params.length_penalty > 0 else self.num_tokens
         return self._score(self.beams[0].cum_logprob, length) <= self.finished[-1].score
 
+    def _keep_the_best(self) -> None:
+        self.finished.sort(key=lambda sequence: -sequence.score)
+        del self.finished[self.params.beam_width :]
 
-def _logprobs(output: RequestOutput) -> Mapping[int, float]:
-    logprobs = output.outputs[0].logprobs
-    assert logprobs is not None  # they were asked for
-    return logprobs[0]
-
-
-def _text(sequence: BeamSearchSequence, request: Request, tokenizer: Tokenizer | None, with_end: bool) -> str:
-    """The prompt, as it was given where that was text, and what follows it."""
-    if tokenizer is None:
-        return ""
-    ids, end = sequence.tokens, ""
-    if sequence.finish_reason == "stop":
-        ids, end = ids[:-1], tokenizer.decode(ids[-1:], skip_special_tokens=False) if with_end else ""
-    if request.prompt is None:
-        return tokenizer.decode(ids) + end
-    return request.prompt + tokenizer.decode(ids[len(request.sequence.prompt_token_ids) :], continuation=True) + end
+    def _text(self, sequence: BeamSearchSequence) -> str:
+        """The prompt, as it was given where that was text, and what follows it."""
+        if self.tokenizer is None:
+            return ""
+        ids, end = sequence.tokens, ""
+        if sequence.finish_reason == "stop":
+            shown = self.params.include_stop_str_in_output
+            ids, end = ids[:-1], self.tokenizer.decode(ids[-1:], skip_special_tokens=False) if shown else ""
+        if self.prompt is None:
+            return self.tokenizer.decode(ids) + end
+        return self.prompt + self.tokenizer.decode(ids[len(self.prompt_token_ids) :], continuation=True) + end

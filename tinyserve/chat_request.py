@@ -28,6 +28,10 @@ class ToolOptions:
     parallel_tool_calls: bool = True
     tool_format: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.parallel_tool_calls, bool):
+            raise RequestError(f"parallel_tool_calls is {self.parallel_tool_calls!r:.60}; it must be True or False.")
+
 
 @dataclass(frozen=True)
 class AnswerFormat:

@@ -124,10 +124,15 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def step(self) -> list[Sequence]:
-        """Run one batch; returns the sequences that gained a token or failed, finished ones among them."""
+        """Run one batch; returns the sequences that gained a token or failed, finished ones among them.
+
+        Nothing is `scheduled`, and nothing happens, where none of them finds blocks: others than they have some.
+        """
         start = perf_counter()
         self.scheduled = []
         self.scheduled = self._schedule()
+        if not self.scheduled:
+            return []
         grown = []
         try:
             results = self.runner.execute(self.scheduled)
@@ -253,7 +258,8 @@ class Engine:
         if self.running:
             return False
         # A block to be copied and its copy may be one more than there are: all of it is computed then.
-        self._start(sequence, Prefix())
+        if not self._start(sequence, Prefix()):
+            return False  # a text that is being read has the others
         self.waiting.remove(sequence)
         return True
 

@@ -133,6 +133,8 @@ class EngineThread:
             while not self._is_closed:
                 if self._notes.empty() and self._engine.has_work():
                     self._step()
+                    if not self._engine.scheduled:  # a text has the blocks, and its next chunk is a note
+                        self._notes.get()()
                 else:
                     self._notes.get()()
             self._die(None)

@@ -7,35 +7,32 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
-from functools import cached_property, lru_cache, partial
-from operator import index
+from functools import cached_property, partial
 from os import PathLike
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tinyserve.announcer import announcer
 from tinyserve.answer_bar import AnswerBar
 from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
 from tinyserve.beam_search import BeamSearchOutput, beam_search
 from tinyserve.blocks import BlockManager
-from tinyserve.chat_request import AnswerReader, ChatFormat, ChatPrompt, ChatRequest, ToolOptions
+from tinyserve.chat_request import ChatFormat, ChatRequest, ToolOptions
+from tinyserve.embedding import EmbeddingOutput, mean_of, sum_of
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
+from tinyserve.request_maker import RequestMaker
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.speculation import MOST_SEQUENCES, proposer_of
-from tinyserve.structured_outputs import StructuredOutputs
+from tinyserve.text_reader import TextReader
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinyserve.grammar import Grammar, GrammarCompiler
-    from tinyserve.tokenizer import Tokenizer
-
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "StreamChunk"]
+__all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "StreamChunk"]
 
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -148,11 +145,11 @@ class LLM:
             prefixes, proposer,
             range(plan.num_states - plan.num_spares, plan.num_states) if plan.state_nbytes else None,
         )  # fmt: skip
-        self._chunk = max_num_batched_tokens
-        self._seed = seed
-        self._text_of = lru_cache(1 << 14)(partial(_text_of, self.tokenizer)) if self.tokenizer else None
-        self._grammars: GrammarCompiler | None = None
+        self._maker = RequestMaker(
+            self.name, self.tokenizer, self.config.vocab_size, self._engine, [self._runner], seed
+        )  # fmt: skip
         self.thread = EngineThread(self._engine)
+        self._reader = TextReader(self.thread, self._engine, self._runner)
         weakref.finalize(self, self.thread.close)  # also when the interpreter ends
         logger.info("%s: cache of %s", self.name, plan)
 
@@ -300,91 +297,39 @@ class LLM:
 
     def logits(self, token_ids: Prompt) -> "np.ndarray":
         """The logits (tokens, vocab) float32 of every position of one prefill, for tests and evaluation."""
-        ids = self._encode(token_ids)
-        if not ids or len(ids) > self.max_model_len:
-            raise RequestError(f"logits takes 1 to {self.max_model_len} tokens, not {len(ids)}.")
-        return self.thread.call(partial(self._logits, ids))
+        import numpy as np
 
-    def _logits(self, ids: list[int]) -> "np.ndarray":
-        manager = self._engine.blocks
-        needed = manager.blocks_for(len(ids))
-        if needed > manager.num_free:
-            raise RequestError(
-                f"logits of {len(ids)} tokens need {needed} blocks of the cache, and {manager.num_free} are free: "
-                "finish, or close(), the streams that are open, or raise kv_cache_memory."
-            )
-        blocks = manager.allocate(needed)
-        try:
-            return self._runner.logits(ids, self._chunk, blocks)
-        finally:
-            manager.free(blocks)
+        return np.concatenate(self._reader.read(self._maker.token_ids(token_ids), self.model.logits))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, ChatPrompt):
-            prompt = prompt.token_ids
-        if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
-            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError(f"{self.name} has synthetic weights and no tokenizer: give token ids instead of text.")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            try:
-                if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
-                    raise TypeError  # an order is part of a prompt
-                tokens = cast(SequenceOf[int], prompt)
-                if any(isinstance(token, bool) for token in tokens):
-                    raise TypeError  # True is 1 to Python, and no token to anybody
-                ids = [index(token) for token in tokens]
-            except TypeError:
-                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
-        # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
-        if bad := [token for token in ids if not 0 <= token < self.config.vocab_size]:
-            raise RequestError(f"Token id {bad[0]} is outside {self.name}'s vocabulary of {self.config.vocab_size}.")
-        return ids
+    def embed(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        *,
+        normalize: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[EmbeddingOutput]:
+        """Each text as a vector: the mean of the model's last hidden states, of length 1 unless `normalize` is False.
+
+        Texts are read one after the other, in chunks between the engine's steps; `is_cancelled` is asked before each.
+        Raises RequestError for a text that cannot be read, before any is.
+        """
+        if not isinstance(normalize, bool):
+            raise RequestError(f"normalize is {normalize!r:.60}; it must be True or False.")
+        batch = as_prompts(prompts)
+        texts = [self._reader.checked(self._maker.token_ids(prompt)) for prompt in batch]
+        outputs = []
+        for prompt, ids in zip(batch, texts, strict=True):
+            sums = self._reader.read(ids, lambda hidden: sum_of(self.model.normed(hidden)), is_cancelled)
+            text = prompt if isinstance(prompt, str) else None
+            outputs.append(EmbeddingOutput(text, ids, mean_of(sums, len(ids), normalize)))
+        return outputs
 
     def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
         """The answers to be of one prompt, not yet queued: `thread.submit` takes the first's sequence.
 
         Raises RequestError for a prompt that cannot be served.
         """
-        ids = self._encode(prompt)
-        params.check_vocabulary(self.config.vocab_size)
-        grammar = self._compile(params.structured_outputs) if params.structured_outputs is not None else None
-        text = prompt if isinstance(prompt, str) else None
-        calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
-        if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
-            params = replace(params, logprobs=params.logprobs or 0)
-        first = self._engine.make(ids, params, priority)
-        answers = []
-        for i, sequence in enumerate((first, *first.forks)):
-            detokenizer = None
-            if self.tokenizer is not None:
-                # An answer to a template begins a text; a completion goes on with the prompt's.
-                # A grammar has a say in the first space, too.
-                continues = text is not None or grammar is not None
-                detokenizer = self.tokenizer.detokenizer(
-                    params.skip_special_tokens,
-                    continuation=continues,
-                    shown=calls.shown_ids if calls else frozenset(),
-                )
-            if params.seed is None and self._seed is not None:
-                # Requests of one program draw from streams of their own, the same in the next run.
-                sequence.seed = (self._seed << 32) + sequence.request_id
-            sequence.matcher = grammar and grammar.matcher()
-            reader = AnswerReader(calls) if calls else None
-            answers.append(Request(sequence, text, detokenizer, i, self._text_of, reader))
-        return answers
-
-    def _compile(self, spec: StructuredOutputs) -> "Grammar":
-        from tinyserve.grammar import GrammarCompiler, MaskFiller
-
-        if self.tokenizer is None:
-            raise UserError(f"{self.name} has synthetic weights and no tokenizer: it has no text to give a structure.")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self._engine.eos_token_ids)
-            self._runner.masks = MaskFiller(self.config.vocab_size)
-        return self._grammars.compile(spec)
+        return self._maker.make(prompt, params, priority)
 
     def cancel(self, request: Request) -> None:
         """End a request that has not ended: its blocks are free before the next step."""
@@ -417,7 +362,3 @@ class LLM:
                     yield request.chunk()
         finally:
             self.cancel(request)
-
-
-def _text_of(tokenizer: "Tokenizer", token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False, continuation=True)

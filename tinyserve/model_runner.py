@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tinyserve.shapes import state_bytes_per_sequence, weight_bytes
 from tinyserve.tensor import _jit
 
 Array = np.ndarray
+T = TypeVar("T")
 
 MAX_SNAPSHOTS = 64
 _ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
@@ -96,17 +97,17 @@ class ModelRunner:
     def copy_state(self, source: int, target: int) -> None:
         self.cache.copy_slot(source, target)
 
-    def logits(self, token_ids: list[int], chunk: int, blocks: list[int]) -> Array:
-        """Logits (tokens, vocab) of every position of one text, computed in blocks that no sequence holds."""
-        sequence = _Scratch(token_ids, blocks, state_slot=self.cache.num_slots - 1)
-        rows = []
+    def scratch(self, token_ids: list[int], blocks: list[int]) -> "Scratch":
+        """A text to be read in blocks that no sequence holds; one at a time, as all have one state."""
+        return Scratch(token_ids, blocks, state_slot=self.cache.num_slots - 1)
+
+    def read(self, text: "Scratch", chunk: int, of: Callable[[Array], T]) -> T:
+        """What `of` makes of the hidden states (tokens, hidden) of a text's next tokens, `chunk` of them at most."""
+        num_tokens = min(chunk, len(text.token_ids) - text.num_computed)
         with _jit.one_at_a_time(self.num_threads):
-            while sequence.num_computed < len(token_ids):
-                num_tokens = min(chunk, len(token_ids) - sequence.num_computed)
-                hidden = self.model(self._batch([(sequence, num_tokens)]), self.cache)
-                rows.append(self.model.logits(hidden))
-                sequence.num_computed += num_tokens
-        return np.concatenate(rows)
+            made = of(self.model(self._batch([(text, num_tokens)]), self.cache))
+        text.num_computed += num_tokens
+        return made
 
     def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
         """Run two tokens, the first time on a machine: of two processes one compiles, the other waits for it.
@@ -125,7 +126,7 @@ class ModelRunner:
                 waiting()
                 lock.acquire()
             try:
-                self.logits([0, 0], chunk=2, blocks=[0])
+                self.read(self.scratch([0, 0], blocks=[0]), 2, self.model.logits)
                 ready.touch()
             finally:
                 lock.release()
@@ -182,7 +183,7 @@ class _Tokens(Protocol):
     draft: list[int]
 
 
-class _Scratch:
+class Scratch:
     """The part of a sequence that a batch is made from."""
 
     def __init__(self, token_ids: list[int], block_table: list[int], state_slot: int):

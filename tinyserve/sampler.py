@@ -18,8 +18,8 @@ Array = np.ndarray
 
 DAMAGED = "The model computed logits that are not numbers: its weights are damaged."
 NOTHING_LEFT = (
-    "No token is left to choose from: the grammar, allowed_token_ids, banned_token_ids and min_tokens together "
-    "forbid all of them."
+    "No token is left to choose from: the grammar, allowed_token_ids, banned_token_ids, bad_words and min_tokens "
+    "together forbid all of them."
 )
 
 
@@ -99,6 +99,7 @@ class _Processors:
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self.allowed = None if params.allowed_token_ids is None else _ids(params.allowed_token_ids, vocab)
         self.banned, self.ends = _ids(params.banned_token_ids, vocab), _ids(ends, vocab)
+        self.bad_words = [word for word in sequence.bad_words if max(word) < vocab]
         self.biased = _ids(bias, vocab)
         self.bias = np.array([bias[token] for token in self.biased], np.float32)
         self.prompt = _ids(sequence.prompt_token_ids if params.penalises else (), vocab)
@@ -116,11 +117,18 @@ class _Processors:
             row.fill(-np.inf)
             row[self.allowed] = allowed
         row[self.banned] = -np.inf
+        if self.bad_words:
+            row[completing(self.bad_words, sequence.output_token_ids)] = -np.inf
         row[self.biased] += self.bias
         if sequence.num_output < sequence.params.min_tokens:
             row[self.ends] = -np.inf
         if sequence.params.penalises:
             penalise(row, self.prompt, np.array(sequence.output_token_ids, np.int64), *self.penalties)
+
+
+def completing(words: Iterable[list[int]], said: list[int]) -> list[int]:
+    """The last token of each word whose other tokens were said last."""
+    return [word[-1] for word in words if said[max(0, len(said) - len(word) + 1) :] == word[:-1]]
 
 
 def _ids(token_ids: Iterable[int], vocab: int) -> Array:

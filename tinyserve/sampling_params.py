@@ -28,6 +28,7 @@ class SamplingParams(Options):
     logit_bias: add this to the logit of a token id.
     allowed_token_ids: no tokens but these; None is all.
     banned_token_ids: none of these tokens.
+    bad_words: texts that the answer does not come to have: no token that would complete one of them.
     seed: the same seed and prompt give the same answer; None is different every time.
     max_tokens: at most this many new tokens (16, as in vLLM: raise it for answers).
     min_tokens: no token that ends the answer before there are this many.
@@ -53,6 +54,7 @@ class SamplingParams(Options):
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     banned_token_ids: tuple[int, ...] | list[int] = ()
+    bad_words: tuple[str, ...] | list[str] | str = ()
     seed: int | None = None
     max_tokens: int = 16
     min_tokens: int = 0
@@ -116,7 +118,7 @@ class SamplingParams(Options):
     @cached_property
     def changes_logits(self) -> bool:
         """Whether there is anything to do before the temperature."""
-        lists = self.logit_bias or self.banned_token_ids or self.allowed_token_ids is not None
+        lists = self.logit_bias or self.banned_token_ids or self.bad_words or self.allowed_token_ids is not None
         return bool(lists) or self.min_tokens > 0 or self.penalises
 
 
@@ -174,7 +176,7 @@ def _are_biases(biases: Any) -> bool:
     return _are_token_ids(ids) and all(-100 <= bias <= 100 for bias in biases.values())
 
 
-_LISTS = {"stop": str, "stop_token_ids": int, "allowed_token_ids": int, "banned_token_ids": int}
+_LISTS = {"stop": str, "bad_words": str, "stop_token_ids": int, "allowed_token_ids": int, "banned_token_ids": int}
 
 # What would change the odds of tokens that are drawn, or which of them are.
 _SAMPLING = {
@@ -188,6 +190,7 @@ _PENALTY = (lambda p: -2 <= p <= 2, "between -2 and 2 (0 is off)")
 _SHARE = (lambda p: 0 < p <= 1, "above 0 and at most 1")
 _COUNT = (lambda n: _whole(n) >= 1, "a whole number of at least 1")
 _LOGPROBS = (lambda n: n is None or 0 <= _whole(n) <= 100, "a whole number between 0 and 100")
+_TEXTS = (lambda texts: all(map(_is_text, texts)), "texts of at least one character")
 _SWITCH = (lambda yes: yes is bool(yes), "True or False")
 _RULES: Mapping[str, Rule] = {
     "n": _COUNT,
@@ -209,10 +212,11 @@ _RULES: Mapping[str, Rule] = {
         f"{_TOKEN_IDS}, at least one; None allows all",
     ),
     "banned_token_ids": (_are_token_ids, _TOKEN_IDS),
+    "bad_words": _TEXTS,
     "seed": (lambda n: n is None or _whole(n) >= 0, "a whole number of at least 0"),
     "max_tokens": _COUNT,
     "min_tokens": (lambda n: _whole(n) >= 0, "a whole number of at least 0"),
-    "stop": (lambda texts: all(map(_is_text, texts)), "texts of at least one character"),
+    "stop": _TEXTS,
     "include_stop_str_in_output": _SWITCH,
     "stop_token_ids": (_are_token_ids, _TOKEN_IDS),
     "ignore_eos": _SWITCH,

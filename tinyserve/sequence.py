@@ -109,6 +109,7 @@ class Sequence:
     forks: "list[Sequence]" = field(default_factory=list)  # other answers: they wait for this one's prompt
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])  # nothing is before the first token
+    bad_words: list[list[int]] = field(default_factory=list)  # tokens that do not come one after the other
     matcher: Any = None  # which tokens its grammar allows: the runner's business
     finish_reason: str | None = None
     error: str | None = None

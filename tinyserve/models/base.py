@@ -45,6 +45,10 @@ class Model(Protocol):
         """-> hidden states (tokens, hidden) float32, before the last norm."""
         ...
 
+    def normed(self, hidden: Array) -> Array:
+        """hidden (rows, hidden) -> (rows, hidden) behind the last norm: transformers' last_hidden_state."""
+        ...
+
     def logits(self, hidden: Array) -> Array:
         """hidden (rows, hidden) -> (rows, vocab) float32: the last norm, and the head."""
         ...

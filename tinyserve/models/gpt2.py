@@ -52,6 +52,9 @@ class GPT2:
             x = block(x, batch, layer_cache)
         return x
 
+    def normed(self, hidden: Array) -> Array:
+        return self.ln_f(hidden).array()
+
     def logits(self, hidden: Array) -> Array:
         return self.head(self.ln_f(hidden))
 

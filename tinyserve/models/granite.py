@@ -99,6 +99,9 @@ class Granite:
             x = block(x, batch, layer_cache)
         return x
 
+    def normed(self, hidden: Array) -> Array:
+        return self.norm(hidden).array()
+
     def logits(self, hidden: Array) -> Array:
         return self.head(self.norm(hidden))
 

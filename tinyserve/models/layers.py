@@ -27,6 +27,13 @@ class Normed:
     x: Array
     norm: Norm
 
+    def array(self) -> Array:
+        """The same as an array, where no product reads it; (rows, columns) float32."""
+        is_layer_norm = self.norm.kind == norms.LAYER
+        x = self.x - self.x.mean(axis=1, keepdims=True) if is_layer_norm else self.x
+        y = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + self.norm.eps) * self.norm.weight
+        return y + self.norm.bias if is_layer_norm else y
+
 
 class Linear:
     """onto + activation(scale · (x · Wᵀ + b)), where x may be behind a norm: one kernel.

@@ -56,6 +56,9 @@ class Llama:
             x = block(x, batch, layer_cache)
         return x
 
+    def normed(self, hidden: Array) -> Array:
+        return self.norm(hidden).array()
+
     def logits(self, hidden: Array) -> Array:
         return self.head(self.norm(hidden))
 

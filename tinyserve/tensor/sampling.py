@@ -3,7 +3,7 @@
 The chain, in vLLM's order; what a request does not ask for is passed over:
 
     1. the grammar's mask, then `allowed_token_ids`: no other token (logits_processors.py, and so to 5)
-    2. `banned_token_ids`: none of these
+    2. `banned_token_ids`: none of these, and none that would complete one of `bad_words`
     3. `logit_bias` is added
     4. `min_tokens`: no token that ends an answer, as long as there are fewer
     5. `repetition_penalty` on the tokens of prompt and answer, then `frequency_penalty` and `presence_penalty` on
