@@ -1,4 +1,4 @@
-"""One engine in a process of its own: it waits for a line, works, and answers in a line; the rest goes to a log file.
+"""One engine in a process of its own: stopped until a line comes, it works and answers in a line; the rest is logged.
 
 Knows how to ask and how to answer; what is asked, and in which order, is bench_peers.py's business.
 """
@@ -6,6 +6,7 @@ Knows how to ask and how to answer; what is asked, and in which order, is bench_
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -31,6 +32,7 @@ class Worker:
                 self.end()
             self.path = setting["path"]
             self._begin({**setting, "action": "serve"}, log)
+        self._rest()
 
     def _begin(self, setting: dict[str, Any], log: Any) -> Any:
         """Start a process; its first answer."""
@@ -54,15 +56,24 @@ class Worker:
         return answer["result"]
 
     def ask(self, request: list[Any]) -> Any:
+        self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # of a dead process, which reading will tell
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        return self._read()
+        try:
+            return self._read()
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Stop all its threads: some engines' go on looking for work, which the next engine would pay for."""
+        self.process.send_signal(signal.SIGSTOP)
 
     def is_dead(self) -> bool:
         return self.process.poll() is not None
 
     def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:

@@ -87,7 +87,11 @@ def completion_logprobs(
             tops.append(None)
             continue
         chosen.append(_finite(row[token]))
-        tops.append({p.decoded_token or "": _finite(p) for t, p in row.items() if p.rank <= count or t == token})
+        top: dict[str, float] = {}
+        for other, logprob in row.items():
+            if logprob.rank <= count or other == token:  # of two with one text, the likelier stays
+                top.setdefault(logprob.decoded_token or "", _finite(logprob))
+        tops.append(top)
     return {"tokens": list(names), "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
 

@@ -52,6 +52,7 @@ def create_app(
         Route("/v1/models/{name:path}", status.model),
         Route("/tokenize", texts.tokenize, methods=["POST"]),
         Route("/detokenize", texts.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", texts.tokenizer_info),
         Route("/apply-template", texts.apply_template, methods=["POST"]),
         Route("/health", status.health),
         Route("/ready", status.ready),

@@ -82,6 +82,16 @@ async def detokenize(request: Request) -> Response:
         return Json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)})
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """What a client needs to tokenize as the model does, by vLLM's names: its special tokens and its chat template."""
+    pool = state_of(request).pool
+    async with pool.use(pool.find(request.query_params.get("model"))) as engine:
+        tokenizer = _tokenizer(engine.llm)
+        special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        template = engine.llm.chat_template.source if engine.llm.chat_template is not None else None
+        return Json({**special, "chat_template": template, "model_max_length": engine.llm.max_model_len})
+
+
 async def apply_template(request: Request) -> Response:
     """The text that a conversation becomes."""
     body = await read(request, TemplateBody)
