@@ -492,7 +492,7 @@ def test_who_hangs_up_is_not_answered_any_longer(tiny: Running, stream: bool) ->
     release.set()
     wait_until(lambda: tiny.metric("tinyserve_cache_blocks_used") == 0)
     assert tiny.engine.stats().steps <= steps + 2
-    assert not tiny.engine._requests
+    assert not tiny.engine._jobs
 
 
 def test_a_dead_engine_is_told_everywhere(folder_of: Callable[[str], Path]) -> None:

@@ -138,6 +138,10 @@ class ModelPool:
                         listener(what, done, of)
 
                 def report(what: str, done: int, of: int) -> None:
+                    if what.startswith("compile") and done == 1:
+                        logger.info(
+                            "%s: kernels are compiled for this processor, which takes a minute once", model.name
+                        )
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()
