@@ -357,11 +357,9 @@ def test_logits_beside_a_stream(llm: LLM) -> None:
     stream = llm.stream(TEXTS[0], greedy(60))
     text = next(stream).text
     np.testing.assert_array_equal(llm.logits([1, 2, 3]), logits)
-    free = llm._engine.blocks.num_free
     held = llm.thread.call(lambda: llm._engine.blocks.allocate(llm._engine.blocks.num_free - 3))
     with pytest.raises(RequestError, match=r"of 128 tokens needs 8 blocks of the cache, and \d are free\."):
         llm.logits([1] * 128)
-    assert llm.thread.call(lambda: llm._engine.blocks.num_free) + len(held) >= free
     llm.thread.call(lambda: llm._engine.blocks.free(held))
     assert text + "".join(map(str, stream)) == expected
 
