@@ -15,7 +15,7 @@ from command_line import Shell, run
 from conftest import answers
 
 from tinyserve import LLM, SamplingParams
-from tinyserve.errors import RequestError, TinyserveError, UserError
+from tinyserve.errors import IncompleteError, RequestError, TinyserveError, UserError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=20)
 WORD = ord("!")  # the token whose embedding is too large
@@ -163,6 +163,24 @@ def test_logits_that_are_not_numbers(name: str, dtype: str, kept: str, overflowi
             llm.generate([[WORD, i, *BAD, *BAD[:30]]], GREEDY)
         assert answers(llm.generate(GOOD, GREEDY)) == alone
     assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+
+
+def test_who_did_not_fail_has_answers(overflowing: Callable[[str], Path]) -> None:
+    """One error for all prompts, which has what there is; where there is nothing, or one prompt, it is the prompt's."""
+    llm = LLM(overflowing("granite"), dtype="float32", num_threads=1)
+    alone = answers(llm.generate(GOOD, GREEDY))
+    with pytest.raises(
+        IncompleteError, match=r"^2 of 5 prompts failed, the first of them prompts\[1\]: .* not "
+    ) as caught:
+        llm.generate([GOOD[0], BAD, GOOD[1], [BAD[-1], *BAD], GOOD[2]], GREEDY)
+    outputs = caught.value.outputs
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length", "error", "length"]
+    assert answers([outputs[0], outputs[2], outputs[4]]) == alone and outputs[1].outputs[0].token_ids == []
+    assert isinstance(caught.value.__cause__, TinyserveError)
+    for prompts in ([BAD], [BAD, BAD]):
+        with pytest.raises(TinyserveError, match="not numbers") as only:
+            llm.generate(prompts, GREEDY)
+        assert not isinstance(only.value, IncompleteError)
 
 
 # --- on the command line --------------------------------------------------------------------------------------------

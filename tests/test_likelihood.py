@@ -28,9 +28,9 @@ class Counted:
         self.llm, self.read = llm, []
         self.name, self.max_model_len = llm.name, max_model_len or llm.max_model_len
 
-    def logits(self, token_ids):
+    def logits(self, token_ids, last):
         self.read.append(token_ids)
-        return self.llm.logits(token_ids)
+        return self.llm.logits(token_ids, last)
 
 
 def by_formula(logits, pair):
@@ -94,7 +94,7 @@ def test_of_a_long_context_the_end_is_read(llm_of, caplog):
 
 
 def test_a_damaged_model_is_said_to_be():
-    llm = SimpleNamespace(name="broken", max_model_len=8, logits=lambda ids: np.full((len(ids), 30), np.nan, "f4"))
+    llm = SimpleNamespace(name="broken", max_model_len=8, logits=lambda ids, last: np.full((len(ids), 30), np.nan, "f4"))
     with pytest.raises(TinyserveError, match="weights are damaged"):
         loglikelihoods(llm, [Pair([1], [2])])
 

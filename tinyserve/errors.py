@@ -3,6 +3,9 @@
 The command line prints the sentence and exits with `exit_code`; it knows nothing else about errors.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class TinyserveError(Exception):
     """Something outside the user's hands failed: the network, the disk, a processor, or tinyserve itself."""
@@ -30,6 +33,14 @@ class CheckpointError(UserError):
 
 class RequestError(UserError):
     """A prompt or a sampling parameter cannot be served; the message has the numbers."""
+
+
+class IncompleteError(TinyserveError):
+    """Some prompts of several failed; `outputs` has all in their order, and "error" as a finish_reason of those."""
+
+    def __init__(self, message: str, outputs: Sequence[Any]):
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class EngineDeadError(TinyserveError):

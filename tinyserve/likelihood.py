@@ -111,7 +111,7 @@ def loglikelihoods(llm: "LLM", pairs: Sequence[Pair], progress: Progress = silen
     done, total = 0, sum(map(len, places))
     progress(0, total)
     for read, sharing in places.items():
-        logits = llm.logits(list(read))
+        logits = llm.logits(list(read), max(len(pairs[place].continuation) for place in sharing))
         for place in sharing:
             targets = pairs[place].continuation
             rows = logits[-len(targets) :]

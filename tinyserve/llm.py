@@ -23,7 +23,7 @@ from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
-from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, output
+from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
 from tinyserve.request_maker import RequestMaker
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.speculation import MOST_SEQUENCES, proposer_of
@@ -171,7 +171,8 @@ class LLM:
 
         One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Those of a lower
         `priority`, one number or one for each, are computed first. On a terminal several prompts have a progress bar,
-        unless `progress_bar` says otherwise. Raises RequestError for a prompt that cannot be served, before any is.
+        unless `progress_bar` says otherwise. Raises RequestError for a prompt that cannot be served, before any is, and
+        why a request failed; where others did not, an IncompleteError that has their answers.
         """
         batch = as_prompts(prompts)
         params = self._params(sampling_params, len(batch))
@@ -191,11 +192,7 @@ class LLM:
         finally:
             for request in requests.values():
                 self.cancel(request)
-        for request in requests.values():
-            request.raise_error()
-        return [
-            output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)
-        ]
+        return outputs_of(submitted, params)
 
     def beam_search(
         self, prompts: Prompt | SequenceOf[Prompt], params: BeamSearchParams, progress_bar: bool | None = None
@@ -295,11 +292,19 @@ class LLM:
     def _params(self, given: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
         return as_params(self.get_default_sampling_params() if given is None else given, count)
 
-    def logits(self, token_ids: Prompt) -> "np.ndarray":
-        """The logits (tokens, vocab) float32 of every position of one prefill, for tests and evaluation."""
+    def logits(self, token_ids: Prompt, last: int | None = None) -> "np.ndarray":
+        """The logits (tokens, vocab) float32 of every position of one prefill, or of the `last`, for evaluation."""
         import numpy as np
 
-        return np.concatenate(self._reader.read(self._maker.token_ids(token_ids), self.model.logits))
+        ids = self._maker.token_ids(token_ids)
+        unwanted = 0 if last is None else len(ids) - last  # positions to come that nobody asks for
+
+        def of(hidden: np.ndarray) -> np.ndarray:
+            nonlocal unwanted
+            first, unwanted = max(0, unwanted), unwanted - len(hidden)
+            return self.model.logits(hidden[first:])
+
+        return np.concatenate(self._reader.read(ids, of))
 
     def embed(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from tinyserve.chat_request import AnswerReader
 from tinyserve.engine_thread import Update
+from tinyserve.errors import IncompleteError
+from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Logprobs, Metrics, Sequence
 from tinyserve.tokenizer import Detokenizer
 from tinyserve.tokenizer.stops import StopFilter
@@ -17,7 +19,7 @@ from tinyserve.tool_parser import ToolCall
 
 @dataclass
 class CompletionOutput:
-    """One answer. `finish_reason` is "stop" (an end token or a stop string), "tool_calls", "length" or "abort".
+    """One answer. `finish_reason`: "stop" (an end token or a stop string), "tool_calls", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
     `tool_calls` are no part of `text`; "tool_calls" is a "stop" of an answer that has some, and chose them itself.
@@ -228,3 +230,21 @@ def output(answers: list[Request], n: int, keeps_logprobs: bool) -> RequestOutpu
         first.metrics,
         first.prompt_logprobs(),
     )
+
+
+def outputs_of(submitted: list[list[Request]], params: list[SamplingParams]) -> list[RequestOutput]:
+    """The answers to several prompts; raises why one failed, as an IncompleteError where others have answers."""
+    outputs = [output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)]
+    errors = [next((request.error for request in answers if request.error), None) for answers in submitted]
+    failed = [i for i, error in enumerate(errors) if error is not None]
+    if not failed:
+        return outputs
+    first = errors[failed[0]]
+    assert first is not None
+    if len(failed) == len(outputs):
+        raise first
+    raise IncompleteError(
+        f"{len(failed)} of {len(outputs)} prompts failed, the first of them prompts[{failed[0]}]: "
+        f"{str(first) or type(first).__name__} The others' answers are in this error's `outputs`.",
+        outputs,
+    ) from first
