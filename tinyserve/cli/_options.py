@@ -73,3 +73,18 @@ Dtype = Annotated[
 Threads = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Threads; by default the cores this process may use.")
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Ask a running server, tinyserve's or another with OpenAI's API, and load nothing here: MODEL is one of "
+        "its models, by default the first, and it decides what no option says.",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="The key that the server asks for.  [default: TINYSERVE_API_KEY in the environment]",
+    ),
+]
