@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets
+from tinyserve.cli import _names
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
 from tinyserve.cli._options import (
     ApiKey,
@@ -40,7 +41,7 @@ class AskGroup(typer.core.TyperGroup):
     """Sends a first word that is no subcommand, and options before it, to the hidden one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args and sys.stdin is not None and sys.stdin.isatty():
+        if not args and sys.stdin is not None and sys.stdin.isatty() and not ctx.resilient_parsing:
             args = ["--help"]
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
             args = [ANY, *args]
@@ -127,7 +128,14 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
     def command(
         prompt: Prompt = None,
         variant: Annotated[
-            str, typer.Option("--model", "-m", metavar="VARIANT", help="The variant, or a preset's name.")
+            str,
+            typer.Option(
+                "--model",
+                "-m",
+                metavar="VARIANT",
+                help="The variant, or a preset's name.",
+                autocompletion=lambda: FAMILIES[family][2].split(", "),
+            ),
         ] = default,
         temperature: Temperature = None,
         max_tokens: MaxTokens = None,
@@ -166,16 +174,31 @@ def _variant(family: str, name: str) -> str:
     raise UserError(f"{family} has no variant {name!r}; there are {', '.join(variants)}.")
 
 
+def _families_and_models(incomplete: str) -> list[str]:
+    """What MODEL can be, for shells that complete it."""
+    return _names.going_on(incomplete, [*FAMILIES, *_names.models(incomplete)])
+
+
 @ask_app.command(ANY, hidden=True, cls=AnyModel)
 def any_model(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file; or the prompt itself."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, a repo id, a folder or a .gguf file; or the prompt itself.",
+            autocompletion=_families_and_models,
+        ),
     ] = None,
     prompt: Prompt = None,
     variant: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="The model, or a family's variant, as an option."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="The model, or a family's variant, as an option.",
+            autocompletion=_names.models,
+        ),
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,

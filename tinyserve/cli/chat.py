@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets
+from tinyserve.cli import _names
 from tinyserve.cli._options import (
     ApiKey,
     Dtype,
@@ -40,6 +41,7 @@ def chat(
         typer.Argument(
             metavar="MODEL",
             help=f"A preset, a repo id, a folder or a .gguf file.  [default: {presets.DEFAULT}]",
+            autocompletion=_names.models,
         ),
     ] = None,
     system: System = None,
