@@ -5,6 +5,7 @@ Knows sockets and threads; it computes nothing and keeps what it was asked.
 
 import json
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -44,8 +45,7 @@ class FakeOpenAI:
         self.script: deque[Scripted] = deque()
         self.asked: list[Asked] = []
         self.closed = threading.Event()  # a client closed its connection before the answer was whole
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("_", (Handler,), {"fake": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), type("_", (Handler,), {"fake": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         self.port = self._server.server_address[1]
@@ -69,6 +69,16 @@ class FakeOpenAI:
     @property
     def posted(self) -> list[Asked]:
         return [asked for asked in self.asked if asked.method == "POST"]
+
+
+class _Server(ThreadingHTTPServer):
+    """One that says nothing of clients that have left, as they should, and all else that a thread raises."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
