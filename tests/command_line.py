@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,14 @@ def run(*arguments: str | Path, stdin: str = "", **variables: str) -> Result:
 class Terminal:
     """A command in a terminal: what is typed goes in, `shown` is all that a user has seen, without escape codes."""
 
-    def __init__(self, *arguments: str | Path, columns: int = 80, **variables: str):
+    def __init__(
+        self, *arguments: str | Path, columns: int = 80, program: Sequence[str] = tuple(PROGRAM), **variables: str
+    ):
         self._master, slave = pty.openpty()
         self.shown = ""
         settings: dict[str, Any] = {"stdin": slave, "stdout": slave, "stderr": slave}
         self.process = subprocess.Popen(
-            [*PROGRAM, *map(str, arguments)],
+            [*program, *map(str, arguments)],
             env=environment(COLUMNS=str(columns), TERM="xterm", **variables),
             start_new_session=True,
             preexec_fn=_own_the_terminal,  # so that Ctrl-C reaches it

@@ -18,7 +18,10 @@ from tinyserve import __version__, cli, hub, models, presets
 from tinyserve.cli.ask import FAMILIES
 from tinyserve.errors import ConfigError
 
-COMMANDS = ["ask", "chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize"]
+COMMANDS = [
+    "ask", "chat", "serve", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize",
+    "completion",
+]  # fmt: skip
 FolderOf = Callable[[str], Path]
 
 

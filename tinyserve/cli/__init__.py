@@ -18,6 +18,7 @@ from tinyserve.cli.ask import ANY, ask_app
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
 from tinyserve.cli.compare import compare
+from tinyserve.cli.completion import VARIABLE, answer, completion
 from tinyserve.cli.eval_ import evaluate
 from tinyserve.cli.inspect_config import inspect_config
 from tinyserve.cli.list_ import list_models
@@ -53,6 +54,7 @@ _ORDER = (
     "rm",
     "warmup",
     "quantize",
+    "completion",
 )
 
 app = typer.Typer(
@@ -99,6 +101,7 @@ app.command("list")(list_models)
 app.command("rm")(rm)
 app.command("warmup")(warmup)
 app.command("quantize")(quantize)
+app.command("completion")(completion)
 
 
 def main() -> None:
@@ -139,6 +142,8 @@ def run(arguments: list[str]) -> int:
     """
     try:
         command = typer.main.get_command(app)
+        if VARIABLE in os.environ:
+            return answer(command)
         with command.make_context("tinyserve", list(arguments or ["--help"])) as context:
             command.invoke(context)
     except typer.Exit as end:

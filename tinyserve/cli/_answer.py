@@ -1,19 +1,20 @@
-"""What `ask` and its subcommands share: a model and a prompt in, a streamed answer and its statistics out.
+"""What `ask` and its subcommands share: a prompt in, a streamed answer and its statistics out.
 
-Knows the Python API and the terminal; which words on the command line are the model is told by ask.py.
+Knows the terminal; which words on the command line are the model is told by ask.py, who answers by _speakers.py.
 """
 
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.cli._sampling import decide, explain
-from tinyserve.errors import UserError
+from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
     from tinyserve.cli._progress import StartLine
+    from tinyserve.cli._speakers import Speaker
     from tinyserve.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
@@ -21,15 +22,12 @@ DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Question:
-    """Everything the command line said."""
+    """Everything the command line said, but who is to answer."""
 
-    model: str
     prompt: str
     sampling: Mapping[str, Any]  # SamplingParams by name, None where nothing was said
     system: str | None = None
     raw: bool = False
-    dtype: str = "auto"
-    threads: int | None = None
     json: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -78,68 +76,71 @@ def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[
     return llm, line
 
 
-def answer(question: Question) -> None:
+def answer(question: Question, speaker: "Speaker") -> None:
     """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
-    llm, line = load(question.model, question.dtype, question.threads, max_num_seqs=1)
-    uses_template = llm.chat_template is not None and not question.raw
-    if question.system and not uses_template:
-        raise UserError(f"--system needs a chat template, which {llm.name} does not have (or --raw turns off).")
-    prompt: Any = question.prompt
-    if uses_template:
-        messages = [{"role": "system", "content": question.system}] if question.system else []
-        prompt = llm.chat_prompt([*messages, {"role": "user", "content": question.prompt}])
-    decoding = decide(llm, question.sampling, prompt, DEFAULT_MAX_TOKENS)
+    chats = speaker.chats and not question.raw
+    if question.system and not chats:
+        raise UserError(f"--system needs a chat template, which {speaker.name} does not have (or --raw turns off).")
+    system = [{"role": "system", "content": question.system}] if question.system else []
+    asked = [*system, {"role": "user", "content": question.prompt}] if chats else question.prompt
+    reply = speaker.reply(asked, question.sampling, DEFAULT_MAX_TOKENS)
     if question.verbose:
         raw = "continued as it is (--raw)" if question.raw else "continued as it is: the model has no chat template"
-        line.clear()
-        print(explain(llm, decoding, "by the model's chat template" if uses_template else raw), file=sys.stderr)
-    text, tokens, chunk = "", [], None
+        speaker.line.clear()
+        print(reply.explain("by the model's chat template" if chats else raw), file=sys.stderr)
+    text = ""
     try:
-        for chunk in llm.stream(prompt, decoding.params):
-            line.clear()
-            text += chunk.text
-            tokens += chunk.token_ids
-            if not question.json:
-                print(chunk.text, end="", flush=True)
-    except KeyboardInterrupt:
-        line.clear()
+        with closing(reply.stream()) as pieces:
+            for piece in pieces:
+                speaker.line.clear()
+                text += piece
+                if not question.json:
+                    print(piece, end="", flush=True)
+    except (KeyboardInterrupt, TinyserveError):
+        speaker.line.clear()
         if text and not question.json:
             print(flush=True)  # what follows in the terminal begins on a line of its own
         raise
-    assert chunk is not None  # a stream ends with a chunk that says why
-    statistics = {
-        "model": llm.name,
-        "load_seconds": line.seconds,
-        "prompt_tokens": chunk.metrics.prompt_tokens,
-        "prefill_tokens_per_second": chunk.metrics.prefill_tokens_per_second,
-        "time_to_first_token_seconds": chunk.metrics.time_to_first_token,
-        "output_tokens": chunk.metrics.output_tokens,
-        "decode_tokens_per_second": chunk.metrics.decode_tokens_per_second,
-        "finish_reason": chunk.finish_reason,
-        "dtype": llm.dtype,
-        "threads": llm.num_threads,
-    }
+    speaker.line.clear()
+    statistics = reply.statistics()
     if question.json:
-        print(json.dumps({"text": text, "token_ids": tokens, **statistics}, ensure_ascii=False))
+        print(json.dumps({"text": text, **statistics}, ensure_ascii=False))
         return
     print(flush=True)
     if not question.quiet:
-        print(describe(statistics, llm.max_model_len), file=sys.stderr)
+        print(describe(statistics, speaker.max_model_len), file=sys.stderr)
 
 
-def describe(statistics: dict[str, Any], max_model_len: int) -> str:
-    """The statistics as a line for people."""
-    decode = statistics["decode_tokens_per_second"]
-    parts = [
-        statistics["model"],
-        f"load {statistics['load_seconds']:.2f} s",
-        f"prefill {statistics['prompt_tokens']} tokens at {statistics['prefill_tokens_per_second']:.0f}/s",
-        f"first token after {statistics['time_to_first_token_seconds']:.2f} s",
-        f"{statistics['output_tokens']} tokens" + (f" at {decode:.0f}/s" if decode else ""),
-        f"{statistics['dtype']}, {statistics['threads']} thread{'s' * (statistics['threads'] != 1)}",
-    ]
-    if statistics["finish_reason"] == "length":
-        full = statistics["prompt_tokens"] + statistics["output_tokens"] >= max_model_len
-        limit = f"at --max-tokens {statistics['output_tokens']}"
-        parts.append(f"cut off {'where the context is full' if full else limit}")
+def describe(statistics: dict[str, Any], max_model_len: int | None) -> str:
+    """The statistics as a line for people: what is known of them."""
+    known = {name: value for name, value in statistics.items() if value is not None}
+    parts = [known["model"]]
+    if "load_seconds" in known:
+        parts.append(f"load {known['load_seconds']:.2f} s")
+    if "prompt_tokens" in known:
+        cached = f", {known['cached_tokens']} of them cached" if known.get("cached_tokens") else ""
+        parts.append(f"prefill {known['prompt_tokens']} tokens{cached}{_speed(known, 'prefill')}")
+    if "time_to_first_token_seconds" in known:
+        parts.append(f"first token after {known['time_to_first_token_seconds']:.2f} s")
+    if "output_tokens" in known:
+        parts.append(f"{known['output_tokens']} tokens{_speed(known, 'decode')}")
+    if "threads" in known:
+        parts.append(f"{known['dtype']}, {known['threads']} thread{'s' * (known['threads'] != 1)}")
+    elif "dtype" in known:
+        parts.append(known["dtype"])
+    if known.get("finish_reason") == "length":
+        parts.append(_cut_off(known, max_model_len))
     return "[" + " · ".join(parts) + "]"
+
+
+def _speed(known: dict[str, Any], phase: str) -> str:
+    speed = known.get(f"{phase}_tokens_per_second")
+    return f" at {speed:.0f}/s" if speed else ""
+
+
+def _cut_off(known: dict[str, Any], max_model_len: int | None) -> str:
+    if "prompt_tokens" not in known or "output_tokens" not in known:
+        return "cut off at --max-tokens"
+    if max_model_len is not None and known["prompt_tokens"] + known["output_tokens"] >= max_model_len:
+        return "cut off where the context is full"
+    return f"cut off at --max-tokens {known['output_tokens']}"

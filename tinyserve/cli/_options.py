@@ -1,10 +1,17 @@
-"""Options that several commands share, with one help text each. Knows only Typer."""
+"""Options that several commands share, with one help text each. Knows only Typer, and how shells complete them."""
 
 from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.")]
+from tinyserve.cli import _names
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.", autocompletion=_names.models
+    ),
+]
 # What is None is not said: the model's generation_config.json decides, if it asks to sample (cli/_sampling.py).
 Temperature = Annotated[
     float | None,
@@ -68,8 +75,27 @@ Seed = Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes a random
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
 Dtype = Annotated[
     str,
-    typer.Option(metavar="DTYPE", help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8."),
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8.",
+        autocompletion=_names.dtypes,
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Threads; by default the cores this process may use.")
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Ask a running server, tinyserve's or another with OpenAI's API, and load nothing here: MODEL is one of "
+        "its models, by default the first, and it decides what no option says.",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="The key that the server asks for.  [default: TINYSERVE_API_KEY in the environment]",
+    ),
 ]

@@ -23,6 +23,7 @@ class StartLine:
         self._compiled = 0
         self._last_shown = 0.0
         self._shown = ""
+        self._stage = ""  # the first news of a stage is shown, and then ten a second
         self._doing = "reading the prompt"
 
     def __enter__(self) -> Self:
@@ -48,14 +49,20 @@ class StartLine:
             self._say(f"compiling kernels for this processor: {done} so far, {kernel} ({self.seconds:.0f} s)")
         elif stage == "wait":
             self._say("another process is compiling the kernels: waiting for it")
-        elif self._terminal and (perf_counter() - self._last_shown > 0.1 or done == total):
+        elif self._terminal and (stage != self._stage or perf_counter() - self._last_shown > 0.1 or done == total):
+            self._stage = stage
             self._write(f"loading {self.model}: {share}" if stage == "load" else f"{self._doing}: {share}")
 
     def show(self, doing: str) -> None:
         """On a terminal, say what is done now; of long prompts it is told from now on how far they are read."""
         self._doing = doing
+        self.wait(doing)
+
+    def wait(self, what: str) -> None:
+        """On a terminal, say what is waited for, until there is something else to say."""
+        self._stage = ""
         if self._terminal:
-            self._write(doing)
+            self._write(what)
 
     def clear(self) -> None:
         """Remove the line from the terminal."""

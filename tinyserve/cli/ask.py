@@ -1,6 +1,6 @@
 """`tinyserve ask`: one question, one answer. A subcommand an architecture, and any other model in the same place.
 
-Knows how a command line names a model; answering is in _answer.py.
+Knows how a command line names a model; who that is, is in _speakers.py, and answering in _answer.py.
 """
 
 import sys
@@ -11,14 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve import presets
+from tinyserve.cli import _names
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
 from tinyserve.cli._options import (
+    ApiKey,
     Dtype,
     JsonSchema,
     MinP,
     Regex,
     RepetitionPenalty,
     Seed,
+    Server,
     System,
     Temperature,
     Threads,
@@ -28,6 +31,7 @@ from tinyserve.cli._options import (
     Verbose,
 )
 from tinyserve.cli._sampling import given, structure
+from tinyserve.cli._speakers import find_speaker
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -37,7 +41,7 @@ class AskGroup(typer.core.TyperGroup):
     """Sends a first word that is no subcommand, and options before it, to the hidden one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args and sys.stdin is not None and sys.stdin.isatty():
+        if not args and sys.stdin is not None and sys.stdin.isatty() and not ctx.resilient_parsing:
             args = ["--help"]
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
             args = [ANY, *args]
@@ -77,6 +81,7 @@ Examples:
   tinyserve ask gpt2 "The capital of France is" --max-tokens 20
   tinyserve ask ./my-model.gguf "Hello" --temp 0.7 --seed 1
   cat letter.txt | tinyserve ask smollm2-135m --system "Summarise in one sentence."
+  tinyserve ask --server http://127.0.0.1:8000 "What is the capital of France?"
 """,
     epilog="The families come in sizes: tinyserve ask llama --help.",
 )
@@ -105,22 +110,32 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 SAMPLING = (
     "temperature", "max_tokens", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "seed", "stop",
 )  # fmt: skip
+WHO = ("dtype", "threads", "server", "api_key")
 
 
-def _ask(model: str, prompt: str | None, options: dict[str, Any]) -> None:
+def _ask(model: str | None, prompt: str | None, options: dict[str, Any]) -> None:
     """Build the question and have it answered; `options` are the flags by name."""
     sampling = {name: options[name] for name in SAMPLING}
     sampling["structured_outputs"] = structure(options["json_schema"], options["regex"])
     given(**sampling)
-    rest = {name: options[name] for name in ("system", "raw", "dtype", "threads", "quiet", "verbose")}
-    answer(Question(model, read_prompt(prompt, model), sampling, json=options["json_"], **rest))
+    rest = {name: options[name] for name in ("system", "raw", "quiet", "verbose")}
+    default = f"--server {options['server']}" if options["server"] else presets.DEFAULT
+    question = Question(read_prompt(prompt, model or default), sampling, json=options["json_"], **rest)
+    answer(question, find_speaker(model, **{name: options[name] for name in WHO}))
 
 
 def _family_command(family: str, default: str) -> Callable[..., None]:
     def command(
         prompt: Prompt = None,
         variant: Annotated[
-            str, typer.Option("--model", "-m", metavar="VARIANT", help="The variant, or a preset's name.")
+            str,
+            typer.Option(
+                "--model",
+                "-m",
+                metavar="VARIANT",
+                help="The variant, or a preset's name.",
+                autocompletion=lambda: FAMILIES[family][2].split(", "),
+            ),
         ] = default,
         temperature: Temperature = None,
         max_tokens: MaxTokens = None,
@@ -137,6 +152,8 @@ def _family_command(family: str, default: str) -> Callable[..., None]:
         raw: Raw = False,
         dtype: Dtype = "auto",
         threads: Threads = None,
+        server: Server = None,
+        api_key: ApiKey = None,
         json_: Json = False,
         quiet: Quiet = False,
         verbose: Verbose = False,
@@ -157,16 +174,31 @@ def _variant(family: str, name: str) -> str:
     raise UserError(f"{family} has no variant {name!r}; there are {', '.join(variants)}.")
 
 
+def _families_and_models(incomplete: str) -> list[str]:
+    """What MODEL can be, for shells that complete it."""
+    return _names.going_on(incomplete, [*FAMILIES, *_names.models(incomplete)])
+
+
 @ask_app.command(ANY, hidden=True, cls=AnyModel)
 def any_model(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file; or the prompt itself."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, a repo id, a folder or a .gguf file; or the prompt itself.",
+            autocompletion=_families_and_models,
+        ),
     ] = None,
     prompt: Prompt = None,
     variant: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="The model, or a family's variant, as an option."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="The model, or a family's variant, as an option.",
+            autocompletion=_names.models,
+        ),
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
@@ -183,6 +215,8 @@ def any_model(
     raw: Raw = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    server: Server = None,
+    api_key: ApiKey = None,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -193,12 +227,14 @@ def any_model(
     _ask(*_model_and_prompt(words, variant), options)
 
 
-def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str, str | None]:
+def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str | None, str | None]:
     """Tell the model from the prompt among up to two words and a --model; raises UserError for one too many."""
     named = len(words) == 2 or (len(words) == 1 and names_a_model(words[0]))
+    model: str | None
     if variant is None:
-        name = words.pop(0) if named else presets.DEFAULT
-        model = _variant(name, FAMILIES[name][0]) if name in FAMILIES else name
+        model = words.pop(0) if named else None
+        if model in FAMILIES:
+            model = _variant(model, FAMILIES[model][0])
     elif words and words[0] in FAMILIES:
         model = _variant(words.pop(0), variant)
     elif len(words) == 2:

@@ -1,21 +1,24 @@
 """`tinyserve chat`: a conversation in the terminal.
 
-Knows the loop of asking and answering; the messages become text by the model's own template, in llm.py.
+Knows the loop of asking and answering; who answers is in _speakers.py.
 """
 
 import sys
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import Annotated, Any
 
 import typer
 
 from tinyserve import presets
+from tinyserve.cli import _names
 from tinyserve.cli._options import (
+    ApiKey,
     Dtype,
     MinP,
-    Model,
     RepetitionPenalty,
     Seed,
+    Server,
     System,
     Temperature,
     Threads,
@@ -24,7 +27,8 @@ from tinyserve.cli._options import (
     TypicalP,
     Verbose,
 )
-from tinyserve.cli._sampling import decide, explain, given
+from tinyserve.cli._sampling import given
+from tinyserve.cli._speakers import Speaker, find_speaker
 from tinyserve.errors import TinyserveError, UserError
 
 DEFAULT_MAX_TOKENS = 512
@@ -32,7 +36,14 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 
 
 def chat(
-    model: Model = presets.DEFAULT,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"A preset, a repo id, a folder or a .gguf file.  [default: {presets.DEFAULT}]",
+            autocompletion=_names.models,
+        ),
+    ] = None,
     system: System = None,
     temperature: Temperature = None,
     max_tokens: Annotated[
@@ -50,6 +61,8 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    server: Server = None,
+    api_key: ApiKey = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk to a model in the terminal.
@@ -61,18 +74,18 @@ def chat(
     Examples:
       tinyserve chat
       tinyserve chat smollm2-360m --system "You are a pirate." --temp 0.7
+      tinyserve chat --server http://127.0.0.1:8000
     """
-    from tinyserve.cli._answer import check_text, load
-
     sampling: dict[str, Any] = {
         "temperature": temperature, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "typical_p": typical_p, "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     given(**sampling)
-    llm, start = load(model, dtype, threads, max_num_seqs=1)
-    if llm.chat_template is None:
-        raise UserError(f"{llm.name} has no chat template: let it continue a text with `tinyserve ask {model}`.")
-    print(f"{llm.name}, loaded in {start.seconds:.1f} s. {HELP}", file=sys.stderr)
+    speaker = find_speaker(model, dtype=dtype, threads=threads, server=server, api_key=api_key)
+    if not speaker.chats:
+        command = f"tinyserve ask {model or speaker.name}" + (f" --server {server}" if server else "")
+        raise UserError(f"{speaker.name} has no chat template: let it continue a text with `{command}`.")
+    print(f"{speaker.introduction} {HELP}", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
@@ -104,23 +117,38 @@ def chat(
         elif line.startswith("/"):
             print(f"There is no {command}: {HELP}", file=sys.stderr)
         elif line:
-            question = {"role": "user", "content": line}
-            text = ""
-            try:
-                check_text(line)
-                asked = llm.chat_prompt([*messages, question])
-                decoding = decide(llm, sampling, asked, DEFAULT_MAX_TOKENS)
-                if verbose:
-                    start.clear()
-                    print(explain(llm, decoding, "the conversation so far"), file=sys.stderr)
-                for chunk in llm.stream(asked, decoding.params):
-                    start.clear()
-                    text += chunk.text
-                    print(chunk.text, end="", flush=True)
-            except KeyboardInterrupt:
-                print(" [stopped]", end="", file=sys.stderr)
-            except TinyserveError as error:
-                print(f"tinyserve: {error} (/reset begins anew)", file=sys.stderr)
-                continue
+            messages += _turn(speaker, messages, line, sampling, verbose)
+
+
+def _turn(
+    speaker: Speaker, messages: list[dict[str, str]], line: str, sampling: Mapping[str, Any], verbose: bool
+) -> list[dict[str, str]]:
+    """Ask and answer once; the two messages that the conversation has more, or none where there is no answer."""
+    from tinyserve.cli._answer import check_text
+
+    question = {"role": "user", "content": line}
+    text = ""
+    try:
+        check_text(line)
+        reply = speaker.reply([*messages, question], sampling, DEFAULT_MAX_TOKENS)
+        if verbose:
+            speaker.line.clear()
+            print(reply.explain("the conversation so far"), file=sys.stderr)
+        with closing(reply.stream()) as pieces:
+            for piece in pieces:
+                speaker.line.clear()
+                text += piece
+                print(piece, end="", flush=True)
+        speaker.line.clear()
+    except KeyboardInterrupt:
+        speaker.line.clear()
+        print(" [stopped]", end="", file=sys.stderr)
+    except TinyserveError as error:
+        speaker.line.clear()
+        if text:
             print(flush=True)
-            messages += [question, {"role": "assistant", "content": text}]
+        way_out = " (/reset begins anew)" if isinstance(error, UserError) else ""
+        print(f"tinyserve: {error}{way_out}", file=sys.stderr)
+        return []
+    print(flush=True)
+    return [question, {"role": "assistant", "content": text}]

@@ -11,6 +11,7 @@ import typer
 
 from tinyserve import shapes
 from tinyserve.architecture import architecture, attention_kind, count, load_raw_config, size
+from tinyserve.cli import _names
 from tinyserve.config import ModelConfig, parse_config
 from tinyserve.errors import UserError
 
@@ -21,7 +22,9 @@ KV_DTYPE = "bfloat16"  # what keys and values are kept in unless something else 
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(help="Presets, folders, config.json or .gguf files.", metavar="MODEL"),
+        typer.Argument(
+            help="Presets, folders, config.json or .gguf files.", metavar="MODEL", autocompletion=_names.models
+        ),
     ],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the docs.")] = False,

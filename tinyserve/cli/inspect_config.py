@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve.architecture import count, load_raw_config, size
+from tinyserve.cli import _names
 from tinyserve.config import MAMBA, parse_config
 from tinyserve.inspection import DEFAULT_BANDWIDTH, DEFAULT_CONTEXT, inspection
 
@@ -18,7 +19,11 @@ LAYERS_PER_ROW = 40
 def inspect_config(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A preset, a folder with a config.json, a config.json or a .gguf file."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, a folder with a config.json, a config.json or a .gguf file.",
+            autocompletion=_names.models,
+        ),
     ],
     bandwidth: Annotated[
         float,

@@ -4,10 +4,18 @@ from typing import Annotated
 
 import typer
 
+from tinyserve.cli import _names
+
 
 def pull(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A preset, owner/name, or owner/name/file.gguf.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, owner/name, or owner/name/file.gguf.",
+            show_default=False,
+            autocompletion=_names.models,
+        ),
     ],
     revision: Annotated[
         str | None,

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from tinyserve.cli._options import Model
+
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder to write, which must not exist yet.")],
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="int8 (w8a16), w8a8, int4 (w4a16) or w4a8.")] = "int8",
 ) -> None:

@@ -5,10 +5,18 @@ from typing import Annotated
 
 import typer
 
+from tinyserve.cli import _names
+
 
 def rm(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A name, as `tinyserve list` shows it.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name, as `tinyserve list` shows it.",
+            show_default=False,
+            autocompletion=_names.downloads,
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:

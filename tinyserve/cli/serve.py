@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyserve.cli import _names
 from tinyserve.cli._options import Dtype, Threads
 from tinyserve.errors import UserError
 
@@ -21,6 +22,7 @@ def serve(
             metavar="MODEL...",
             help="Presets, repo ids, folders or .gguf files; NAME=MODEL gives one another name. The first is loaded at "
             "once, and answers who names none.",
+            autocompletion=_names.models,
         ),
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen at.")] = "127.0.0.1",

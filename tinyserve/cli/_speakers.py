@@ -1,0 +1,203 @@
+"""Who answers `ask` and `chat`: a model in this process, or a server's. Both are asked in the same words.
+
+Knows how each is reached, and what is known of an answer; reading questions and printing answers is for others.
+"""
+
+import json
+import os
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tinyserve import presets
+from tinyserve.cli._progress import StartLine
+from tinyserve.errors import UserError
+
+if TYPE_CHECKING:
+    from tinyserve.client import Answer
+    from tinyserve.llm import StreamChunk
+
+Asked = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
+API_KEY = "TINYSERVE_API_KEY"
+
+
+class Reply(Protocol):
+    """One answer."""
+
+    def stream(self) -> Generator[str, None, None]:
+        """The pieces of its text as they come; closing the generator cancels it."""
+
+    def explain(self, prompt_is: str) -> str:
+        """Lines for --verbose: what was asked for, and who has decided it."""
+
+    def statistics(self) -> dict[str, Any]:
+        """What is known at the end, None where nothing is; the same keys for all."""
+
+
+class Speaker(Protocol):
+    """One model that answers. `line` shows what it is doing on a terminal."""
+
+    name: str
+    introduction: str
+    line: StartLine
+    chats: bool  # it answers conversations, else it continues texts
+    max_model_len: int | None
+
+    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
+        """Prepare an answer; `sampling` has None where nothing was said, `max_tokens` is for when nobody says."""
+
+
+def find_speaker(
+    model: str | None, *, dtype: str, threads: int | None, server: str | None, api_key: str | None
+) -> Speaker:
+    """The model, by default the preset; with a server, the server's model of this name, by default its first."""
+    if server is None:
+        if api_key is not None:
+            raise UserError("--api-key is for a server, and none is given: add --server URL.")
+        return Local(model or presets.DEFAULT, dtype, threads)
+    for option, said in (("--dtype", dtype != "auto"), ("--threads", threads is not None)):
+        if said:
+            raise UserError(f"{option} is the server's to decide: leave it out, or leave out --server.")
+    return Remote(server, api_key or os.environ.get(API_KEY), model)
+
+
+# --- a model in this process ------------------------------------------------------------------------------------------
+
+
+class Local:
+    """A model that is loaded here."""
+
+    def __init__(self, model: str, dtype: str, threads: int | None):
+        from tinyserve.cli._answer import load
+
+        self.llm, self.line = load(model, dtype, threads, max_num_seqs=1)
+        self.name = self.llm.name
+        self.introduction = f"{self.name}, loaded in {self.line.seconds:.1f} s."
+        self.chats = self.llm.chat_template is not None
+        self.max_model_len: int | None = self.llm.max_model_len
+
+    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
+        return LocalReply(self, asked, sampling, max_tokens)
+
+
+class LocalReply:
+    """An answer by the engine."""
+
+    def __init__(self, speaker: Local, asked: Asked, sampling: Mapping[str, Any], max_tokens: int):
+        from tinyserve.cli._sampling import decide
+
+        self._speaker, llm = speaker, speaker.llm
+        self._prompt = asked if isinstance(asked, str) else llm.chat_prompt(asked)
+        self._decoding = decide(llm, sampling, self._prompt, max_tokens)
+        self._token_ids: list[int] = []
+        self._end: StreamChunk | None = None
+
+    def stream(self) -> Generator[str, None, None]:
+        for chunk in self._speaker.llm.stream(self._prompt, self._decoding.params):
+            self._token_ids += chunk.token_ids
+            self._end = chunk
+            yield chunk.text
+
+    def explain(self, prompt_is: str) -> str:
+        from tinyserve.cli._sampling import explain
+
+        return explain(self._speaker.llm, self._decoding, prompt_is)
+
+    def statistics(self) -> dict[str, Any]:
+        assert self._end is not None  # a stream ends with a chunk that says why
+        metrics, llm = self._end.metrics, self._speaker.llm
+        return {
+            "token_ids": self._token_ids,
+            "model": llm.name,
+            "load_seconds": self._speaker.line.seconds,
+            "prompt_tokens": metrics.prompt_tokens,
+            "cached_tokens": metrics.cached_tokens,
+            "prefill_tokens_per_second": metrics.prefill_tokens_per_second,
+            "time_to_first_token_seconds": metrics.time_to_first_token,
+            "output_tokens": metrics.output_tokens,
+            "decode_tokens_per_second": metrics.decode_tokens_per_second,
+            "finish_reason": self._end.finish_reason,
+            "dtype": llm.dtype,
+            "threads": llm.num_threads,
+        }
+
+
+# --- a model behind a server ------------------------------------------------------------------------------------------
+
+
+class Remote:
+    """A model of a server that speaks OpenAI's API."""
+
+    def __init__(self, server: str, api_key: str | None, model: str | None):
+        from tinyserve.client import Client
+
+        self.client = Client(server, api_key)
+        self.line = StartLine(model or server)
+        self.line.wait(f"asking {self.client.server}")
+        try:
+            models = {entry["id"]: entry for entry in self.client.models()}
+        finally:
+            self.line.clear()
+        if model is None and not models:
+            raise UserError(f"{self.client.server} lists no model: name the one you mean.")
+        self.name = self.line.model = model or next(iter(models))
+        about = models.get(self.name, {})  # a server may know more names than it lists
+        self.introduction = f"{self.name} at {self.client.server}."
+        self.chats = about.get("chat") is not False
+        self.max_model_len: int | None = about.get("max_model_len")
+        self.dtype: str | None = about.get("dtype")
+
+    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
+        return RemoteReply(self, asked, sampling)
+
+
+class RemoteReply:
+    """An answer by a server. What nobody says is not sent: the server's defaults decide."""
+
+    def __init__(self, speaker: Remote, asked: Asked, sampling: Mapping[str, Any]):
+        self._speaker, client = speaker, speaker.client
+        self._options = request_options(sampling)
+        fields = {"model": speaker.name, **self._options}
+        self._answer: Answer = (
+            client.complete(asked, fields, speaker.line)
+            if isinstance(asked, str)
+            else client.chat(asked, fields, speaker.line)
+        )
+
+    def stream(self) -> Generator[str, None, None]:
+        self._speaker.line.wait(f"waiting for {self._speaker.client.server}")
+        yield from self._answer
+
+    def explain(self, prompt_is: str) -> str:
+        lines = [("asked", f"{self._speaker.client.server}/v1/{self._answer.path}"), ("model", self._speaker.name)]
+        lines += [(name, f"{value}  [--{name.replace('_', '-')}]") for name, value in self._options.items()]
+        lines += [("prompt", prompt_is), ("all else", "as the server has it")]
+        return "\n".join(f"{name:<12} {words}" for name, words in lines)
+
+    def statistics(self) -> dict[str, Any]:
+        answer = self._answer
+        return {
+            "token_ids": None,
+            "model": self._speaker.name,
+            "load_seconds": None,
+            "prompt_tokens": answer.prompt_tokens,
+            "cached_tokens": answer.cached_tokens,
+            "prefill_tokens_per_second": None,
+            "time_to_first_token_seconds": answer.time_to_first_token,
+            "output_tokens": answer.output_tokens,
+            "decode_tokens_per_second": answer.decode_tokens_per_second,
+            "finish_reason": answer.finish_reason,
+            "dtype": self._speaker.dtype,
+            "threads": None,
+        }
+
+
+def request_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling options as the fields of a request: OpenAI's names where it has one, vLLM's for the rest."""
+    fields = {name: value for name, value in sampling.items() if value is not None}
+    structure = fields.pop("structured_outputs", None)
+    if structure is not None and structure.json is not None:
+        schema = {"name": "answer", "schema": json.loads(structure.json), "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif structure is not None:
+        fields["structured_outputs"] = {structure.kind: getattr(structure, structure.kind)}
+    return fields
