@@ -23,9 +23,11 @@ from fake_openai_server import (
     Token,
 )
 from playwright.sync_api import Browser, Locator, Page, expect
+from servers import Running, running
 
+from tinyserve import presets
 from tinyserve.config import parse_config
-from tinyserve.presets import find as find_preset
+from tinyserve.inspection import inspection
 
 PATIENCE = 120.0  # seconds: nothing here takes one, but for a machine that does something else
 GPT2 = {**LOADED, "id": "gpt2", "chat": False, "max_model_len": 1024}
@@ -445,9 +447,7 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
 
 
 def test_the_layer_map_of_a_hybrid(page: Page, fake: FakeServer) -> None:
-    from tinyserve.cli.inspect_config import inspection
-
-    preset = find_preset("granite-350m")
+    preset = presets.find("granite-350m")
     assert preset is not None
     report = inspection(parse_config(preset.raw_config, "test"), "granite-350m", "test")
     fake.inspections["smollm2-135m"] = report
@@ -626,3 +626,59 @@ def test_a_phone_shows_everything_without_sideways_scrolling(open_page: Opener, 
     page.locator("label.switch").tap()
     expect(answers(page).locator("pre")).to_be_visible()
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+
+
+# --- The real server ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path) -> Iterator[Running]:
+    """The default model, served."""
+    with running({"smollm2-135m": smollm2}, max_model_len=2048, max_num_seqs=4) as one:
+        yield one
+
+
+def ask_without_luck(page: Page, text: str) -> None:
+    """Ask so that the answer is the same each time."""
+    open_pane(page, "Settings")
+    page.get_by_label("Temperature").fill("0")
+    open_pane(page, "Answer")
+    ask(page, text)
+
+
+def test_a_real_model_answers_and_its_tokens_can_be_looked_into(open_page: Opener, server: Running) -> None:
+    page = open_page(server.url)
+    ask_without_luck(page, "What is the capital of France?")
+    expect(answers(page)).to_contain_text("The capital of France is Paris.")
+    status(page, "Ready")
+    token(page, "Paris").hover()
+    card = page.locator("#card")
+    expect(card).to_contain_text("rank 1, token 6")
+    expect(card.locator(".bar")).to_have_count(7)  # six, and all others
+    shares = card.locator(".bar i").evaluate_all("bars => bars.map((bar) => parseFloat(bar.style.width))")
+    assert sum(shares) == pytest.approx(100, abs=0.01) and shares[0] == max(shares)
+    expect(tokens(page).last.locator(".chip")).to_have_text("<|im_end|>")
+    expect(page.locator("#read")).to_have_text("37")
+    expect(page.locator("#cache")).to_contain_text(re.compile(r"^0 of \d+ blocks"))
+
+
+def test_a_real_model_is_stopped(open_page: Opener, server: Running) -> None:
+    page = open_page(server.url)
+    before = server.engine.stats().output_tokens
+    ask_without_luck(page, "Write a very long story about a lighthouse and all the ships it has seen.")
+    expect(tokens(page).nth(2)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".turn.assistant .foot")).to_contain_text("stopped")
+    expect(page.locator("#cache")).to_contain_text("in use by 0 answers")
+    assert 3 <= server.engine.stats().output_tokens - before < 512, "it went on to the most tokens"
+    ask(page, "What is the capital of France?")
+    expect(answers(page).last).to_contain_text("Paris")
+
+
+def test_a_real_model_shows_its_layers_and_what_it_refuses(open_page: Opener, server: Running) -> None:
+    page = open_page(server.url)
+    open_pane(page, "Model")
+    expect(page.locator(".layers li")).to_have_count(30)
+    expect(page.locator("#map")).to_contain_text("135 M parameters")
+    ask(page, "word " * 3000)
+    expect(page.get_by_role("alert")).to_contain_text("2048")
