@@ -13,17 +13,17 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import browser as browsers
-from PIL import Image
-from playwright.sync_api import Browser, Page, expect
-from servers import running
+import browser as browsers  # noqa: E402
+from PIL import Image  # noqa: E402
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
+from servers import running  # noqa: E402
 
-from tinyserve import hub
+from tinyserve import hub  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 MODEL = "smollm2-135m"
 MOST_BYTES = 150_000
-COLOURS = 128
+COLOURS = 256
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def save(page: Page, name: str) -> None:
     page.wait_for_timeout(300)  # a switch slides
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     path = IMAGES / name
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     size = path.stat().st_size
     print(f"{path.relative_to(ROOT)}: {size} bytes")
     if size > MOST_BYTES:

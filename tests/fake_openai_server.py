@@ -23,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "tinyserve" / "server" / "page.html"
 
 @dataclass
 class Token:
-    """A token of an answer, its probability, and others with theirs. `raw` is for bytes that are no text by themselves."""
+    """A token of an answer, its probability, and others with theirs; `raw` where its bytes are no text by themselves."""
 
     text: str
     probability: float = 1.0

@@ -400,11 +400,14 @@ def test_arrow_keys_go_from_token_to_token(page: Page) -> None:
     status(page, "Ready")
     options = tokens(page)
     options.first.focus()
-    for key, index in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 6), ("ArrowRight", 6), ("Home", 0)):
+    keys = [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 6), ("ArrowRight", 6), ("Home", 0)]
+    for key, index in keys:
         page.keyboard.press(key)
         expect(options.nth(index)).to_be_focused()
         expect(page.locator("#card")).to_contain_text(f"token {index + 1}")
-    expect(options.first).to_have_accessible_name("The, 82.0 %, rank 1, not chosen: Paris 13.0 %, France 2.00 %, all others 3.00 %")
+    expect(options.first).to_have_accessible_name(
+        "The, 82.0 %, rank 1, not chosen: Paris 13.0 %, France 2.00 %, all others 3.00 %"
+    )
     assert options.evaluate_all("tokens => tokens.filter((token) => token.tabIndex === 0).length") == 1
 
 
@@ -431,7 +434,8 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
     fake.scripts.append([Token("a", 0.5), gate, Token("b", 0.25)])
     ask(page, "Hello")
     expect(page.locator("#cache")).to_have_text(
-        "128 of 512 blocks (189 MB) in use by 1 answer, 2 waiting. Of 200 prompt tokens so far, 25.0 % came from the cache."
+        "128 of 512 blocks (189 MB) in use by 1 answer, 2 waiting. "
+        "Of 200 prompt tokens so far, 25.0 % came from the cache."
     )
     assert page.locator("#blocks").evaluate("bar => bar.value") == 0.25
     gate.opened.set()
