@@ -23,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "tinyserve" / "server" / "page.html"
 
 @dataclass
 class Token:
-    """A token of an answer, its probability, and others with theirs; `raw` where its bytes are no text by themselves."""
+    """A token of an answer, its probability, and others with theirs; `raw` where its bytes are no text alone."""
 
     text: str
     probability: float = 1.0
@@ -100,6 +100,8 @@ class FakeServer:
         self.scripts: deque[Script] = deque()  # for the next requests; PARIS after that
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.key: str | None = None
+        self.models_gate = threading.Event()  # the list of models waits for it
+        self.models_gate.set()
         self.inspections: dict[str, dict[str, Any]] = {}
         self.stats: dict[str, Any] = {"models": {}}
         self.prompt_tokens, self.cached_tokens = 37, 0
@@ -141,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return self._refuse(Refusal(401, "This server wants an API key."))
         if url.path == "/v1/models":
+            self.fake.models_gate.wait()
             return self._json({"object": "list", "data": self.fake.models})
         if url.path == "/stats":
             return self._json(self.fake.stats)

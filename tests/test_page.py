@@ -149,6 +149,16 @@ def test_a_question_is_answered(page: Page, fake: FakeServer) -> None:
     assert body["logprobs"] is True and body["model"] == "smollm2-135m"
 
 
+def test_a_question_may_come_before_the_list_of_models(open_page: Opener, fake: FakeServer) -> None:
+    fake.models_gate.clear()
+    page = open_page(fake.url)
+    ask(page, "What is the capital of France?")
+    expect(page.locator(".turn.user")).to_be_visible()
+    fake.models_gate.set()
+    expect(answers(page)).to_have_text("The capital of France is Paris.")
+    assert sent(fake)["model"] == "smollm2-135m"
+
+
 def test_the_next_question_has_the_conversation_before_it(page: Page, fake: FakeServer) -> None:
     ask(page, "What is the capital of France?")
     status(page, "Ready")
