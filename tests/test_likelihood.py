@@ -94,7 +94,9 @@ def test_of_a_long_context_the_end_is_read(llm_of, caplog):
 
 
 def test_a_damaged_model_is_said_to_be():
-    llm = SimpleNamespace(name="broken", max_model_len=8, logits=lambda ids, last: np.full((len(ids), 30), np.nan, "f4"))
+    llm = SimpleNamespace(
+        name="broken", max_model_len=8, logits=lambda ids, last: np.full((len(ids), 30), np.nan, "f4")
+    )
     with pytest.raises(TinyserveError, match="weights are damaged"):
         loglikelihoods(llm, [Pair([1], [2])])
 

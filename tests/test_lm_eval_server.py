@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent.parent / "tinyserve" / "tasks" / "harness"
 
 
 def test_the_harness_gets_the_same_numbers_over_http(smollm2: Path, tmp_path: Path) -> None:
-    """Likelihoods of given texts (cloze), and free answers (arithmetic): values and standard errors, to the last digit."""
+    """Likelihoods of given texts (cloze), free answers (arithmetic): values and standard errors, to the last digit."""
     llm = LLM(smollm2, dtype="int8", max_model_len=320)
     ours = {
         (score.task, score.metric): (score.value, score.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
