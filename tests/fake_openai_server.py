@@ -47,6 +47,13 @@ class Comment:
 
 
 @dataclass
+class Raw:
+    """Bytes of the stream as they are, such as a part of an event."""
+
+    data: bytes
+
+
+@dataclass
 class Gate:
     """Where the stream waits until a test opens it, or the client has gone."""
 
@@ -76,7 +83,7 @@ class Hangup:
     """The connection ends without [DONE]."""
 
 
-Step = Token | Comment | Gate | Failure | Hangup
+Step = Token | Comment | Raw | Gate | Failure | Hangup
 Script = Refusal | Sequence[Step]
 
 PARIS: Script = [
@@ -172,34 +179,36 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for event in self._events(body, script):
             try:
-                self.wfile.write(event.encode() + b"\n\n")
+                self.wfile.write(event)
                 self.wfile.flush()
             except OSError:
                 return
 
-    def _events(self, body: dict[str, Any], script: Sequence[Step]) -> Iterator[str]:
+    def _events(self, body: dict[str, Any], script: Sequence[Step]) -> Iterator[bytes]:
         chunk = _chat_chunk if "messages" in body else _text_chunk
         written = 0
         for step in script:
             match step:
                 case Token():
                     written += 1
-                    yield f"data: {json.dumps(chunk(step, body))}"
+                    yield _event(chunk(step, body))
                 case Comment(text):
-                    yield f": {text}"
+                    yield f": {text}\n\n".encode()
+                case Raw(data):
+                    yield data
                 case Gate():
                     if not self._wait(step):
                         return
                 case Failure(message):
-                    yield f"data: {json.dumps({'error': {'message': message, 'type': 'server_error'}})}"
+                    yield _event({"error": {"message": message, "type": "server_error"}})
                     return
                 case Hangup():
                     return
-        yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {}, 'text': '', 'finish_reason': 'stop'}]})}"
+        yield _event({"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}]})
         usage = {"prompt_tokens": self.fake.prompt_tokens, "completion_tokens": written}
         details = {"prompt_tokens_details": {"cached_tokens": self.fake.cached_tokens}}
-        yield f"data: {json.dumps({'choices': [], 'usage': usage | details})}"
-        yield "data: [DONE]"
+        yield _event({"choices": [], "usage": usage | details})
+        yield b"data: [DONE]\n\n"
 
     def _wait(self, gate: Gate) -> bool:
         """Whether the gate was opened, and not the connection closed."""
@@ -227,6 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Tests need no log."""
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
 def _chat_chunk(token: Token, body: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fake_openai_server import (
     FakeServer,
     Gate,
     Hangup,
+    Raw,
     Refusal,
     Token,
 )
@@ -182,6 +183,17 @@ def test_shift_enter_begins_a_line_and_slash_goes_to_the_question(page: Page, fa
     page.keyboard.press("Enter")
     expect(answers(page)).to_have_text("The capital of France is Paris.")
     assert sent(fake)["messages"][0]["content"] == "one\nt/wo"
+
+
+def test_the_network_may_cut_the_stream_in_the_middle_of_a_character(page: Page, fake: FakeServer) -> None:
+    event = 'data: {"choices": [{"delta": {"content": "Yes, é."}}]}\n\n'.encode()
+    cut = event.index("é".encode()) + 1
+    gate = Gate()
+    fake.scripts.append([Raw(b": prefill 1/2\n\n" + event[:cut]), gate, Raw(event[cut:])])
+    ask(page, "Is it?")
+    expect(answers(page)).to_have_text("Reading the prompt: 1 of 2 tokens")
+    gate.opened.set()
+    expect(answers(page)).to_have_text("Yes, é.")
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
