@@ -42,7 +42,7 @@ def browser() -> Iterator[Browser]:
         with browsers.launched() as one:
             yield one
     except browsers.NoBrowserError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture
