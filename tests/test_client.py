@@ -12,7 +12,7 @@ import fake_openai
 import openai
 import pytest
 from fake_openai import DONE, FakeOpenAI, Scripted, answer, delta, die, wait_for_the_client_to_leave
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinyserve.client import Answer, Client, events, is_loopback, lines, parse_url
@@ -41,6 +41,7 @@ def ask(client: Client) -> str:
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
+@example("a\r\nb\r", [2])
 @given(st.text(st.sampled_from("aä🙂:\r\n\u2028\x85 d"), max_size=30), st.lists(st.integers(0, 100), max_size=8))
 def test_lines_do_not_depend_on_where_the_network_cuts(text: str, cuts: list[int]) -> None:
     data = text.encode()
