@@ -70,10 +70,10 @@ def serve(
     max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = 16.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")] = False,
 ) -> None:
-    """Serve models over HTTP as OpenAI does, with a page to talk to them at /.
+    """Serve models over HTTP, as OpenAI does.
 
-    It listens at this machine's own address, and asks for no key there. The first SIGTERM or Ctrl-C lets what runs be
-    finished, a second one stops at once.
+    At / is a page to talk to them. It listens at this machine's own address, and asks for no key there. The first
+    SIGTERM or Ctrl-C lets what runs be finished, a second one stops at once.
 
     \b
     Examples:
