@@ -65,7 +65,7 @@ def test_which_model_is_asked_what(
     server.says(*answer("Hi", " you"))
     result = shell("ask", "--server", server.url, *words, stdin=stdin)
     assert (result.code, result.out) == (0, "Hi you\n")
-    assert sent(server) == {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    assert sent(server) == {"model": model, "max_tokens": 256, "messages": [{"role": "user", "content": prompt}]}
 
 
 def test_options_are_sent_by_their_names(shell: Shell, server: FakeOpenAI) -> None:
@@ -99,7 +99,8 @@ def test_raw_text_and_models_that_do_not_chat(shell: Shell, server: FakeOpenAI) 
         result = shell("ask", "--server", server.url, *words)
         assert (result.code, result.out) == (0, " upon a time\n")
         assert server.posted[-1].path == "/v1/completions"
-        assert sent(server) == {"model": "first" if "--raw" in words else "textual", "prompt": "Once"}
+        model = "first" if "--raw" in words else "textual"
+        assert sent(server) == {"model": model, "max_tokens": 256, "prompt": "Once"}
         refused = shell("ask", "--server", server.url, *words, "--system", "Be brief.")
         assert "--system needs a chat template" in refused.sentence
     chat = shell("chat", "textual", "--server", server.url)
@@ -194,7 +195,7 @@ def test_verbose_says_what_is_asked_for(shell: Shell, server: FakeOpenAI) -> Non
     result = shell("ask", "Hello", "--server", server.url, "--temp", "0.5", "-v", "-q")
     assert [" ".join(line.split()) for line in result.err.splitlines()] == [
         f"asked {server.url}/v1/chat/completions", "model first", "temperature 0.5 [--temperature]",
-        "prompt by the model's chat template", "all else as the server has it",
+        "max_tokens 256 [the command's own]", "prompt by the model's chat template", "all else as the server has it",
     ]  # fmt: skip
 
 

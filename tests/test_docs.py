@@ -41,7 +41,7 @@ def test_the_question_in_the_readme_is_answered(smollm2: Path) -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert block_after("test").endswith("&& .venv/bin/python -m pytest")
+    assert block_after("test").endswith("&& .venv/bin/python -m pytest -n 2 --dist loadfile")
     assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()
 
 

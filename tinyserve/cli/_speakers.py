@@ -147,16 +147,17 @@ class Remote:
         self.dtype: str | None = about.get("dtype")
 
     def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
-        return RemoteReply(self, asked, sampling)
+        return RemoteReply(self, asked, sampling, max_tokens)
 
 
 class RemoteReply:
-    """An answer by a server. What nobody says is not sent: the server's defaults decide."""
+    """An answer by a server. What nobody says is not sent, but for a limit: the server's defaults decide."""
 
-    def __init__(self, speaker: Remote, asked: Asked, sampling: Mapping[str, Any]):
+    def __init__(self, speaker: Remote, asked: Asked, sampling: Mapping[str, Any], max_tokens: int):
         self._speaker, client = speaker, speaker.client
-        self._options = request_options(sampling)
-        fields = {"model": speaker.name, **self._options}
+        self._options, self._limit = request_options(sampling), max_tokens
+        # A server's own limit is the context: minutes of words that nobody has asked for.
+        fields = {"model": speaker.name, "max_tokens": max_tokens, **self._options}
         self._answer: Answer = (
             client.complete(asked, fields, speaker.line)
             if isinstance(asked, str)
@@ -170,6 +171,8 @@ class RemoteReply:
     def explain(self, prompt_is: str) -> str:
         lines = [("asked", f"{self._speaker.client.server}/v1/{self._answer.path}"), ("model", self._speaker.name)]
         lines += [(name, f"{value}  [--{name.replace('_', '-')}]") for name, value in self._options.items()]
+        if "max_tokens" not in self._options:
+            lines += [("max_tokens", f"{self._limit}  [the command's own]")]
         lines += [("prompt", prompt_is), ("all else", "as the server has it")]
         return "\n".join(f"{name:<12} {words}" for name, words in lines)
 
