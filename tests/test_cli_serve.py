@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2 as httpx
@@ -85,8 +85,8 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(arguments: list[str]
             server.signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and any('"finish_reason":"length"' in line for line in rest)
-        with pytest.raises(httpx.TransportError):
-            httpx.get(f"{server.url}/health", trust_env=False)
+        with suppress(httpx.TransportError):  # unless it still answers, for a moment
+            assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 503
         code, errors = server.end()
         assert code == 0 and "once more stops at once" in errors
 

@@ -69,7 +69,7 @@ def create_app(
         )
     if hosts:
         middleware.append(Middleware(guards.KnownHosts, hosts=hosts))
-    middleware.append(Middleware(guards.DeadEngine, state=state))
+    middleware.append(Middleware(guards.Ended, state=state))
     if api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
     middleware.append(Middleware(guards.Sizes, limit=max_body))

@@ -31,14 +31,16 @@ class Guard:
         raise NotImplementedError
 
 
-class DeadEngine(Guard):
-    """Refuses everything, /health too, once an engine has died: only a new process helps."""
+class Ended(Guard):
+    """Refuses everything, /health too, once an engine has died, or the server is about to end."""
 
     def __init__(self, app: ASGIApp, state: State):
         super().__init__(app)
         self._state = state
 
     def refusal(self, scope: Scope) -> ApiError | None:
+        if self._state.is_draining:
+            return ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=10)
         reason = self._state.pool.dead()
         return None if reason is None else ApiError(503, f"{reason} Restart the server.", code="engine_dead")
 

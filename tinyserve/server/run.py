@@ -23,6 +23,7 @@ from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import MAX_BODY, create_app
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
+from tinyserve.server.state import State
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -80,7 +81,7 @@ def serve(options: ServeOptions) -> int:
         h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
-    server = _Server(config)
+    server = _Server(config, app.state.server)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}"
     options.on_listen(url)
@@ -149,6 +150,10 @@ class _Server(uvicorn.Server):
 
     interrupted = False
 
+    def __init__(self, config: uvicorn.Config, state: State):
+        super().__init__(config)
+        self._state = state
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         handled = (signal.SIGTERM, signal.SIGINT)
@@ -163,4 +168,5 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)  # whoever says it twice does not want to wait for threads, either
         self.should_exit, self.interrupted = True, sig == signal.SIGINT
+        self._state.is_draining = True  # until its sockets are closed, a moment later
         logger.warning("Finishing what runs; once more stops at once.")

@@ -26,6 +26,7 @@ class State:
     pool: ModelPool
     metrics: ServerMetrics
     is_ready: bool = False
+    is_draining: bool = False  # what runs is finished, and nothing new begun
     failure: str | None = None  # why the first model could not be loaded
 
 
