@@ -1,6 +1,10 @@
-"""What prompt lookup gains where an answer repeats what was said, and costs elsewhere; with and without in turn.
+"""What guesses gain where an answer repeats what was said, and cost elsewhere; with and without in turn.
 
 python scripts/bench_speculation.py --dtype int8 --rounds 3
+python scripts/bench_speculation.py --dtype float32 --draft-model smollm2-135m --draft-dtype w4a8
+
+Without --draft-model guesses come from prompt lookup. SmolLM2-135M does not do as asked in "edit code": it writes two
+functions of its own. In "copy code" it copies the file, and goes on.
 """
 
 import argparse
@@ -35,6 +39,7 @@ def variance(values):
 PROMPTS = {
     "summarise and quote": f"Here is a text:\n\n{STORY}\n\nRepeat the text word for word, then say what it is about.",
     "edit code": f"Here is a Python file:\n\n{CODE}\nWrite the file again, with the name variance changed to var.",
+    "copy code": f"Here is a Python file:\n\n{CODE}\nRepeat the file, and rename the variable total to result.",
     "free text": "Write a short story about a child who finds a door in an old tree, and what is behind it.",
 }  # fmt: skip
 
@@ -43,12 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--draft-model", help="a smaller model that guesses")
+    parser.add_argument("--draft-dtype", help="what its weights are kept in (default: as --dtype)")
+    parser.add_argument("--guesses", type=int, help="at a time, at most")
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3, help="that count; one more comes first (default: 3)")
     arguments = parser.parse_args()
     options = {"dtype": arguments.dtype, "max_model_len": 2048, "max_num_seqs": 1}
+    config = {"model": arguments.draft_model, "dtype": arguments.draft_dtype} if arguments.draft_model else {}
+    if arguments.guesses:
+        config["num_speculative_tokens"] = arguments.guesses
     plain = LLM(arguments.model, **options)
-    guessing = LLM(arguments.model, **options, speculative_config={"method": "ngram"})
+    guessing = LLM(arguments.model, **options, speculative_config=config)
     params = SamplingParams(temperature=0, max_tokens=arguments.tokens)
     print("| answer | tokens | plain, tokens/s | with guesses | ratio (lowest to highest) | guesses that were right |")
     print("|---|---:|---:|---:|---|---:|")
@@ -58,7 +69,7 @@ def main() -> None:
         before = guessing.stats()
         for round_ in range(arguments.rounds + 1):
             answers = []
-            for llm in (plain, guessing):
+            for llm in (plain, guessing) if round_ % 2 else (guessing, plain):
                 [output] = llm.chat(messages, params)
                 answers.append(output.outputs[0].token_ids)
                 if round_:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from copy import copy
 
 from tinyserve.sequence import Sampled, Scheduled, Sequence
 
@@ -34,9 +35,9 @@ class FakeRunner:
         for sequence, num_tokens in scheduled:
             self._compute(sequence, num_tokens)
         for sequence, num_tokens in scheduled:  # when all have written, so that nobody's writing harms another
-            self._read(sequence, sequence.num_computed + num_tokens)
+            self._read(sequence, sequence.num_computed + num_tokens + len(sequence.draft))
         return [
-            Sampled(self.next_token(sequence)) if sequence.num_computed + num == len(sequence.token_ids) else None
+            self._sample(sequence) if sequence.num_computed + num == len(sequence.token_ids) else None
             for sequence, num in scheduled
         ]
 
@@ -52,11 +53,27 @@ class FakeRunner:
     def _text(self, sequence: Sequence) -> list[int]:
         text = self._texts.setdefault(sequence, [])
         extend(text, sequence.token_ids)
-        return text
+        if not sequence.draft:
+            return text
+        guessed = list(text)
+        extend(guessed, sequence.token_ids + sequence.draft)
+        return guessed
+
+    def _sample(self, sequence: Sequence) -> Sampled:
+        """What comes next, and what comes behind the guesses, as far as they are right."""
+        sampled, said = [Sampled(self.next_token(sequence))], copy(sequence)
+        for guess in sequence.draft:
+            if guess != sampled[-1].token_id:
+                break
+            said.token_ids = [*said.token_ids, guess]
+            sampled.append(Sampled(self.next_token(said)))
+        return sampled[0]._replace(then=tuple(sampled[1:]))
 
     def _compute(self, sequence: Sequence, num_tokens: int) -> None:
-        text, start, end = self._text(sequence), sequence.num_computed, sequence.num_computed + num_tokens
-        assert num_tokens > 0 and end <= len(sequence.token_ids)
+        assert num_tokens > 0 and sequence.num_computed + num_tokens <= len(sequence.token_ids)
+        assert not sequence.draft or sequence.num_computed + num_tokens == len(sequence.token_ids)
+        text, start = self._text(sequence), sequence.num_computed
+        end = start + num_tokens + len(sequence.draft)
         assert end <= len(sequence.block_table) * self.block_size, "a token has no block to go to"
         if start == 0:
             self.states[sequence.state_slot] = NOTHING

@@ -11,7 +11,7 @@ from tinyserve.errors import RequestError
 from tinyserve.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Sequence
-from tinyserve.speculation import NgramProposer
+from tinyserve.speculation import Speculation
 
 END = 99
 
@@ -312,21 +312,33 @@ def test_what_failed_is_no_beginning(kind: type[BlockPrefixCache]) -> None:
     assert engine.blocks.num_free == 64
 
 
-class Eager(NgramProposer):
+class Eager:
     """Guesses as much as there is room for, and never learns."""
 
-    def propose(self, sequence: Sequence, room: int) -> list[int]:
-        return [7] * room
+    def __init__(self, engine: Engine):
+        self.measured: list[int] = []
+        self.forgotten: list[Sequence] = []
+        engine.speculation = Speculation(self, engine.blocks, engine.max_model_len, engine.runner.copy_state)
+
+    def propose(self, sequences: list[Sequence], rooms: list[int]) -> list[list[int]]:
+        return [[7] * room for room in rooms]
 
     def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
         assert right == 0 < guessed
+
+    def measure(self, rows: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.measured.append(rows)
+
+    def forget(self, sequence: Sequence) -> None:
+        self.forgotten.append(sequence)
 
 
 @pytest.mark.parametrize("budget", [4, 5, 9, 64])
 def test_guesses_take_nobodys_token(budget: int) -> None:
     """Once all decode each gains one in every step, however much the first would like to try."""
     engine = build(FakeRunner(has_states=False), seqs=4, budget=budget)
-    engine.proposer = Eager()
+    proposer = Eager(engine)
     sequences = [engine.add([5] * 3, params(40)) for _ in range(4)]
     for _ in range(12):
         engine.step()
@@ -336,12 +348,14 @@ def test_guesses_take_nobodys_token(budget: int) -> None:
         assert [sequence.num_output for sequence in sequences] == [count + 1 for count in before]
     run(engine)
     assert engine.totals["guessed_tokens"] > 0
+    assert max(proposer.measured) == budget
+    assert set(proposer.forgotten) == set(sequences)
 
 
 def test_guesses_take_nobodys_block() -> None:
     """The first may need every block some day, but the other needs one now, and is not preempted for a guess."""
     engine = build(FakeRunner(has_states=False), seqs=2, num_blocks=4)
-    engine.proposer = Eager()
+    Eager(engine)
     engine.add([5] * 10, params(50))
     engine.add([5] * 14, params(6))
     run(engine)

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tinyserve.blocks import BlockManager
+from tinyserve.draft_model import DraftModel
 from tinyserve.engine import Engine
 from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Sequence
+from tinyserve.speculation import Speculation
 
 END, MAX_MODEL_LEN, BLOCK = 99, 80, 4
 KINDS = ("none", "blocks", "states")
+GUESSES = ("none", "wrong at some place", "of a draft with blocks", "of a draft with states")
 
 
 def next_token(sequence: Sequence) -> int:
@@ -34,10 +37,48 @@ def _after(token_ids: list[int], seed: int) -> int:
     return END if chosen == 11 else chosen % 3
 
 
+def draft_token(sequence: Sequence) -> int:
+    """What a draft model makes of a text: often the same."""
+    token = next_token(sequence)
+    return token if sum(sequence.token_ids[-3:]) % 4 else (token + 1) % 3
+
+
+class SometimesWrong:
+    """Guesses what comes, all of it or up to some place."""
+
+    def propose(self, sequences: list[Sequence], rooms: list[int]) -> list[list[int]]:
+        return [self._guesses(*one) for one in zip(sequences, rooms, strict=True)]
+
+    def _guesses(self, sequence: Sequence, room: int) -> list[int]:
+        text = list(sequence.token_ids)
+        for _ in range(min(room, 6)):
+            text.append(_after(text, sequence.params.seed or 0))
+        guesses, wrong = text[len(sequence.token_ids) :], len(sequence.token_ids) % 8
+        if wrong < len(guesses):
+            guesses[wrong] = (guesses[wrong] + 1) % 3
+        return guesses
+
+    def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
+        assert right <= guessed
+
+    def measure(self, rows: int, seconds: float) -> None: ...
+
+    def forget(self, sequence: Sequence) -> None: ...
+
+
+class Tireless(DraftModel):
+    """Guesses whether it pays or not."""
+
+    def _worth(self, sequence: Sequence, room: int, together: int) -> int:
+        return room
+
+
 class Setting:
     """An engine over a small cache, and everything it was ever given."""
 
-    def __init__(self, kind: str, num_blocks: int, seqs: int, budget: int, snapshots: int, stride: int):
+    def __init__(
+        self, kind: str, num_blocks: int, seqs: int, budget: int, snapshots: int, stride: int, guesses: str = "none"
+    ):
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.seqs, self.snapshots, self.num_slots = seqs, snapshots, seqs + snapshots
         self.prefixes: NoPrefixCache = {
@@ -52,8 +93,31 @@ class Setting:
             self.runner, self.blocks, frozenset({END}), min(MAX_MODEL_LEN, num_blocks * BLOCK), seqs, budget,
             self.prefixes,
         )  # fmt: skip
+        self.draft = self._draft(num_blocks, seqs, budget, guesses.endswith("states")) if "draft" in guesses else None
+        proposer = Tireless(self.draft, 5) if self.draft else SometimesWrong()
+        if guesses != "none":
+            spares = range(self.num_slots, self.num_slots + 2) if self.runner.has_states else None
+            copy_state = self.runner.copy_state
+            self.engine.speculation = Speculation(
+                proposer, self.blocks, self.engine.max_model_len, copy_state, spares
+            )  # fmt: skip
         self.sequences: list[Sequence] = []
         self.text: list[int] = []  # blocks of one that is only read
+
+    def _draft(self, num_blocks: int, seqs: int, budget: int, has_states: bool) -> Engine:
+        """An engine for guesses, whose cache may be too small for what the other holds."""
+        blocks, runner = BlockManager(num_blocks, BLOCK), FakeRunner(draft_token, BLOCK, has_states)
+        prefixes = StatePrefixCache(blocks, range(seqs, 4 * seqs)) if has_states else BlockPrefixCache(blocks)
+        execute = runner.execute
+
+        def sometimes_fails(scheduled: list[Any]) -> list[Any]:
+            if self.fails_at == "draft":
+                self.fails_at = None
+                raise RuntimeError("the draft model fails")
+            return execute(scheduled)
+
+        runner.execute = sometimes_fails  # type: ignore[method-assign]
+        return Engine(runner, blocks, frozenset({END}), num_blocks * BLOCK, seqs, budget, prefixes)
 
     def _execute(self, scheduled: list[Any]) -> list[Any]:
         fails_at, self.fails_at = self.fails_at, None
@@ -80,7 +144,8 @@ class Setting:
             self.engine.step()
         except RuntimeError:
             has_failed = True
-        assert has_failed == (fails_at in ("before", "after") and bool(self.engine.scheduled))
+        if fails_at != "draft":  # which may have nobody to guess for
+            assert has_failed == (fails_at in ("before", "after") and bool(self.engine.scheduled))
         assert self.engine.scheduled or self.text, "a step does nothing, and never will"
         self.fails_at = None
 
@@ -118,6 +183,17 @@ class Setting:
         assert len(engine.running) <= self.seqs
         places = [sequence.place for sequence in engine.waiting]
         assert places == sorted(places)
+        if self.draft is not None:
+            self._check_draft(self.draft)
+
+    def _check_draft(self, draft: Engine) -> None:
+        """Between two steps a draft model works for nobody, and all its memory is free."""
+        assert not draft.has_work() and draft.blocks.num_free == draft.blocks.num_blocks
+        slots, prefixes = list(draft._free_slots), draft.prefixes
+        if isinstance(prefixes, StatePrefixCache):
+            slots += [snapshot.state_slot for snapshot in prefixes._snapshots.values()] + prefixes._free_slots
+        num_slots = self.seqs * (4 if isinstance(prefixes, StatePrefixCache) else 1)
+        assert sorted(slots) == list(range(num_slots)), "a slot is lost, or owned twice"
 
     def finish(self) -> None:
         """All that is left comes to its end, with the answers it gives alone."""
@@ -156,7 +232,7 @@ prompts = st.tuples(st.integers(0, 2), st.integers(0, 40), st.lists(st.integers(
 class Machine(RuleBasedStateMachine):
     @initialize(
         kind=st.sampled_from(KINDS), num_blocks=st.integers(3, 30), seqs=st.integers(1, 5), budget=st.integers(1, 40),
-        snapshots=st.integers(0, 4), stride=st.integers(1, 30),
+        snapshots=st.integers(0, 4), stride=st.integers(1, 30), guesses=st.sampled_from(GUESSES),
     )  # fmt: skip
     def build(self, **options: Any) -> None:
         self.setting = Setting(**options)
@@ -175,7 +251,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             self.setting.step()
 
-    @rule(how=st.sampled_from(["before", "after", "nan"]))
+    @rule(how=st.sampled_from(["before", "after", "nan", "draft"]))
     def a_step_fails(self, how: str) -> None:
         self.setting.step(how)
 
@@ -211,11 +287,11 @@ TestAnyMix = Machine.TestCase
 def test_a_hundred_thousand_operations(kind: str) -> None:
     """A third each: nothing is remembered, blocks are, states are."""
     chance = random.Random(KINDS.index(kind))
-    done, preemptions, reused = 0, 0, 0
+    done, preemptions, reused, guesses = 0, 0, 0, Counter[str]()
     while done < 34_000:
         setting = Setting(
             kind, chance.randint(6, 40), chance.randint(1, 8), chance.randint(1, 60), chance.randint(1, 6),
-            chance.randint(1, 40),
+            chance.randint(1, 40), chance.choice(GUESSES),
         )  # fmt: skip
         texts = [[chance.randint(0, 2) for _ in range(chance.randint(1, 60))] for _ in range(4)]
         for operation in range(1000):
@@ -231,7 +307,7 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
                 case x if x < 0.18:
                     setting.read(chance.randint(1, 80))
                 case x if x < 0.19:
-                    setting.step(chance.choice(["before", "after", "nan"]))
+                    setting.step(chance.choice(["before", "after", "nan", "draft"]))
                 case _:
                     setting.step()
             if operation % 5 == 0:
@@ -239,8 +315,10 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
         setting.finish()
         done += 1000
         preemptions += sum(sequence.metrics.preemptions for sequence in setting.sequences)
+        guesses.update({name: setting.engine.totals[name] for name in ("guessed_tokens", "right_tokens")})
         reused += sum(one.metrics.cached_tokens for one in setting.sequences if one.params.n == 1)
     assert preemptions > 500
+    assert 5_000 < guesses["right_tokens"] < guesses["guessed_tokens"]
     assert (reused > 1_000) == (kind != "none")
 
 

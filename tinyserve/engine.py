@@ -5,7 +5,6 @@ Knows neither text nor arrays; a runner is handed in, and a fake one of a few do
 
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
@@ -16,7 +15,7 @@ from tinyserve.errors import RequestError
 from tinyserve.prefix_cache import NoPrefixCache, Prefix
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Sampled, Scheduled, Sequence
-from tinyserve.speculation import MOST_SEQUENCES, NgramProposer
+from tinyserve.speculation import MOST_TOKENS, Speculation
 
 
 class Runner(Protocol):
@@ -65,10 +64,8 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefixes: NoPrefixCache | None = None,
-        proposer: NgramProposer | None = None,
-        spare_slots: SequenceOf[int] | None = None,
+        speculation: Speculation | None = None,
     ):
-        """`spare_slots` are for states while guesses are checked; None where a model has none."""
         self.runner, self.blocks, self.eos_token_ids = runner, blocks, eos_token_ids
         self.max_model_len = max_model_len
         # Each that decodes gets a token in every step: forks could be more than the budget holds, and would stall all
@@ -76,7 +73,7 @@ class Engine:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefixes = prefixes or NoPrefixCache(blocks)
-        self.proposer, self.spare_slots = proposer, spare_slots
+        self.speculation = speculation
         self.waiting: list[Sequence] = []  # both by place in the queue
         self.running: list[Sequence] = []
         self.scheduled: list[Scheduled] = []  # in the last step
@@ -130,9 +127,10 @@ class Engine:
         """
         start = perf_counter()
         self.scheduled = []
-        self.scheduled = self._schedule()
+        self._schedule()
         if not self.scheduled:
             return []
+        rows = sum(num_tokens + len(sequence.draft) for sequence, num_tokens in self.scheduled)
         grown = []
         try:
             results = self.runner.execute(self.scheduled)
@@ -147,7 +145,9 @@ class Engine:
                     self._requeue(sequence, keep_state=False)
             raise
         self.totals["steps"] += 1
-        self.step_seconds += perf_counter() - start
+        self.step_seconds += (seconds := perf_counter() - start)
+        if self.speculation is not None:
+            self.speculation.measure(rows, seconds)
         return grown
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -177,55 +177,40 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _schedule(self) -> list[Scheduled]:
+    def _schedule(self) -> None:
         for sequence in list(self.running):
             if sequence.forks:
                 self._fork_when_ready(sequence)
-        budget, scheduled, preempted = self.max_num_batched_tokens, [], False
-        spares = list(self.spare_slots or ())
-        # Those with one token to go are decoding: they come first, so that a long prompt stalls nobody.
-        for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed > 1):
-            if budget == 0:
-                break
-            num_tokens = self._chunk(sequence, budget)
-            if not sequence.is_running or not self._grow(sequence, num_tokens):
-                preempted = True
-                continue
-            scheduled.append(Scheduled(sequence, num_tokens))
-            if self.proposer is not None:
-                self._guess(sequence, num_tokens, budget - num_tokens, spares)
-            budget -= num_tokens + len(sequence.draft)
+        preemptions = self.totals["preemptions"]
+        # Those that decode come first, so that a long prompt stalls nobody, and guesses when all of them have a token.
+        running = sorted(self.running, key=lambda sequence: _tokens_to_go(sequence) > 1)
+        budget = self._take([sequence for sequence in running if _is_decoding(sequence)], self.max_num_batched_tokens)
+        if self.speculation is not None:
+            newcomers = min(len(self.waiting), self.max_num_seqs - len(self.running))
+            others = len(self.running) - len(self.scheduled) + newcomers  # a guess does not take the token of one
+            budget -= self.speculation.add_guesses(self.scheduled, len(self.running), budget - others)
+        budget = self._take([sequence for sequence in self.running if not _is_decoding(sequence)], budget)
         # Where blocks have run out, a newcomer would only take those of the next in need.
-        while budget and not preempted and self.waiting and len(self.running) < self.max_num_seqs:
+        is_full = self.totals["preemptions"] > preemptions
+        while budget and not is_full and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
             self._fork_when_ready(sequence)
             num_tokens = self._chunk(sequence, budget)
             budget -= num_tokens
-            scheduled.append(Scheduled(sequence, num_tokens))
-        return scheduled
+            self.scheduled.append(Scheduled(sequence, num_tokens))
 
-    def _guess(self, sequence: Sequence, num_tokens: int, room: int, spares: list[int]) -> None:
-        """Give a sequence that decodes guesses to check, if there are some, and room, and a place for its state."""
-        params, length = sequence.params, len(sequence.token_ids)
-        others = len(self.running)  # a guess takes neither their token in this step nor their next block
-        room = min(room - others, self.max_model_len - length - 1, params.max_tokens - sequence.num_output - 1)
-        is_decoding = sequence.num_computed + num_tokens == length and sequence.num_output > 0
-        if not is_decoding or room < 1 or others > MOST_SEQUENCES:
-            return
-        if sequence.matcher is not None or params.changes_logits or (self.spare_slots is not None and not spares):
-            return
-        assert self.proposer is not None
-        draft = self.proposer.propose(sequence, room)
-        needed = self.blocks.blocks_for(length + len(draft)) - len(sequence.block_table)
-        if not draft or (needed > 0 and needed + others > self.blocks.num_free):
-            return
-        sequence.block_table += self.blocks.allocate(max(0, needed))
-        if spares:
-            sequence.spare_slot = spares.pop()
-            self.runner.copy_state(sequence.state_slot, sequence.spare_slot)
-        sequence.draft = draft
+    def _take(self, sequences: list[Sequence], budget: int) -> int:
+        """Schedule what comes next of those that run; returns how many tokens the budget has left."""
+        for sequence in sequences:
+            if budget == 0:
+                break
+            num_tokens = self._chunk(sequence, budget)
+            if sequence.is_running and self._grow(sequence, num_tokens):
+                self.scheduled.append(Scheduled(sequence, num_tokens))
+                budget -= num_tokens
+        return budget
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many of a sequence's tokens come next; forks and those who reuse states wait at places of their own."""
@@ -339,13 +324,13 @@ class Engine:
 
     def _check_guesses(self, sequence: Sequence, num_tokens: int, sampled: Sampled) -> None:
         """Keep what the model has chosen as guessed, and the token after it; a state that went farther goes back."""
-        assert self.proposer is not None
-        guessed, right, reason = len(sequence.draft), -1, None
+        assert self.speculation is not None
+        guessed, length, reason = len(sequence.draft), len(sequence.token_ids), None
         for one in (sampled, *sampled.then):
-            right += 1
             if reason := self._append(sequence, one):
                 break
-        self.proposer.learn(sequence, guessed, right)
+        right = min(len(sampled.then), len(sequence.token_ids) - length)  # the last of them may have ended it
+        self.speculation.learn(sequence, guessed, right)
         self.totals.update(guessed_tokens=guessed, right_tokens=right)
         if sequence.spare_slot is not None and right < guessed:
             self.runner.copy_state(sequence.spare_slot, sequence.state_slot)  # the next step comes here again
@@ -381,6 +366,8 @@ class Engine:
 
     def _stop_running(self, sequence: Sequence, keep_state: bool) -> None:
         self.running.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
         self._free_slots.append(self.prefixes.keep_state(sequence) if keep_state else sequence.state_slot)
         self.blocks.free(sequence.block_table)
         sequence.stop_running()
@@ -394,6 +381,15 @@ class Engine:
 
 def _place(sequence: Sequence) -> tuple[int, int]:
     return sequence.place
+
+
+def _tokens_to_go(sequence: Sequence) -> int:
+    return len(sequence.token_ids) - sequence.num_computed
+
+
+def _is_decoding(sequence: Sequence) -> bool:
+    """Whether it has one token to go, or those of a step whose guesses were wrong, when its state went back."""
+    return _tokens_to_go(sequence) <= 1 + (MOST_TOKENS if sequence.num_output else 0)
 
 
 def _params_of_answer(params: SamplingParams, index: int) -> SamplingParams:

@@ -237,12 +237,15 @@ class MaskFiller:
         self._thread = ThreadPoolExecutor(1, "tinyserve-masks")
         self._filling: Future[Masks] | None = None
 
-    def start(self, matchers: Sequence[Matcher | None]) -> None:
-        """Begin; until `wait`, nobody else may touch these matchers."""
-        self._filling = self._thread.submit(self._fill, list(matchers))
+    def start(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]] | None = None) -> None:
+        """Begin; until `wait`, nobody else may touch these matchers. drafts: the guesses behind each one's place."""
+        self._filling = self._thread.submit(self._fill, list(matchers), drafts or [()] * len(matchers))
 
     def wait(self) -> Masks:
-        """The masks (matchers, words) of the last `start`."""
+        """The masks (places, words) of the last `start`: of each matcher one, and one behind each guess.
+
+        Behind a guess that the grammar forbids, and where it gives up, they allow nothing: no answer goes there.
+        """
         if self._filling is None:
             raise ValueError("There are no masks to wait for: call start first.")
         filling, self._filling = self._filling, None
@@ -252,11 +255,20 @@ class MaskFiller:
         """End the thread."""
         self._thread.shutdown()
 
-    def _fill(self, matchers: Sequence[Matcher | None]) -> Masks:
+    def _fill(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]]) -> Masks:
         import numpy as np
 
-        masks = np.empty((len(matchers), self._words), np.uint32)
-        fill_masks(matchers, masks)
+        masks = np.zeros((len(matchers) + sum(map(len, drafts)), self._words), np.uint32)
+        if len(masks) == len(matchers):
+            fill_masks(matchers, masks)
+            return masks
+        first = 0
+        for matcher, draft in zip(matchers, drafts, strict=True):
+            rows = masks[first : first + 1 + len(draft)]
+            fill_masks([matcher] if matcher is not None else [None] * len(rows), rows)
+            if matcher is not None and draft and matcher.reason is None:
+                rows[1 + matcher.fill_draft(draft, rows) :] = 0
+            first += len(rows)
         return masks
 
 

@@ -26,7 +26,7 @@ from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixC
 from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
 from tinyserve.request_maker import RequestMaker
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
-from tinyserve.speculation import MOST_SEQUENCES, proposer_of
+from tinyserve.speculation import MOST_SEQUENCES, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.text_reader import TextReader
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ class LLM:
         block_size: tokens in a block of the cache, a multiple of 16.
         enable_prefix_caching: keep what finished requests have computed while nobody else needs its room, and take it
             over where a prompt begins with the same tokens; no answer changes by a bit.
-        speculative_config: {"method": "ngram"} lets an answer that repeats what was said come several tokens a step;
-            no token changes. Also num_speculative_tokens (16 at most), prompt_lookup_max (4), prompt_lookup_min (2).
+        speculative_config: {"method": "ngram"} lets an answer that repeats what was said come several tokens a step,
+            {"method": "draft_model", "model": ...} one that a smaller model guesses; no token changes. Also
+            num_speculative_tokens (at most 11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
@@ -98,6 +99,7 @@ class LLM:
         )
         if not isinstance(enable_prefix_caching, bool):
             raise UserError(f"enable_prefix_caching is {enable_prefix_caching!r}; it must be True or False.")
+        from tinyserve.draft_loader import open_draft
         from tinyserve.model_files import open_model
         from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
         from tinyserve.models import build_model
@@ -106,8 +108,10 @@ class LLM:
 
         if not isinstance(model, str | PathLike) or not str(model):
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
-        proposer = proposer_of(speculative_config)
+        speculative = SpeculativeConfig.parse(speculative_config)
         resolve_dtype(dtype)  # before anything is downloaded
+        if speculative and speculative.dtype is not None:
+            resolve_dtype(speculative.dtype)
         resolve_kv_cache_dtype(kv_cache_dtype, dtype)
         files = open_model(str(model), load_format, progress=True)
         self.dtype = resolve_dtype(dtype, files.packed_dtype)
@@ -116,9 +120,13 @@ class LLM:
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.generation_config, self.end_tokens = files.generation, files.end_tokens
         self.num_threads = _jit.set_threads(num_threads)
+        draft = None
+        if speculative and speculative.model:
+            draft = open_draft(speculative, files, self.dtype, kv_cache_dtype, max_num_seqs, load_format)
         self.cache_plan = plan = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
-            self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if proposer else 0,
+            self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if speculative else 0,
+            draft.needs if draft else None,
         )  # fmt: skip
         self.max_model_len = plan.max_model_len
         self._progress, self._compiled = progress or announcer(), 0
@@ -134,19 +142,31 @@ class LLM:
                 f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
                 waiting=lambda: self._progress("wait", 0, 0),
             )
+            runners = [self._runner]
+            proposer: Proposer | None = None
+            if draft:
+                proposer, runner = draft.load(plan, max_num_batched_tokens, self.num_threads, self._progress)
+                runners.append(runner)
+            elif speculative:
+                proposer = NgramProposer(
+                    speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
+                )
         blocks = BlockManager(plan.num_blocks, block_size)
         prefixes = NoPrefixCache(blocks)
         if enable_prefix_caching and plan.state_nbytes:
             prefixes = StatePrefixCache(blocks, range(max_num_seqs, max_num_seqs + plan.num_snapshots))
         elif enable_prefix_caching:
             prefixes = BlockPrefixCache(blocks)
+        speculation = None
+        if proposer is not None:
+            spares = range(plan.num_states - plan.num_spares, plan.num_states) if plan.state_nbytes else None
+            speculation = Speculation(proposer, blocks, self.max_model_len, self._runner.copy_state, spares)
         self._engine = Engine(
             self._runner, blocks, files.eos_token_ids, self.max_model_len, max_num_seqs, max_num_batched_tokens,
-            prefixes, proposer,
-            range(plan.num_states - plan.num_spares, plan.num_states) if plan.state_nbytes else None,
+            prefixes, speculation,
         )  # fmt: skip
         self._maker = RequestMaker(
-            self.name, self.tokenizer, self.config.vocab_size, self._engine, [self._runner], seed
+            self.name, self.tokenizer, self.config.vocab_size, self._engine, runners, seed
         )  # fmt: skip
         self.thread = EngineThread(self._engine)
         self._reader = TextReader(self.thread, self._engine, self._runner)

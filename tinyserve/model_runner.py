@@ -25,6 +25,7 @@ Array = np.ndarray
 T = TypeVar("T")
 
 MAX_SNAPSHOTS = 64
+DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the guesses, and while it reads a prompt
 _ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
 
 
@@ -54,7 +55,7 @@ class ModelRunner:
         matchers = [scheduled[i].sequence.matcher for i in complete]
         filler = self.masks if any(matchers) else None
         if filler is not None:
-            filler.start(matchers)  # while the model works
+            filler.start(matchers, [scheduled[i].sequence.draft for i in complete])  # while the model works
         with _jit.one_at_a_time(self.num_threads):
             batch = self._batch(scheduled)
             hidden = self.model(batch, self.cache)  # (tokens, hidden)
@@ -65,14 +66,10 @@ class ModelRunner:
             places = [(i, ahead) for i in complete for ahead in range(len(scheduled[i].sequence.draft) + 1)]
             rows = [batch.starts[i] + scheduled[i].num_tokens - 1 + ahead for i, ahead in places]
             logits = self.model.logits(hidden[rows])  # (places, vocab)
-            masks = filler.wait() if filler is not None else ()
-            mask_of = {i: mask for i, mask, matcher in zip(complete, masks, matchers, strict=False) if matcher}
-            sampled = self.sampler.sample(
-                [scheduled[i].sequence for i, _ in places],
-                logits,
-                [mask_of.get(i) for i, _ in places],
-                [ahead for _, ahead in places],
-            )
+            sequences = [scheduled[i].sequence for i, _ in places]
+            filled: Iterable[Array] = filler.wait() if filler is not None else []
+            masks = [mask if s.matcher else None for mask, s in zip(filled, sequences, strict=False)]
+            sampled = self.sampler.sample(sequences, logits, masks, [ahead for _, ahead in places])
         results: list[Sampled | None] = [None] * len(scheduled)
         chosen = iter(sampled)
         for i, matcher in zip(complete, matchers, strict=True):
@@ -153,11 +150,11 @@ class ModelRunner:
 class Masks(Protocol):
     """Finds out which tokens come next, in a thread of its own."""
 
-    def start(self, matchers: list[Any]) -> None:
-        """Begin; a matcher may be None."""
+    def start(self, matchers: list[Any], drafts: list[list[int]]) -> None:
+        """Begin; a matcher may be None, and has guesses behind its place."""
 
     def wait(self) -> Array:
-        """The masks (matchers, words) uint32 of the last `start`."""
+        """The masks (places, words) uint32 of the last `start`: each matcher's own, and one behind each guess."""
 
 
 def _followed(draft: list[int], sampled: list[Sampled]) -> Sampled:
@@ -169,10 +166,13 @@ def _followed(draft: list[int], sampled: list[Sampled]) -> Sampled:
 
 
 def _obeyed(matcher: Any, sampled: Sampled) -> Sampled:
-    """The token, taken in by its grammar; or why there is none."""
-    if sampled.error is None:
-        matcher.advance(sampled.token_id)
-    return sampled if matcher.error is None else Sampled(-1, error=matcher.error)
+    """The tokens, taken in by their grammar, as far as it goes; or why there is none."""
+    for right, one in enumerate((sampled, *sampled.then)):
+        if one.error is None:
+            matcher.advance(one.token_id)
+        if matcher.error is not None:  # the next step comes here again where there are tokens before
+            return sampled._replace(then=sampled.then[: right - 1]) if right else Sampled(-1, error=matcher.error)
+    return sampled
 
 
 class _Tokens(Protocol):
@@ -191,6 +191,25 @@ class Scratch:
         self.draft: list[int] = []
 
 
+class DraftNeeds(NamedTuple):
+    """What a draft model keeps beside: its weights, a block of its own for each of the model's, and states."""
+
+    config: ModelConfig
+    dtype: str
+    kv_cache_dtype: str
+    max_num_seqs: int  # that it guesses for at once
+
+    @property
+    def num_states(self) -> int:
+        """Slots for running sequences and for snapshots."""
+        return self.max_num_seqs * (1 + DRAFT_SNAPSHOTS)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Of one sequence."""
+        return state_bytes_per_sequence(self.config)
+
+
 class CachePlan(NamedTuple):
     """What the memory for keys, values and states is divided into."""
 
@@ -202,6 +221,8 @@ class CachePlan(NamedTuple):
     block_nbytes: int
     state_nbytes: int  # of one sequence
     num_spares: int = 0  # of states, for while guesses are checked
+    draft_block_nbytes: int = 0  # of a draft model, which has as many blocks
+    draft_states_nbytes: int = 0  # of all its states
 
     @property
     def num_states(self) -> int:
@@ -210,8 +231,13 @@ class CachePlan(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """All of it, with the state that `logits` has for itself."""
-        return self.num_blocks * self.block_nbytes + (self.num_states + 1) * self.state_nbytes
+        """All of it, with the state that `logits` has for itself, and a draft model's."""
+        return self.num_blocks * self.block_nbytes + (self.num_states + 1) * self.state_nbytes + self.draft_nbytes
+
+    @property
+    def draft_nbytes(self) -> int:
+        """The draft model's part."""
+        return self.num_blocks * self.draft_block_nbytes + self.draft_states_nbytes
 
     def __str__(self) -> str:
         text = (
@@ -220,6 +246,8 @@ class CachePlan(NamedTuple):
         if self.state_nbytes:
             text += f"; {self.num_states + 1} states, {self.num_snapshots} of them snapshots"
             text += f", {(self.num_states + 1) * self.state_nbytes / 1e6:.1f} MB"
+        if self.draft_nbytes:
+            text += f"; the draft model's, {self.draft_nbytes / 1e6:.1f} MB"
         return text
 
 
@@ -233,29 +261,34 @@ def plan_cache(
     kv_cache_dtype: str = "float32",
     snapshots: bool = True,
     spares: int = 0,
+    draft: DraftNeeds | None = None,
 ) -> CachePlan:
     """How many blocks the cache has, how many tokens a sequence may come to, and how many snapshots are kept.
 
     Enough for `max_num_seqs` full sequences, or what the memory holds: `kv_cache_memory`, or half of what is free
     beside the weights; states of recurrent layers come first, and snapshots of them have an eighth at most of what is
-    left, and nothing that `max_model_len` needs. Raises UserError, with the numbers, when that is too little for one
-    sequence.
+    left, and nothing that `max_model_len` needs. A draft model's blocks and states come out of the same memory. Raises
+    UserError, with the numbers, when that is too little for one sequence.
     """
     limit = config.max_position_embeddings
     if max_model_len is not None and not 2 <= max_model_len <= limit:
         raise UserError(f"max_model_len is {max_model_len}; this model has positions for 2 to {limit} tokens.")
     budget = kv_cache_memory
     if budget is None:
-        budget = max(0, available_memory() - weight_bytes(config, dtype)) // 2
+        weights = weight_bytes(config, dtype) + (weight_bytes(draft.config, draft.dtype) if draft else 0)
+        budget = max(0, available_memory() - weights) // 2
     spares = spares if state_bytes_per_sequence(config) else 0
-    states = state_nbytes(config, max_num_seqs + spares)
+    draft_block = KVCache.block_nbytes(draft.config, block_size, draft.kv_cache_dtype) if draft else 0
+    draft_states = state_nbytes(draft.config, draft.num_states) if draft else 0
+    states = state_nbytes(config, max_num_seqs + spares) + draft_states
     if states > budget:
         raise UserError(
             f"{_size(budget)} are too little for the states of {max_num_seqs} sequences, which take {_size(states)}: "
             f"lower max_num_seqs, or raise kv_cache_memory, or free some memory."
         )
     budget -= states
-    block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
+    own_block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
+    block = own_block + draft_block
     wanted = max_model_len or limit
     least = block * -(-(max_model_len or 2) // block_size)
     num_snapshots = 0
@@ -271,7 +304,10 @@ def plan_cache(
             f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
             f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
-    return CachePlan(num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, block, state, spares)
+    return CachePlan(
+        num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, own_block, state, spares, draft_block,
+        draft_states,
+    )  # fmt: skip
 
 
 def _size(nbytes: int) -> str:

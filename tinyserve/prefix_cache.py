@@ -38,6 +38,9 @@ class NoPrefixCache:
     def record(self, sequence: Sequence, copy_state: CopyState) -> None:
         """A step that succeeded has brought the sequence to its `num_computed`."""
 
+    def keep_place(self, sequence: Sequence, copy_state: CopyState) -> None:
+        """Make where a sequence is now a place to go on from, also when it has gone on in another way."""
+
     def keep_state(self, sequence: Sequence) -> int:
         """A sequence stops running at its `num_computed`: returns the slot that is free now, its own or another."""
         return sequence.state_slot
@@ -66,10 +69,16 @@ class BlockPrefixCache(NoPrefixCache):
                 self.blocks.free([block])
             sequence.key, sequence.num_recorded = known.key, i + 1
 
+    def keep_place(self, sequence: Sequence, copy_state: CopyState) -> None:
+        self._remember_tail(sequence)
+
     def keep_state(self, sequence: Sequence) -> int:
+        self._remember_tail(sequence)
+        return super().keep_state(sequence)
+
+    def _remember_tail(self, sequence: Sequence) -> None:
         if tokens := self._tail_tokens(sequence):
             self.blocks.remember(sequence.block_table[sequence.num_recorded], sequence.key, tokens)
-        return super().keep_state(sequence)
 
     def _tail_tokens(self, sequence: Sequence) -> tuple[int, ...]:
         """What is computed of a sequence in its last block, if that is not full."""
@@ -146,10 +155,13 @@ class StatePrefixCache(BlockPrefixCache):
         done, is_prefill = sequence.num_computed, len(sequence.token_ids) - sequence.num_computed > 1
         passed_stride = is_prefill and done - sequence.last_snapshot >= self.stride
         if passed_stride or done in (len(sequence.prompt_token_ids), sequence.split_at):
-            sequence.last_snapshot = done
-            if (key := self._new_key(sequence)) is not None:
-                copy_state(sequence.state_slot, self._free_slots[-1])  # what interrupts this leaves no snapshot behind
-                self._add(key, sequence, self._free_slots.pop())
+            self.keep_place(sequence, copy_state)
+
+    def keep_place(self, sequence: Sequence, copy_state: CopyState) -> None:
+        sequence.last_snapshot = sequence.num_computed
+        if (key := self._new_key(sequence)) is not None:
+            copy_state(sequence.state_slot, self._free_slots[-1])  # what interrupts this leaves no snapshot behind
+            self._add(key, sequence, self._free_slots.pop())
 
     def keep_state(self, sequence: Sequence) -> int:
         """The sequence's own slot becomes the snapshot's: nothing is copied."""

@@ -39,19 +39,20 @@ class Sampler:
     ) -> list[Sampled]:
         """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
 
-        masks: none, or for each sequence None or the tokens that its grammar allows, bits in words of uint32 (as
-        `allow` takes them). ahead: how many guesses stand before each row's token, none by default. Log-probabilities
-        are of the logits as they came.
+        masks: none, or for each row None or the tokens that its grammar allows, bits in words of uint32 (as `allow`
+        takes them). ahead: how many of the sequence's guesses stand before each row's token, none by default; all is
+        done as if they had been said. Log-probabilities are of the logits as they came.
         """
         params = [sequence.params for sequence in sequences]
+        ahead = ahead or [0] * len(params)
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
-        self._process(sequences, logits, masks)
+        self._process(sequences, logits, masks, ahead)
         temperature = np.array([p.temperature for p in params], np.float64)
         if temperature.any():
             numbers = [
                 (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output + guesses))
-                for p, sequence, guesses in zip(params, sequences, ahead or [0] * len(params), strict=True)
+                for p, sequence, guesses in zip(params, sequences, ahead, strict=True)
             ]
             top_k = np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64)
             token_ids = sample(logits, temperature, top_k, *np.array(numbers).T.copy())
@@ -69,7 +70,13 @@ class Sampler:
             results[row] = results[row]._replace(logprobs=logprobs)
         return results
 
-    def _process(self, sequences: SequenceOf[Sequence], logits: Array, masks: SequenceOf[Array | None]) -> None:
+    def _process(
+        self,
+        sequences: SequenceOf[Sequence],
+        logits: Array,
+        masks: SequenceOf[Array | None],
+        ahead: SequenceOf[int],
+    ) -> None:
         masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
         if masked:
             allow(logits, np.array([row for row, _ in masked]), np.stack([mask for _, mask in masked]))
@@ -79,7 +86,7 @@ class Sampler:
                 if processors is None:
                     processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
-                processors(logits[row], sequence)
+                processors(logits[row], sequence, ahead[row])
 
 
 def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> list[Logprobs]:
@@ -110,20 +117,21 @@ class _Processors:
             np.float32(params.presence_penalty),
         ]
 
-    def __call__(self, row: Array, sequence: Sequence) -> None:
-        """Change a row (vocab,) of logits, in the order that tensor/sampling.py gives."""
+    def __call__(self, row: Array, sequence: Sequence, ahead: int) -> None:
+        """Change a row (vocab,) of logits, behind so many guesses, in the order that tensor/sampling.py gives."""
+        said = sequence.output_token_ids + sequence.draft[:ahead]
         if self.allowed is not None:
             allowed = row[self.allowed]
             row.fill(-np.inf)
             row[self.allowed] = allowed
         row[self.banned] = -np.inf
         if self.bad_words:
-            row[completing(self.bad_words, sequence.output_token_ids)] = -np.inf
+            row[completing(self.bad_words, said)] = -np.inf
         row[self.biased] += self.bias
-        if sequence.num_output < sequence.params.min_tokens:
+        if len(said) < sequence.params.min_tokens:
             row[self.ends] = -np.inf
         if sequence.params.penalises:
-            penalise(row, self.prompt, np.array(sequence.output_token_ids, np.int64), *self.penalties)
+            penalise(row, self.prompt, np.array(said, np.int64), *self.penalties)
 
 
 def completing(words: Iterable[list[int]], said: list[int]) -> list[int]:
