@@ -14,11 +14,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-PAGE = Path(__file__).parent.parent / "tinyserve" / "server" / "page.html"
+from tinyserve.server.page import page as whole_page
 
 
 @dataclass
@@ -141,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         if url.path == "/":
-            page = PAGE.read_text(encoding="utf-8")
+            page = whole_page()
             return self._send(
                 page.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": content_security_policy(page)}
             )

@@ -620,7 +620,7 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
     """The garbage collector may do this at any moment, in the thread that holds the lock."""
     llm = llm_of("llama")
     expected = llm.generate([[1, 2, 3]], greedy(6))[0].outputs[0].token_ids
-    doomed, kept = llm.stream([4, 5], greedy(50)), llm.stream([1, 2, 3], greedy(6))
+    doomed = llm.stream([4, 5], greedy(50))
     next(doomed)
     execute = llm._runner.execute
 
@@ -630,6 +630,7 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
 
     llm._runner.execute = closing  # type: ignore[method-assign]
     try:
+        kept = llm.stream([1, 2, 3], greedy(6))  # its first step comes after the change
         assert [*chain(*(chunk.token_ids for chunk in kept))] == expected
     finally:
         llm._runner.execute = execute  # type: ignore[method-assign]

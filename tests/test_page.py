@@ -12,7 +12,6 @@ import browser as browsers
 import pytest
 from fake_openai_server import (
     LOADED,
-    PAGE,
     PARIS,
     Comment,
     Failure,
@@ -29,6 +28,7 @@ from servers import Running, running
 from tinyserve import presets
 from tinyserve.config import parse_config
 from tinyserve.inspection import inspection
+from tinyserve.server.page import page as whole_page
 
 PATIENCE = 120.0  # seconds: nothing here takes one, but for a machine that does something else
 GPT2 = {**LOADED, "id": "gpt2", "chat": False, "max_model_len": 1024}
@@ -128,7 +128,7 @@ def sent(fake: FakeServer) -> dict[str, Any]:
 
 def test_the_file_is_self_contained_and_never_writes_markup() -> None:
     """One script, which the server lets run by its hash; nothing from elsewhere; no way for a text to become markup."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = whole_page()
     assert text.count("<script") == text.count("<style") == 1 and "<script>" in text
     assert not re.search(r"\son[a-z]+=[\"']", text), "handlers in attributes are forbidden by the policy"
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,6 +19,7 @@ from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, guards, status, texts
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.metrics import ServerMetrics
+from tinyserve.server.page import page
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
 
@@ -127,7 +127,7 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 def _page() -> Callable[[Request], Awaitable[Response]]:
     """The page at /, which may run its own script and style, and nothing else from anywhere."""
-    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    text = page()
     scripts = " ".join(_hash(body) for body in re.findall("<script>(.*?)</script>", text, re.DOTALL))
     policy = (
         f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -140,10 +140,10 @@ def _page() -> Callable[[Request], Awaitable[Response]]:
         "Cache-Control": "no-cache",
     }
 
-    async def page(request: Request) -> Response:
+    async def send_page(request: Request) -> Response:
         return Response(text, media_type="text/html; charset=utf-8", headers=headers)
 
-    return page
+    return send_page
 
 
 def _hash(body: str) -> str:
