@@ -18,6 +18,7 @@ from tinyserve.speculation import MOST_ROWS, Average, StepTimes, extra_costs, mo
 PAUSES = (8, 32)  # steps without a guess, when none pays, before some are tried again; then no more
 FOREVER = 1 << 62
 TRIED = 2  # guesses, to see whether they are better by now
+SWEPT = 1.2  # what guesses cost beyond what was measured: each model's weights push the other's out of the caches
 CURIOSITY = 8  # of so many requests one is tried where those before it say that none pays
 
 
@@ -129,7 +130,7 @@ class DraftModel:
         step = self.times.seconds(together)
         draft_step = self.own_times.seconds(together) / step if step else 0.25
         extra = extra_costs(self.times, together, step / together)
-        costs = (cost + draft_step * (i + 1) for i, cost in enumerate(extra))
+        costs = (SWEPT * (cost + draft_step * (i + 1)) for i, cost in enumerate(extra))
         if num_tokens := most_useful(repeat(pace.chance.value, room), costs):
             pace.is_tried = True
             return num_tokens
