@@ -160,6 +160,7 @@ def test_keys_come_from_the_environment(arguments: list[str]) -> None:
         (["--threads", "0"], "--threads is 0"),
         (["--memory", "0"], "--memory is 0"),
         (["--dtype", "int3"], "int3"),
+        (["--tool-format", "xml"], "hermes"),
         (["--kv-cache-dtype", "int3"], "int3"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["smolm2"], "smollm2-135m"),

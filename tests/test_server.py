@@ -186,6 +186,19 @@ def test_tools_are_called(tool_client: openai.OpenAI) -> None:
     assert refused.value.param == "tool_choice"
 
 
+def test_a_template_that_shows_no_tools_needs_a_format(folder_of: Callable[[str], Path]) -> None:
+    unit = {"type": "object", "properties": {"unit": {"enum": ["c", "f"]}}, "required": ["unit"]}
+    tools = [{"type": "function", "function": {"name": "heat", "parameters": unit}}]
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools, "tool_choice": "required"}
+    options: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "max_num_seqs": 2}
+    with running({"tiny": folder_of("llama")}, **options) as server:
+        assert "tool_format" in server.post(CHAT, body).json()["error"]["message"]
+    with running({"tiny": folder_of("llama")}, app={"tool_format": "json"}, **options) as server:
+        answer = server.post(CHAT, {**body, "parallel_tool_calls": False}).json()
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "heat" and json.loads(call["function"]["arguments"])["unit"] in "cf"
+
+
 def test_completions_echo_and_log_probabilities(client: openai.OpenAI, server: Running) -> None:
     text = "The capital of France is"
     completion = client.completions.create(

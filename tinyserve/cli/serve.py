@@ -60,6 +60,12 @@ def serve(
     ngram: Annotated[
         bool, typer.Option("--ngram", help="Guess what repeats the prompt, and check several tokens a step.")
     ] = False,
+    tool_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="How tools are called: llama-3, hermes, json...  [default: as chat templates show]"
+        ),
+    ] = None,
     load_format: Annotated[
         str, typer.Option(metavar="FORMAT", help="auto, or dummy: synthetic weights without a download.")
     ] = "auto",
@@ -105,6 +111,7 @@ def serve(
         no_auth=no_auth,
         cors_origins=cors_origin or (),
         memory=_bytes(memory),
+        tool_format=tool_format,
         max_queue=max_queue,
         max_body=round(max_body * 1e6),
         drain_timeout=drain_timeout,

@@ -33,6 +33,7 @@ def create_app(
     hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     max_body: int = MAX_BODY,
+    tool_format: str | None = None,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The server of a pool as an ASGI application, which loads the pool's first model when it starts.
@@ -41,9 +42,10 @@ def create_app(
     hosts: names by which it may be called; without any, all.
     cors_origins: pages of these origins may call it, "*" for all.
     max_body: bytes.
+    tool_format: how models write calls whose chat templates do not tell (`tools.FORMATS`).
     on_failure: hears why the first model cannot be loaded.
     """
-    state = State(pool, ServerMetrics(pool))
+    state = State(pool, ServerMetrics(pool), tool_format)
     routes = [
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),

@@ -77,6 +77,7 @@ class _Chat:
             chat_params(body, llm),
             tools=body.tools or None,  # some clients send an empty list for none
             tool_choice=body.tool_choice,
+            tool_format=self._state.tool_format if body.tools else None,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             add_generation_prompt=body.add_generation_prompt,
             **(body.chat_template_kwargs or {}),

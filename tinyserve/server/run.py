@@ -24,6 +24,7 @@ from tinyserve.server.app import MAX_BODY, create_app
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
+from tinyserve.tools import format_named
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -42,6 +43,7 @@ class ServeOptions:
     no_auth: bool = False
     cors_origins: Sequence[str] = ()
     memory: int | None = None  # bytes; by default four fifths of what is free
+    tool_format: str | None = None
     max_queue: int = 128
     max_body: int = MAX_BODY
     drain_timeout: float = 30.0
@@ -74,6 +76,7 @@ def serve(options: ServeOptions) -> int:
         hosts=hosts,
         cors_origins=options.cors_origins,
         max_body=options.max_body,
+        tool_format=options.tool_format,
         on_failure=fail,
     )
     config = uvicorn.Config(
@@ -97,6 +100,8 @@ def _check(options: ServeOptions) -> None:
     from tinyserve.model_runner import resolve_kv_cache_dtype
     from tinyserve.quantize import resolve_dtype
 
+    if options.tool_format is not None:
+        format_named(options.tool_format)
     llm = options.llm_options
     numbers = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads")
     check_options({}, **{name: llm[name] for name in numbers if name in llm})

@@ -25,6 +25,7 @@ class State:
 
     pool: ModelPool
     metrics: ServerMetrics
+    tool_format: str | None = None  # how calls are written, where chat templates do not tell
     is_ready: bool = False
     is_draining: bool = False  # what runs is finished, and nothing new begun
     failure: str | None = None  # why the first model could not be loaded
