@@ -16,7 +16,7 @@ from command_line import Shell
 
 from tinyserve.cli.serve import keys, names
 from tinyserve.errors import UserError
-from tinyserve.server.run import is_loopback
+from tinyserve.server.run import _listen, is_loopback
 
 
 class Process:
@@ -164,6 +164,7 @@ def test_keys_come_from_the_environment(arguments: list[str]) -> None:
         (["--kv-cache-dtype", "int3"], "int3"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["smolm2"], "smollm2-135m"),
+        (["./none.gguf"], "./none.gguf"),
         (["--api-key-file", "/nowhere"], "cannot be read"),
         (["smollm2-135m"], "given twice"),
         (["=x"], "NAME=MODEL"),
@@ -179,6 +180,12 @@ def test_a_port_in_use_is_named(shell: Shell, arguments: list[str]) -> None:
         port = listener.getsockname()[1]
         result = shell("serve", *arguments, "--port", str(port))
     assert result.code == 2 and f"127.0.0.1:{port}" in result.sentence and "--port" in result.sentence
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """asyncio turns Nagle's algorithm off where a socket says that it is TCP: a first token had waited for 40 ms."""
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

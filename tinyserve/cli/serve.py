@@ -67,7 +67,8 @@ def serve(
         ),
     ] = None,
     load_format: Annotated[
-        str, typer.Option(metavar="FORMAT", help="auto, or dummy: synthetic weights without a download.")
+        str,
+        typer.Option(metavar="FORMAT", help="auto, or dummy: synthetic weights, token ids only, no download."),
     ] = "auto",
     threads: Threads = None,
     drain_timeout: Annotated[

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 from tinyserve.architecture import size
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.errors import ApiError
 
 logger = logging.getLogger("tinyserve.server")
@@ -145,9 +146,12 @@ class ModelPool:
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()
-                llm = await _in_thread(partial(LLM, model.source, progress=report, **self.options))
+                llm = await _in_thread(partial(_ready, model.source, progress=report, **self.options))
                 model.engine, model.nbytes = AsyncEngine(llm), needed
                 logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(needed))
+        except Exception as error:
+            logger.error("%s could not be loaded: %s", model.name, error)
+            raise
         finally:
             model.loading = None
 
@@ -205,6 +209,13 @@ class ModelPool:
         for model in self.models.values():
             if model.engine is not None:
                 await asyncio.to_thread(model.engine.shutdown)
+
+
+def _ready(source: str, **options: Any) -> LLM:
+    """A model, with all its kernels: a greedy answer needs none of its own, and the first that draws would wait."""
+    llm = LLM(source, **options)
+    llm.generate([[0, 0, 0]], SamplingParams(temperature=1, max_tokens=2, ignore_eos=True), progress_bar=False)
+    return llm
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -107,8 +107,9 @@ def _check(options: ServeOptions) -> None:
     check_options({}, **{name: llm[name] for name in numbers if name in llm})
     resolve_kv_cache_dtype(llm.get("kv_cache_dtype", "auto"), resolve_dtype(llm.get("dtype", "auto")))
     for source in options.models.values():
-        # What has a slash may be a repository, which only the Hub knows.
-        if presets.find(source.partition("@")[0]) is None and "/" not in source and not Path(source).exists():
+        # What has a slash may be a repository, which only the Hub knows; but no file, nor what begins like a path.
+        is_repo = "/" in source and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+        if presets.find(source.partition("@")[0]) is None and not is_repo and not Path(source).expanduser().exists():
             raise presets.unknown_model(source)
 
 
@@ -125,15 +126,20 @@ def is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=512)
+        # asyncio lets small pieces go at once where a socket says that it is TCP; else a token waits for 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address[:2])
+        listener.listen(512)
+        return listener
     except socket.gaierror:
         raise UserError(f"--host {host} is no address of this machine, nor a name of one.") from None
     except OverflowError:
         raise UserError(f"--port is {port}; it must be between 0 (any that is free) and 65535.") from None
     except OSError as error:
         raise UserError(
-            f"{host}:{port} cannot be served: {error.strerror or error}. Is another server running there? --port takes "
-            "another, 0 any that is free."
+            f"{host}:{port} cannot be served: {os.strerror(error.errno or 0)}. Is another server running there? --port "
+            "takes another, 0 any that is free."
         ) from None
 
 
@@ -144,8 +150,8 @@ def _pool(options: ServeOptions) -> ModelPool:
     if memory <= 0:
         raise TinyserveError("No memory is free.")
     llm_options = dict(options.llm_options)
-    if len(options.models) > 1 and llm_options.get("kv_cache_memory") is None:
-        # One model alone would plan for half of all that is free.
+    if (len(options.models) > 1 or options.memory) and llm_options.get("kv_cache_memory") is None:
+        # A model would plan for half of all that is free.
         llm_options["kv_cache_memory"] = memory // (2 * len(options.models))
     return ModelPool(options.models, llm_options, memory, options.max_queue)
 

@@ -89,5 +89,5 @@ def _inspection(model: ServedModel) -> dict[str, Any]:
 
 async def not_found(request: Request, error: Exception) -> Response:
     """Any other path, in OpenAI's form."""
-    message = f"There is no {request.method} {request.url.path}; docs/serving.md has the list."
+    message = f"There is no {request.method} {request.url.path}; docs/serving.md lists what there is."
     return ApiError(404, message, code="not_found").response()
