@@ -195,8 +195,8 @@ def gaps(run: Run, arguments: argparse.Namespace, chosen: Chosen) -> None:
     streams, budget = arguments.streams, arguments.max_num_batched_tokens
     label = f"{streams} streams and a prompt of {arguments.long} tokens"
     left = budget - streams
-    # While prompts are read, streams that are ready go on.
-    count = 3 * LEAD + ceil(streams * arguments.prompt / left) + ceil(arguments.long / left)
+    # While prompts are read, streams that are ready go on; and small models make many tokens before the late one comes.
+    count = 10 * LEAD + ceil(streams * arguments.prompt / left) + ceil(arguments.long / left)
     length = max(arguments.long + 1, arguments.prompt + count)
     if not fits(run, arguments, label, length):
         return
