@@ -215,6 +215,7 @@ def test_an_answer_is_stopped_and_what_there_is_stays(page: Page, fake: FakeServ
 
 def test_an_answer_is_made_again(page: Page, fake: FakeServer) -> None:
     ask(page, "What is the capital of France?")
+    expect(answers(page)).to_have_text("The capital of France is Paris.")
     status(page, "Ready")
     first = sent(fake)
     fake.scripts.append([Token("It is Paris.")])
@@ -697,8 +698,9 @@ def test_a_real_model_is_stopped(open_page: Opener, server: Running) -> None:
     expect(page.locator(".turn.assistant .foot")).to_contain_text("stopped")
     expect(page.locator("#cache")).to_contain_text("in use by 0 answers")
     assert 3 <= server.engine.stats().output_tokens - before < 512, "it went on to the most tokens"
-    ask(page, "What is the capital of France?")
-    expect(answers(page).last).to_contain_text("Paris")
+    ask(page, "What is the capital of France?")  # what is said to that depends on how far the story came
+    expect(answers(page)).to_have_count(2)
+    expect(answers(page).last.get_by_role("option").nth(2)).to_be_visible()
 
 
 def test_a_real_model_shows_its_layers_and_what_it_refuses(open_page: Opener, server: Running) -> None:
