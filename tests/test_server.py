@@ -329,6 +329,7 @@ def test_progress_is_told_while_a_long_prompt_is_read(folder_of: Callable[[str],
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}
 
 
 @pytest.mark.parametrize(
@@ -355,12 +356,12 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": QUESTION, "stream_options": {"usage": True}}, "stream_options.usage", "no field"),
         (CHAT, {"messages": QUESTION, "response_format": {"type": "xml"}}, "response_format", "json_schema"),
         (CHAT, {"messages": QUESTION, "structured_outputs": {"choise": ["a"]}}, "structured_outputs", "'choice'"),
-        (CHAT, {"messages": QUESTION, "guided_regex": "("}, None, "regex"),
-        (CHAT, {"messages": QUESTION, "guided_grammar": "start: nothing"}, None, "nothing"),
+        (CHAT, {"messages": QUESTION, "guided_regex": "("}, "guided_regex", "regex"),
+        (CHAT, {"messages": QUESTION, "guided_grammar": "start: nothing"}, "guided_grammar", "nothing"),
         (CHAT, {"messages": QUESTION, "guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "one structure"),
         (CHAT, {"messages": QUESTION, "tools": [{"type": "function"}]}, "tools[0]", "function"),
-        (CHAT, {"messages": QUESTION, "tools": [WEATHER]}, None, "does not show tools"),
-        (CHAT, {"messages": []}, None, "no messages"),
+        (CHAT, {"messages": QUESTION, "tools": [WEATHER]}, "tools", "does not show tools"),
+        (CHAT, {"messages": []}, "messages", "no messages"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "text"),
         (
             CHAT,
@@ -371,9 +372,13 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "leave it out"),
         (TEXT, {"prompt": {"a": 1}}, "prompt", "list of token ids"),
         (TEXT, {"prompt": []}, "prompt", "must be a text"),
-        (TEXT, {"prompt": ""}, None, "empty"),
-        (TEXT, {"prompt": [1, 99999]}, None, "99999"),
-        (TEXT, {"prompt": "word " * 3000}, None, "2048"),
+        (TEXT, {"prompt": ""}, "prompt", "empty"),
+        (TEXT, {"prompt": [1, 99999]}, "prompt", "99999"),
+        (TEXT, {"prompt": "word " * 3000}, "prompt", "2048"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}, "messages", "2048"),
+        (CHAT, {"messages": QUESTION, "response_format": BAD_SCHEMA}, "response_format", "objekt"),
+        (CHAT, {"messages": QUESTION, "structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
+        ("/v1/embeddings", {"input": "word " * 3000}, "input", "2048"),
         (TEXT, {"prompt": "a", "n": 2, "best_of": 1}, "best_of", "at least as many"),
         ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions", "shortened"),
         ("/v1/embeddings", {"input": 3}, "input", "must be a text"),
@@ -392,7 +397,9 @@ def test_bad_requests_name_the_field(
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"null", b"\xff", b'{"prompt": "a"', b"[" * 10000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"a"', b"null", b"\xff", b'{"prompt": "a"', b"[" * 10000, rb'{"prompt": "\ud800"}']
+)
 def test_what_is_no_json_object_is_refused(server: Running, body: bytes) -> None:
     with server.client() as client:
         response = client.post(TEXT, content=body, headers={"content-type": "application/json"})

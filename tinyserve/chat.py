@@ -72,9 +72,11 @@ class ChatTemplate:
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages as plain data with text content; RequestError says which one is malformed, and how."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.")
+        raise RequestError(
+            f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.", "messages"
+        )
     if not messages:
-        raise RequestError("There are no messages; give at least one, with role and content.")
+        raise RequestError("There are no messages; give at least one, with role and content.", "messages")
     return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 

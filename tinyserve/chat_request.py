@@ -161,7 +161,8 @@ class ChatFormat:
         if format is None:
             raise RequestError(
                 f"The chat template of {self._name} does not show tools to the model. Leave out tools; or describe "
-                f"them in a message, and say by tool_format how calls are written: {', '.join(FORMATS)}."
+                f"them in a message, and say by tool_format how calls are written: {', '.join(FORMATS)}.",
+                "tools",
             )
         format_named(format)
         return format

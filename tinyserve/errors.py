@@ -32,7 +32,14 @@ class CheckpointError(UserError):
 
 
 class RequestError(UserError):
-    """A prompt or a sampling parameter cannot be served; the message has the numbers."""
+    """A prompt or a sampling parameter cannot be served; the message has the numbers.
+
+    `param` is the parameter at fault, where the sentence does not begin with its name.
+    """
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
 
 
 class IncompleteError(TinyserveError):

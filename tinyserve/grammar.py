@@ -73,11 +73,11 @@ class GrammarCompiler:
         limits = llguidance.LLParserLimits(verbose_errors=False)
         matcher = llguidance.LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.")
+            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.", "structured_outputs")
         grammar = Grammar(matcher, self.vocab_size, self.end_tokens)
         # The first mask finds what the compiler does not: that no text matches, or none that these tokens spell.
         if reason := grammar.first_error():
-            raise RequestError(f"{spec.kind} is refused: {reason}.")
+            raise RequestError(f"{spec.kind} is refused: {reason}.", "structured_outputs")
         return grammar
 
 

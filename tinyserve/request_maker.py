@@ -86,10 +86,12 @@ class RequestMaker:
                     raise TypeError  # True is 1 to Python, and no token to anybody
                 ids = [index(token) for token in tokens]
             except TypeError:
-                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.") from None
+                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.", "prompt") from None
         # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
         if bad := [token for token in ids if not 0 <= token < self._vocab_size]:
-            raise RequestError(f"Token id {bad[0]} is outside {self._name}'s vocabulary of {self._vocab_size}.")
+            raise RequestError(
+                f"Token id {bad[0]} is outside {self._name}'s vocabulary of {self._vocab_size}.", "prompt"
+            )
         return ids
 
     def spellings(self, texts: Iterable[str]) -> list[list[int]]:

@@ -58,7 +58,8 @@ class TextReader:
     def checked(self, token_ids: list[int]) -> list[int]:
         """A text that can be read; raises RequestError for one that is empty, or too long."""
         if not token_ids or len(token_ids) > self._engine.max_model_len:
-            raise RequestError(f"A text to be read has 1 to {self._engine.max_model_len} tokens, not {len(token_ids)}.")
+            limit = self._engine.max_model_len
+            raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", "prompt")
         return token_ids
 
     def _begin(self, token_ids: list[int]) -> "Scratch":

@@ -112,7 +112,7 @@ async def _load_first(state: State, on_failure: Callable[[Exception], None]) -> 
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error, chat.FIELDS | completions.FIELDS).response()
+    return as_api_error(error).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -3,19 +3,21 @@
 import asyncio
 import time
 import uuid
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinyserve.async_engine import AsyncEngine
 from tinyserve.chat_request import ChatRequest
 from tinyserve.llm import LLM
 from tinyserve.request import CompletionOutput, StreamChunk
 from tinyserve.server.answers import Counted, chat_logprobs, usage
 from tinyserve.server.outbox import EventStream, Outbox
+from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import ChatBody
-from tinyserve.server.sampling import chat_params
+from tinyserve.server.sampling import chat_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
 from tinyserve.tool_parser import ToolCall
 
@@ -26,7 +28,7 @@ async def chat_completions(request: Request) -> Response:
     body = await read(request, ChatBody)
     chat = _Chat(state_of(request), body)
     if body.stream:
-        return EventStream(chat.stream, FIELDS)
+        return EventStream(chat.stream)
     return Json(await unless_gone(request, chat.whole()))
 
 
@@ -41,7 +43,7 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The response, when all of it is there."""
-        async with self._state.pool.use(self._model, self._answers) as engine:
+        async with self._engine() as engine:
             prompt, params = await asyncio.to_thread(self._request, engine.llm)
             with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
                 output = await engine.complete(prompt, params, self._id, self._body.priority)
@@ -54,7 +56,7 @@ class _Chat:
     async def stream(self, outbox: Outbox) -> None:
         """The same in pieces; a choice's first has its role."""
         counted = Counted()
-        async with self._state.pool.use(self._model, self._answers, outbox.progress) as engine:
+        async with self._engine(outbox.progress) as engine:
             prompt, params = await asyncio.to_thread(self._request, engine.llm)
             with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
                 news = engine.generate(prompt, params, self._id, self._body.priority, outbox.prefill)
@@ -69,6 +71,10 @@ class _Chat:
         if options is not None and options.include_usage:
             outbox.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counted.usage()})
         outbox.done()
+
+    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+        aliases = {"prompt": "messages", "structured_outputs": structure_field(self._body)}
+        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
 
     def _request(self, llm: LLM) -> ChatRequest:
         body = self._body

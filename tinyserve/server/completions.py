@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterable
 from collections.abc import Sequence as SequenceOf
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -19,8 +19,9 @@ from tinyserve.sequence import Logprobs
 from tinyserve.server.answers import Counted, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
 from tinyserve.server.outbox import EventStream, Outbox
+from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
-from tinyserve.server.sampling import completion_params
+from tinyserve.server.sampling import completion_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
 
 FIELDS = frozenset(CompletionBody.model_fields)
@@ -41,7 +42,7 @@ async def completions(request: Request) -> Response:
         )
     work = _Completion(state_of(request), body)
     if body.stream:
-        return EventStream(work.stream, FIELDS)
+        return EventStream(work.stream)
     return Json(await unless_gone(request, work.whole()))
 
 
@@ -82,7 +83,7 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The response, when all of it is there."""
-        async with self._state.pool.use(self._model, self._answers) as engine:
+        async with self._engine() as engine:
             params = completion_params(self._body, engine.llm)
             outputs = await _together(self._complete(engine, prompt, params) for prompt in self._prompts)
             choices, usages = [], []
@@ -101,7 +102,7 @@ class _Completion:
 
     async def stream(self, outbox: Outbox) -> None:
         """The same in pieces, those of several prompts as they come."""
-        async with self._state.pool.use(self._model, self._answers, outbox.progress) as engine:
+        async with self._engine(outbox.progress) as engine:
             params = completion_params(self._body, engine.llm)
             counts = await _together(
                 self._stream(outbox, engine, p, prompt, params) for p, prompt in enumerate(self._prompts)
@@ -133,6 +134,10 @@ class _Completion:
                     if chunk.finish_reason is not None:
                         watch.ended(chunk.metrics, chunk.finish_reason)
         return counted
+
+    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+        aliases = {"structured_outputs": structure_field(self._body)}
+        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
 
     def _choices(self, llm: LLM, p: int, prompt: TextOrIds, output: RequestOutput) -> list[dict[str, Any]]:
         choices = []

@@ -1,12 +1,15 @@
 """Whatever goes wrong, as OpenAI's clients expect it: a status, and a body that names the field."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from tinyserve.errors import EngineDeadError, HubError, RequestError, TinyserveError, UserError
 
+NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -47,8 +50,19 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
-def as_api_error(error: BaseException, fields: frozenset[str] = frozenset()) -> ApiError:
-    """What a client is told of an error of the floors below; its sentence may begin with a name in `fields`."""
+@contextmanager
+def told(fields: Container[str], aliases: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of the floors below name the client's field: one of `fields`, or what `aliases` say it is here."""
+    try:
+        yield
+    except TinyserveError as error:
+        raise as_api_error(error, fields, aliases) from error
+
+
+def as_api_error(
+    error: BaseException, fields: Container[str] = (), aliases: Mapping[str, str] = NO_ALIASES
+) -> ApiError:
+    """What a client is told of an error of the floors below, as `told` has it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDeadError):
@@ -56,7 +70,8 @@ def as_api_error(error: BaseException, fields: frozenset[str] = frozenset()) -> 
     if isinstance(error, HubError):
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, RequestError | UserError):
-        return ApiError(400, str(error), param=_field_in(str(error), fields))
+        param = getattr(error, "param", None) or _field_in(str(error), fields)
+        return ApiError(400, str(error), param=aliases.get(param, param) if param else None)
     if isinstance(error, TinyserveError):
         return ApiError(500, str(error))
     if isinstance(error, MemoryError):
@@ -64,7 +79,7 @@ def as_api_error(error: BaseException, fields: frozenset[str] = frozenset()) -> 
     return ApiError(500, f"The server made a mistake ({type(error).__name__}); its log says more.")
 
 
-def _field_in(message: str, fields: frozenset[str]) -> str | None:
+def _field_in(message: str, fields: Container[str]) -> str | None:
     """Sentences about a field begin with its name, which may go on: messages[0].content."""
     word = message.split(maxsplit=1)[0] if message else ""
     name = word.replace("[", ".").split(".")[0]

@@ -43,7 +43,7 @@ class Outbox:
 
     def prefill(self, done: int, of: int) -> None:
         """A comment on how far a prompt is read."""
-        self.comment(f"prefill {done}/{of}")
+        self.progress("prefill", done, of)
 
     def done(self) -> None:
         """OpenAI's last event."""
@@ -72,14 +72,14 @@ class EventStream(Response):
     An error before the first event is a plain response with its status; a later one is the stream's last event.
     """
 
-    def __init__(self, write: Callable[[Outbox], Awaitable[None]], fields: frozenset[str] = frozenset()):
+    def __init__(self, write: Callable[[Outbox], Awaitable[None]]):
         super().__init__(None, 200)
-        self._write, self._fields = write, fields
+        self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outbox = Outbox()
         writer = asyncio.create_task(self._run(outbox))
-        watcher = asyncio.create_task(_gone(receive))
+        watcher = asyncio.create_task(gone(receive))
         sender = asyncio.create_task(self._send(outbox, writer, scope, receive, send))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -95,10 +95,10 @@ class EventStream(Response):
         try:
             await self._write(outbox)
         except Exception as error:
-            told = as_api_error(error, self._fields)
-            if told.status == 500:  # else nobody would ever see where it came from
+            api_error = as_api_error(error)
+            if api_error.status == 500:  # else nobody would ever see where it came from
                 logger.error("a stream failed", exc_info=error)
-            return told
+            return api_error
         finally:
             outbox.close()
         return None
@@ -121,7 +121,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -73,6 +73,12 @@ def _structure(body: Decoding) -> StructuredOutputs | None:
     return next(iter(given.values()), None)
 
 
+def structure_field(body: Decoding) -> str:
+    """The field that says what an answer must look like, for errors that are found when it is compiled."""
+    fields = ("structured_outputs", *_GUIDED, "response_format")
+    return next((field for field in fields if getattr(body, field) is not None), "structured_outputs")
+
+
 def _response_format(format: Mapping[str, Any]) -> StructuredOutputs | None:
     """OpenAI's: text, json_object, or json_schema with a schema inside."""
     match format:

@@ -1,17 +1,19 @@
 """What the handlers of one server share, and how a request's body is read."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Container, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from tinyserve.server.errors import ApiError
+from tinyserve.async_engine import AsyncEngine
+from tinyserve.server.errors import NO_ALIASES, ApiError, told
 from tinyserve.server.metrics import ServerMetrics
-from tinyserve.server.outbox import dumps
-from tinyserve.server.pool import ModelPool
+from tinyserve.server.outbox import dumps, gone
+from tinyserve.server.pool import ModelPool, OnProgress, ServedModel
 from tinyserve.server.protocol import B, parse
 
 T = TypeVar("T")
@@ -29,6 +31,20 @@ class State:
     is_ready: bool = False
     is_draining: bool = False  # what runs is finished, and nothing new begun
     failure: str | None = None  # why the first model could not be loaded
+
+    @asynccontextmanager
+    async def engine(
+        self,
+        model: ServedModel,
+        answers: int = 1,
+        progress: OnProgress | None = None,
+        fields: Container[str] = (),
+        aliases: Mapping[str, str] = NO_ALIASES,
+    ) -> AsyncIterator[AsyncEngine]:
+        """A model's engine, as the pool has it; errors within name the client's field, as `told` has it."""
+        with told(fields, aliases):
+            async with self.pool.use(model, answers, progress) as engine:
+                yield engine
 
 
 class Json(Response):
@@ -61,7 +77,7 @@ async def read(request: Request, kind: type[B]) -> B:
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled if the client goes away before."""
     task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_gone(request))
+    watcher = asyncio.create_task(gone(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -71,8 +87,3 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         watcher.cancel()
         task.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -24,11 +24,11 @@ async def embeddings(request: Request) -> Response:
             400, "dimensions is given, and hidden states cannot be shortened: leave it out.", param="dimensions"
         )
     texts = prompts_of(body.input, "input")
-    pool = state_of(request).pool
-    model = pool.find(body.model)
+    state = state_of(request)
+    model = state.pool.find(body.model)
 
     async def work() -> dict[str, Any]:
-        async with pool.use(model) as engine:
+        async with state.engine(model, aliases={"prompt": "input"}) as engine:
             outputs = await engine.embed(texts)
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(output.embedding, body.encoding_format)}
@@ -53,8 +53,8 @@ async def tokenize(request: Request) -> Response:
     body = await read(request, TokenizeBody)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "tokenize takes a prompt or messages: give one of the two.", param="prompt")
-    pool = state_of(request).pool
-    async with pool.use(pool.find(body.model)) as engine:
+    state = state_of(request)
+    async with state.engine(state.pool.find(body.model)) as engine:
         llm, tokenizer = engine.llm, _tokenizer(engine.llm)
         if body.prompt is not None:
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
@@ -70,8 +70,8 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of ids."""
     body = await read(request, DetokenizeBody)
-    pool = state_of(request).pool
-    async with pool.use(pool.find(body.model)) as engine:
+    state = state_of(request)
+    async with state.engine(state.pool.find(body.model)) as engine:
         size = engine.llm.config.vocab_size
         for i, token in enumerate(body.tokens):
             if not 0 <= token < size:
@@ -84,8 +84,8 @@ async def detokenize(request: Request) -> Response:
 
 async def tokenizer_info(request: Request) -> Response:
     """What a client needs to tokenize as the model does, by vLLM's names: its special tokens and its chat template."""
-    pool = state_of(request).pool
-    async with pool.use(pool.find(request.query_params.get("model"))) as engine:
+    state = state_of(request)
+    async with state.engine(state.pool.find(request.query_params.get("model"))) as engine:
         tokenizer = _tokenizer(engine.llm)
         special = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
         template = engine.llm.chat_template.source if engine.llm.chat_template is not None else None
@@ -95,8 +95,8 @@ async def tokenizer_info(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text that a conversation becomes."""
     body = await read(request, TemplateBody)
-    pool = state_of(request).pool
-    async with pool.use(pool.find(body.model)) as engine:
+    state = state_of(request)
+    async with state.engine(state.pool.find(body.model)) as engine:
         ids = await asyncio.to_thread(
             engine.llm.chat_prompt,
             body.messages,
