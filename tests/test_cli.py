@@ -313,6 +313,8 @@ def test_the_first_run_says_that_it_compiles(folder_of: FolderOf, tmp_path: Path
     assert any(tmp_path.rglob("*.nbc"))
     second = run(*command, TINYSERVE_CACHE=str(tmp_path))
     assert (second.code, second.out, second.err) == (0, first.out, "")
+    drawn = run(*command, "--temp", "1", "--repetition-penalty", "1.1", TINYSERVE_CACHE=str(tmp_path))
+    assert (drawn.code, drawn.err) == (0, ""), "whoever draws has all kernels, too"
 
 
 def test_help_imports_nothing_heavy() -> None:

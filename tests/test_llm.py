@@ -23,6 +23,7 @@ from tinyserve.engine_thread import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.request import Request
 from tinyserve.sequence import Sequence
+from tinyserve.shapes import weight_bytes
 
 TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
 
@@ -693,6 +694,20 @@ def test_prompts_as_vllm_writes_them(llm_of: Callable[..., LLM]) -> None:
             llm.generate("a", params)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens="):
         llm.chat([{"role": "user", "content": "a"}], max_tokens=3)
+
+
+def test_memory_is_asked_for_before_it_is_taken(folder_of: Callable[[str], Path]) -> None:
+    asked: list[int] = []
+    llm = LLM(folder_of("granite-hybrid"), dtype="float32", max_num_seqs=2, reserve=asked.append)
+    padding = llm.model.nbytes - weight_bytes(llm.config, "float32")  # of odd sizes, to whole panels
+    assert 0 < padding < 0.1 * llm.model.nbytes
+    assert asked == [llm.model.nbytes + llm.cache_plan.nbytes - padding]
+
+    def refuse(nbytes: int) -> None:
+        raise UserError(f"{nbytes} bytes are too many.")
+
+    with pytest.raises(UserError, match=f"{asked[0]} bytes are too many"):
+        LLM(folder_of("granite-hybrid"), dtype="float32", max_num_seqs=2, reserve=refuse)
 
 
 def test_a_long_prompt_is_reported_step_by_step(folder_of: Callable[[str], Path]) -> None:

@@ -64,6 +64,7 @@ class LLM:
         seed: int | None = None,
         load_format: str = "auto",
         progress: Progress | None = None,
+        reserve: Callable[[int], None] | None = None,
         **unknown: Any,
     ):
         """Load `model`.
@@ -86,6 +87,8 @@ class LLM:
         progress: called with ("load", numbers packed, numbers in all); the first time on a machine with ("compile
             KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
             steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
+        reserve: called with the bytes that weights (but for padding) and cache will take, before they take any; what it
+            raises ends the loading.
         """
         check_options(
             unknown,
@@ -104,6 +107,7 @@ class LLM:
         from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
         from tinyserve.models import build_model
         from tinyserve.quantize import resolve_dtype
+        from tinyserve.shapes import weight_bytes
         from tinyserve.tensor import _jit
 
         if not isinstance(model, str | PathLike) or not str(model):
@@ -129,6 +133,8 @@ class LLM:
             draft.needs if draft else None,
         )  # fmt: skip
         self.max_model_len = plan.max_model_len
+        if reserve is not None:
+            reserve(weight_bytes(files.config, self.dtype) + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
         self._progress, self._compiled = progress or announcer(), 0
         with _jit.on_compile(self._report_kernel):
             load = partial(self._progress, "load")

@@ -107,7 +107,7 @@ class ModelRunner:
         return made
 
     def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
-        """Run two tokens, the first time on a machine: of two processes one compiles, the other waits for it.
+        """Run two tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
 
         `key` names what the kernels depend on beside the processor: the architecture and the dtype. `waiting` is
         called when another process has the lock.
@@ -123,7 +123,7 @@ class ModelRunner:
                 waiting()
                 lock.acquire()
             try:
-                self.read(self.scratch([0, 0], blocks=[0]), 2, self.model.logits)
+                self.sampler.run_kernels(self.read(self.scratch([0, 0], blocks=[0]), 2, self.model.logits))
                 ready.touch()
             finally:
                 lock.release()
@@ -209,6 +209,11 @@ class DraftNeeds(NamedTuple):
         """Of one sequence."""
         return state_bytes_per_sequence(self.config)
 
+    @property
+    def weight_nbytes(self) -> int:
+        """Of its weights."""
+        return weight_bytes(self.config, self.dtype)
+
 
 class CachePlan(NamedTuple):
     """What the memory for keys, values and states is divided into."""
@@ -275,7 +280,7 @@ def plan_cache(
         raise UserError(f"max_model_len is {max_model_len}; this model has positions for 2 to {limit} tokens.")
     budget = kv_cache_memory
     if budget is None:
-        weights = weight_bytes(config, dtype) + (weight_bytes(draft.config, draft.dtype) if draft else 0)
+        weights = weight_bytes(config, dtype) + (draft.weight_nbytes if draft else 0)
         budget = max(0, available_memory() - weights) // 2
     spares = spares if state_bytes_per_sequence(config) else 0
     draft_block = KVCache.block_nbytes(draft.config, block_size, draft.kv_cache_dtype) if draft else 0

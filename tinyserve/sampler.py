@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinyserve.random_numbers import uniform
+from tinyserve.sampling_params import SamplingParams
 from tinyserve.sequence import Logprob, Logprobs, Sampled, Sequence
 from tinyserve.tensor.logits_processors import allow, penalise
 from tinyserve.tensor.sampling import log_probabilities, sample
@@ -69,6 +70,13 @@ class Sampler:
         for row, logprobs in zip(rows, found, strict=True):
             results[row] = results[row]._replace(logprobs=logprobs)
         return results
+
+    def run_kernels(self, logits: Array) -> None:
+        """Sample two rows (2, vocab) in every way, so that whoever comes later has all kernels."""
+        everything = np.full((logits.shape[1] + 31) // 32, 0xFFFFFFFF, np.uint32)
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(temperature=temperature, presence_penalty=1.0, logprobs=1)
+            self.sample([Sequence(i, [0], params) for i in range(2)], logits.copy(), [everything, everything])
 
     def _process(
         self,

@@ -89,9 +89,8 @@ class StepTimes:
         return self._on_the_line(rows) * (factor.value if factor else 1.0)
 
     def _on_the_line(self, rows: int) -> float:
-        assumed = self._seconds / (
-            self._rows + 3
-        )  # a quarter of a step of one for each, until there is more to tell by
+        # A quarter of a step of one for each, until there is more to tell by.
+        assumed = self._seconds / (self._rows + 3)
         slope = max(0.0, (self._covariance + assumed) / (self._variance + 1))
         return max(0.1 * self._seconds, self._seconds + slope * (rows - self._rows))
 

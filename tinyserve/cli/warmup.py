@@ -22,9 +22,6 @@ def warmup(
       tinyserve warmup gpt2 --dtype float32
     """
     from tinyserve.cli._answer import load
-    from tinyserve.sampling_params import SamplingParams
 
     llm, line = load(model, dtype, None)
-    # Drawn: a greedy answer needs no kernels of its own.
-    llm.generate([[0, 0, 0]], SamplingParams(temperature=1, max_tokens=2, ignore_eos=True))
     print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({line.seconds:.1f} s).")

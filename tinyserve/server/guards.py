@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -14,7 +15,7 @@ from tinyserve.server.state import State
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
-class Guard:
+class Guard(ABC):
     """Lets a request pass unless `refusal` has a reason."""
 
     def __init__(self, app: ASGIApp):
@@ -26,9 +27,9 @@ class Guard:
             return
         await self.app(scope, receive, send)
 
+    @abstractmethod
     def refusal(self, scope: Scope) -> ApiError | None:
         """Why this request is refused, or None."""
-        raise NotImplementedError
 
 
 class Ended(Guard):

@@ -9,16 +9,16 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from tinyserve.architecture import size
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
-from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.errors import ApiError
 
 logger = logging.getLogger("tinyserve.server")
@@ -131,12 +131,13 @@ class ModelPool:
         try:
             async with self._turn:
                 loop = asyncio.get_running_loop()
-                needed = await _in_thread(partial(self._needs, model))
-                await self._make_room(model, needed)
 
                 def tell(what: str, done: int, of: int) -> None:
                     for listener in list(model.listeners):
                         listener(what, done, of)
+
+                def reserve(needed: int) -> None:
+                    asyncio.run_coroutine_threadsafe(self._make_room(model, needed), loop).result()
 
                 def report(what: str, done: int, of: int) -> None:
                     if what.startswith("compile") and done == 1:
@@ -146,37 +147,18 @@ class ModelPool:
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()
-                llm = await _in_thread(partial(_ready, model.source, progress=report, **self.options))
-                model.engine, model.nbytes = AsyncEngine(llm), needed
-                logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(needed))
+                llm = await _in_thread(partial(LLM, model.source, progress=report, reserve=reserve, **self.options))
+                model.engine = AsyncEngine(llm)
+                logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(model.nbytes))
         except Exception as error:
+            model.nbytes = 0
             logger.error("%s could not be loaded: %s", model.name, error)
             raise
         finally:
             model.loading = None
 
-    def _needs(self, model: ServedModel) -> int:
-        """Bytes that a model will take: its weights, and its cache as it will be planned."""
-        from tinyserve.model_files import open_model
-        from tinyserve.model_runner import plan_cache, resolve_kv_cache_dtype
-        from tinyserve.quantize import resolve_dtype
-        from tinyserve.shapes import weight_bytes
-
-        files = open_model(model.source, self.options.get("load_format", "auto"))
-        dtype = resolve_dtype(self.options.get("dtype", "auto"), files.packed_dtype)
-        plan = plan_cache(
-            files.config,
-            dtype,
-            self.options.get("block_size", 16),
-            self.options.get("max_model_len"),
-            self.max_num_seqs,
-            self.options.get("kv_cache_memory"),
-            resolve_kv_cache_dtype(self.options.get("kv_cache_dtype", "auto"), dtype),
-            self.options.get("enable_prefix_caching", True),
-        )
-        return weight_bytes(files.config, dtype) + plan.nbytes
-
     async def _make_room(self, model: ServedModel, needed: int) -> None:
+        """Give a model so many bytes, or raise ApiError."""
         if needed > self.memory:
             raise ApiError(
                 503,
@@ -195,6 +177,7 @@ class ModelPool:
                     retry_after=10,
                 )
             await self._unload(min(idle, key=lambda other: other.last_used))
+        model.nbytes = needed
 
     async def _unload(self, model: ServedModel) -> None:
         engine, model.engine, model.nbytes = model.engine, None, 0
@@ -211,35 +194,17 @@ class ModelPool:
                 await asyncio.to_thread(model.engine.shutdown)
 
 
-def _ready(source: str, **options: Any) -> LLM:
-    """A model, with all its kernels: a greedy answer needs none of its own, and the first that draws would wait."""
-    llm = LLM(source, **options)
-    llm.generate([[0, 0, 0]], SamplingParams(temperature=1, max_tokens=2, ignore_eos=True), progress_bar=False)
-    return llm
-
-
 async def _in_thread(work: Callable[[], T]) -> T:
     """The result of `work` in a thread that nobody waits for when the process ends, as they do for a pool's."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(cast(T, result))
+    future: Future[T] = Future()
 
     def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            result = work()
-        except BaseException as caught:
-            error = caught
-        with suppress(RuntimeError):  # the loop is closed: the server has ended
-            loop.call_soon_threadsafe(settle, result, error)
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
     Thread(target=run, name="tinyserve-load", daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)
