@@ -17,7 +17,8 @@ from tinyserve.sequence import Sequence
 PROMPT, ANSWER = range(64), range(100, 164)  # tokens, for penalties
 ALL: dict[str, Any] = {
     "temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "typical_p": 0.95, "repetition_penalty": 1.1,
-    "frequency_penalty": 0.1, "presence_penalty": 0.1, "logit_bias": {5: 1.0}, "banned_token_ids": [7], "min_tokens": 99,
+    "frequency_penalty": 0.1, "presence_penalty": 0.1, "logit_bias": {5: 1.0}, "banned_token_ids": [7],
+    "min_tokens": 99,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
