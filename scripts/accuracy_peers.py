@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from peers import llama_cpp_engine, models, tinyserve_engine  # noqa: E402
 
 from tinyserve import LLM  # noqa: E402
-from tinyserve.evaluate import cross_entropy, kl_divergence, top1_agreement  # noqa: E402
+from tinyserve.evaluation.perplexity import cross_entropy, kl_divergence, top1_agreement  # noqa: E402
 
 TEXT = ROOT / "tests" / "data" / "english.txt"
 WINDOW = 512

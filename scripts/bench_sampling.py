@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyserve import SamplingParams
 from tinyserve.sampler import Sampler
-from tinyserve.sequence import Sequence
+from tinyserve.scheduling.sequence import Sequence
 
 PROMPT, ANSWER = range(64), range(100, 164)  # tokens, for penalties
 ALL: dict[str, Any] = {

@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
 import chosen  # noqa: E402
 
-from tinyserve import LLM, presets  # noqa: E402
-from tinyserve.config import parse_config  # noqa: E402
-from tinyserve.shapes import parameter_count  # noqa: E402
+from tinyserve import LLM  # noqa: E402
+from tinyserve.checkpoints import presets  # noqa: E402
+from tinyserve.models.config import parse_config  # noqa: E402
+from tinyserve.models.config.costs import parameter_count  # noqa: E402
 
 # How many layers of a preset are built; None is all of them. Layers are alike, so two show what many would.
 LAYERS: dict[str, int | None] = {
@@ -41,7 +42,7 @@ LAYERS: dict[str, int | None] = {
     "granite-1b": 8,  # the sixth is the first with attention
 }
 TOKENS = 64
-TOLERANCE = 1e-4  # of the largest logit, as in tests/test_models.py
+TOLERANCE = 1e-4  # of the largest logit, as in tests/models/test_models.py
 SHARD = "200MB"
 
 

@@ -3,8 +3,8 @@
     python scripts/check_gguf.py                  # every model of the table below
     python scripts/check_gguf.py gpt2 falcon-7b
 
-The files are those of the tests: tests/checkpoints.py names and turns tensors as llama.cpp's converter does. What it
-got wrong the tests would expect; llama.cpp would not. Exit code 1 if any difference is too large. Needs
+The files are those of the tests: tests/support/checkpoints.py names and turns tensors as llama.cpp's converter does.
+What it got wrong the tests would expect; llama.cpp would not. Exit code 1 if any difference is too large. Needs
 llama-cpp-python (the extra `peers`).
 """
 
@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
 import chosen  # noqa: E402

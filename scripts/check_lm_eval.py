@@ -21,13 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
 
 from tinyserve import LLM  # noqa: E402
-from tinyserve.lm_eval_model import TASKS_FOLDER, TinyserveLM  # noqa: E402
-from tinyserve.tasks import TASKS, run  # noqa: E402
+from tinyserve.evaluation.lm_eval_model import TASKS_FOLDER, TinyserveLM  # noqa: E402
+from tinyserve.evaluation.tasks import TASKS, run  # noqa: E402
 
 DTYPES = ("int8", "float32")
 ROUNDING = 2e-4  # nats, of a sum over a continuation in float32

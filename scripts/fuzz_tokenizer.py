@@ -12,8 +12,8 @@ from pathlib import Path
 
 import llama_cpp
 
-from tinyserve.tokenizer import Tokenizer
-from tinyserve.weights.gguf import open_gguf
+from tinyserve.checkpoints.gguf import open_gguf
+from tinyserve.text.tokenizer import Tokenizer
 
 WORDS = [
     "Hello",

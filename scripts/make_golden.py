@@ -1,4 +1,4 @@
-"""Write tests/golden/*.npz: the logits that transformers computes for each tiny checkpoint of tests/checkpoints.py.
+"""Write tests/golden/*.npz: transformers' logits of each tiny checkpoint of tests/support/checkpoints.py.
 
     python scripts/make_golden.py                  # all of them
     python scripts/make_golden.py gpt2 falcon-7b
@@ -23,7 +23,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
 import chosen  # noqa: E402

@@ -2,7 +2,7 @@
 
     python scripts/make_screenshots.py
 
-needs the extras `test` and a browser (tests/browser.py says which). Pictures have few colours, so that they stay small.
+needs the extras `test` and a browser (tests/support/browser.py says which). Pictures have few colours, to stay small.
 """
 
 import io
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import browser as browsers  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from servers import running  # noqa: E402
 
-from tinyserve import hub  # noqa: E402
+from tinyserve.checkpoints import hub  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 MODEL = "smollm2-135m"

@@ -1,4 +1,4 @@
-"""Write the questions of tinyserve/tasks/ that are made by a rule, and every task's form for lm-evaluation-harness.
+"""Write the questions of tinyserve/evaluation/tasks/ that a rule makes, and each task's form for lm-evaluation-harness.
 
     python scripts/make_tasks.py            # writes arithmetic.jsonl, facts.jsonl and harness/*.yaml
     python scripts/make_tasks.py --check    # exits with 1 when one of them is stale
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyserve.tasks import TASKS, ExactMatch, Task
+from tinyserve.evaluation.tasks import TASKS, ExactMatch, Task
 
-FOLDER = Path(__file__).parent.parent / "tinyserve" / "tasks"
+FOLDER = Path(__file__).parent.parent / "tinyserve" / "evaluation" / "tasks"
 SEED = 1
 OF_EACH_KIND = 20
 

@@ -18,7 +18,7 @@ import gguf
 import llama_cpp
 import sentencepiece
 
-from tinyserve.tokenizer.detokenizer import byte_of_character
+from tinyserve.text.tokenizer.detokenizer import byte_of_character
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer.json"
 TEXTS = [

@@ -7,7 +7,8 @@ from pathlib import Path
 import checkpoints
 import pytest
 
-from tinyserve import LLM, RequestOutput, hub
+from tinyserve import LLM, RequestOutput
+from tinyserve.checkpoints import hub
 from tinyserve.tensor import _jit
 
 DTYPES = ("float32", "bfloat16", "int8")

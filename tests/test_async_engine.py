@@ -14,7 +14,7 @@ from conftest import settle
 
 from tinyserve import LLM, AsyncEngine, BeamSearchParams, SamplingParams
 from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
-from tinyserve.request import StreamChunk
+from tinyserve.text.request import StreamChunk
 
 PROMPTS = [checkpoints.token_ids(3 + 2 * i, seed=i) for i in range(12)]
 

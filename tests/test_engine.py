@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from fakes import FakeRunner
 
-from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError
-from tinyserve.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Sampled, Sequence
-from tinyserve.speculation import Speculation
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
+from tinyserve.scheduling.sequence import Sampled, Sequence
+from tinyserve.scheduling.speculative import Speculation
 
 END = 99
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from fakes import FakeRunner
 
-from tinyserve.blocks import BlockManager
 from tinyserve.engine import Engine
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import EngineDeadError
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Scheduled, Sequence
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.sequence import Scheduled, Sequence
 
 DEADLINE = 10.0  # seconds until something that never comes is missed
 

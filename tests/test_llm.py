@@ -21,9 +21,9 @@ from conftest import settle
 from tinyserve import LLM, RequestOutput, SamplingParams
 from tinyserve.engine_thread import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
-from tinyserve.request import Request
-from tinyserve.sequence import Sequence
-from tinyserve.shapes import weight_bytes
+from tinyserve.models.config.costs import weight_bytes
+from tinyserve.scheduling.sequence import Sequence
+from tinyserve.text.request import Request
 
 TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
 

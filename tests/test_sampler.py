@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinyserve import LLM
 from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Sampled, Sequence
+from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.tensor import _jit
 from tinyserve.tensor import reference_sampling as reference
 from tinyserve.tensor.logits_processors import allow, penalise

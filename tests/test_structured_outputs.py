@@ -85,7 +85,7 @@ def test_a_schema_chooses_its_white_space_but_not_to_be_ignored() -> None:
 
 def test_importing_it_imports_no_library() -> None:
     code = (
-        "import sys, tinyserve.grammar, tinyserve.tool_parser; "
+        "import sys, tinyserve.text.grammar, tinyserve.text.tool_parser; "
         "assert not {'llguidance', 'numpy', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

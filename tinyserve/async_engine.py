@@ -14,16 +14,16 @@ from os import PathLike
 from threading import Event
 from typing import Any, Self
 
-from tinyserve.arguments import Prompt
-from tinyserve.beam_search import BeamSearch, BeamSearchOutput
-from tinyserve.embedding import EmbeddingOutput
 from tinyserve.engine import EngineStats
 from tinyserve.engine_thread import Update
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM, Message
-from tinyserve.request import Request, RequestOutput, StreamChunk, output
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
-from tinyserve.sequence import Sequence
+from tinyserve.scheduling.sequence import Sequence
+from tinyserve.text.beam_search import BeamSearch, BeamSearchOutput
+from tinyserve.text.embedding import EmbeddingOutput
+from tinyserve.text.request import Request, RequestOutput, StreamChunk, output
+from tinyserve.text.validation import Prompt
 
 OnPrefill = Callable[[int, int], None]
 

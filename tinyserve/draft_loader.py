@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from tinyserve.blocks import BlockManager
-from tinyserve.draft_model import DraftModel
 from tinyserve.engine import Engine
 from tinyserve.errors import UserError
-from tinyserve.model_files import ModelFiles, open_model
+from tinyserve.loading import ModelFiles, open_model
 from tinyserve.model_runner import CachePlan, DraftNeeds, ModelRunner, resolve_kv_cache_dtype
 from tinyserve.models import build_model
-from tinyserve.prefix_cache import BlockPrefixCache, StatePrefixCache
-from tinyserve.quantize import resolve_dtype
-from tinyserve.speculation import MOST_SEQUENCES, SpeculativeConfig
+from tinyserve.models.matrix import resolve_dtype
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.draft_model import DraftModel
+from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
+from tinyserve.scheduling.speculative import MOST_SEQUENCES, SpeculativeConfig
 from tinyserve.tensor import _jit
 
 Progress = Callable[[str, int, int], None]

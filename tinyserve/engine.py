@@ -10,12 +10,12 @@ from itertools import count
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from tinyserve.blocks import BlockManager
 from tinyserve.errors import RequestError
-from tinyserve.prefix_cache import NoPrefixCache, Prefix
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Sampled, Scheduled, Sequence
-from tinyserve.speculation import MOST_TOKENS, Speculation
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.prefix_cache import NoPrefixCache, Prefix
+from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
+from tinyserve.scheduling.speculative import MOST_TOKENS, Speculation
 
 
 class Runner(Protocol):

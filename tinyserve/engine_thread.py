@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.errors import EngineDeadError, TinyserveError
-from tinyserve.sequence import Logprobs, Sequence
+from tinyserve.scheduling.sequence import Logprobs, Sequence
 
 T = TypeVar("T")
 

@@ -12,22 +12,22 @@ from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.announcer import announcer
-from tinyserve.answer_bar import AnswerBar
-from tinyserve.arguments import Prompt, as_params, as_priorities, as_prompts, check_options
-from tinyserve.beam_search import BeamSearchOutput, beam_search
-from tinyserve.blocks import BlockManager
-from tinyserve.chat_request import ChatFormat, ChatRequest, ToolOptions
-from tinyserve.embedding import EmbeddingOutput, mean_of, sum_of
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
-from tinyserve.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
-from tinyserve.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
-from tinyserve.request_maker import RequestMaker
+from tinyserve.progress import announcer
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
-from tinyserve.speculation import MOST_SEQUENCES, NgramProposer, Proposer, Speculation, SpeculativeConfig
-from tinyserve.text_reader import TextReader
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
+from tinyserve.scheduling.speculative import MOST_SEQUENCES, NgramProposer, Proposer, Speculation, SpeculativeConfig
+from tinyserve.text.answer_bar import AnswerBar
+from tinyserve.text.beam_search import BeamSearchOutput, beam_search
+from tinyserve.text.chat import ChatFormat, ChatRequest, ToolOptions
+from tinyserve.text.embedding import EmbeddingOutput, mean_of, sum_of
+from tinyserve.text.input_processor import RequestMaker
+from tinyserve.text.pooling import TextReader
+from tinyserve.text.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
+from tinyserve.text.validation import Prompt, as_params, as_priorities, as_prompts, check_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,11 +103,11 @@ class LLM:
         if not isinstance(enable_prefix_caching, bool):
             raise UserError(f"enable_prefix_caching is {enable_prefix_caching!r}; it must be True or False.")
         from tinyserve.draft_loader import open_draft
-        from tinyserve.model_files import open_model
+        from tinyserve.loading import open_model
         from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
         from tinyserve.models import build_model
-        from tinyserve.quantize import resolve_dtype
-        from tinyserve.shapes import weight_bytes
+        from tinyserve.models.config.costs import weight_bytes
+        from tinyserve.models.matrix import resolve_dtype
         from tinyserve.tensor import _jit
 
         if not isinstance(model, str | PathLike) or not str(model):

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from tinyserve.config import ModelConfig
 from tinyserve.errors import UserError
 from tinyserve.models.base import Model
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KV_DTYPES, KVCache
+from tinyserve.models.config import ModelConfig
+from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
+from tinyserve.models.kv_cache import KV_DTYPES, KVCache
 from tinyserve.sampler import Sampler, logprobs_of
-from tinyserve.sequence import Sampled, Scheduled, Sequence
-from tinyserve.shapes import state_bytes_per_sequence, weight_bytes
+from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
 
 Array = np.ndarray

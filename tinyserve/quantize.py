@@ -1,240 +1,103 @@
-"""How weights are kept: the policy that turns one float32 matrix into what a kernel multiplies with.
+"""A model's weights packed once and for all: written as the kernels read them, so that loading is mapping a file.
 
-Knows dtypes and their kernels; it does not know which layer a matrix belongs to, beyond "embedding" and "not".
+Knows which files make a checkpoint; what packing means is told by quantize.py, and how it is read by models/base.py.
 """
 
-import difflib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import UserError
-from tinyserve.tensor import dot_product, gguf_blocks, grouped_matmul, matmul, norm, quant
+from tinyserve.loading import open_model
+from tinyserve.models import build_model
+from tinyserve.models.config import PACKED
+from tinyserve.models.matrix import IntegerMatrix, is_integer, resolve_dtype
 
-Array = np.ndarray
+if TYPE_CHECKING:
+    import numpy as np
 
-# Inputs that share a scale: activations of 8 bits want theirs finer, and 4-bit weights do.
-GROUP = {"w8a16": 64, "w8a8": 32, "w4a16": 32, "w4a8": 32}
-DTYPES = ("float32", "bfloat16", "w8a16", "w8a8", "w4a16", "w4a8")
-ALIASES = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "float32", "bf16": "bfloat16"}
-_ONE = np.float32(1.0)
-_EMPTY = np.empty(0, np.float32)
-_EMPTY.flags.writeable = False
-_EMPTY_ROWS = np.empty((0, 0), np.float32)  # writable, as residuals are
-
-
-def resolve_dtype(name: str, packed: str | None = None) -> str:
-    """A dtype's own name; raises UserError that lists the dtypes, or says what a `packed` checkpoint can be read as."""
-    if packed and name == "auto":
-        name = packed
-    dtype = ALIASES.get(name, name) if isinstance(name, str) else ""
-    if packed and dtype in DTYPES and not (is_integer(dtype) and bits_of(dtype)[0] == bits_of(packed)[0]):
-        raise UserError(f"The weights are packed as {packed}, which do not run as {dtype}: quantize the original.")
-    if dtype in DTYPES:
-        return dtype
-    nearest = difflib.get_close_matches(str(name), (*DTYPES, *ALIASES), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"dtype {name!r} is not built; there are {', '.join(DTYPES)}, and int8 and auto for w8a16.{hint}")
+VERSION = 1  # of the layout that tensor/quant.py describes
+SHARD = 1 << 30  # bytes after which another file begins, so that no more than that is copied at a time
+# What a checkpoint's folder has beside config.json and weights.
+_COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "additional_chat_templates/*.jinja")
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm that a product begins with: its kind (tensor/norm.py), weight and bias (inputs,), and epsilon."""
+def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None] | None = None) -> tuple[int, int]:
+    """Pack a model in this dtype into the folder `out`, which must not exist; returns (bytes of weights, files).
 
-    kind: int
-    weight: Array
-    bias: Array
-    eps: np.float32
-
-
-NO_NORM = Norm(norm.NONE, _EMPTY, _EMPTY, np.float32(0.0))
-
-
-class Matrix(ABC):
-    """A packed weight matrix of N outputs by K inputs."""
-
-    shape: tuple[int, int]
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int: ...
-
-    @abstractmethod
-    def rows(self, ids: Array) -> Array:
-        """Rows `ids` (tokens,) -> (tokens, K) float32: what an embedding looks up."""
-
-    def matmul(
-        self,
-        x: Array,
-        bias: Array = _EMPTY,
-        *,
-        norm: Norm = NO_NORM,
-        scale: np.float32 = _ONE,
-        activation: int = matmul.PLAIN,
-        residual: Array = _EMPTY_ROWS,
-        width: int | None = None,
-    ) -> Array:
-        """x (tokens, K) -> activation(scale · (norm(x) · Wᵀ + bias)) + residual (tokens, width), all float32.
-
-        Empty arrays are no bias and no residual. `width` is N unless given, as it must be for SILU_MUL.
-        """
-        before = (x, norm.kind, norm.weight, norm.bias, norm.eps)
-        return self._product(before, (width or self.shape[0], bias, scale, activation, residual))
-
-    def grouped_matmul(
-        self, x: Array, offsets: Array, *, norm: Norm, scale: np.float32, activation: int, width: int
-    ) -> Array:
-        """The same for a matrix that is several ones above the other, without bias and residual.
-
-        Rows offsets[e] .. offsets[e + 1] of x (rows, K) meet the e-th of them; offsets (experts + 1,) int64, and each
-        has as many rows, a multiple of quant.BLOCK.
-        """
-        before = (x, norm.kind, norm.weight, norm.bias, norm.eps)
-        return self._grouped_product(before, offsets, (width, scale, activation))
-
-    @abstractmethod
-    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array: ...
-
-    @abstractmethod
-    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array: ...
-
-
-class FloatMatrix(Matrix):
-    """Weights in float32 or bfloat16; sums in float32 either way."""
-
-    def __init__(self, shape: tuple[int, int], packed: Array):
-        self.shape, self.packed = shape, read_only(packed)
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes
-
-    def rows(self, ids: Array) -> Array:
-        return quant.take_rows_float(self.packed, ids, self.shape[1])
-
-    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-        return matmul.matmul_float(*before, self.packed, *after)
-
-    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array:
-        return grouped_matmul.grouped_matmul_float(*before, offsets, self.packed, *after)
-
-
-class IntegerMatrix(Matrix):
-    """Weights of 8 or 4 bits with a scale a group, multiplied with activations of 16 or 8."""
-
-    def __init__(self, shape: tuple[int, int], packed: quant.Packed, activation_bits: int):
-        self.shape, self._activation_bits = shape, activation_bits
-        self.packed, self.scales, self.minimums = map(read_only, packed)
-        bits = 8 if self.packed.dtype == np.int8 else 4
-        self._kind = quant.activation_kind(activation_bits, bits)
-        self._largest = np.float32(quant.LARGEST_16 if activation_bits == 16 else quant.LARGEST_8)
-        zeros = {8: 0 if dot_product.SIGNED else quant.ZERO_8, 4: 0 if self.minimums.size else quant.ZERO_4}
-        self._zero = zeros[bits]
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes + self.minimums.nbytes
-
-    def rows(self, ids: Array) -> Array:
-        return quant.take_rows_integer(self.packed, self.scales, self.minimums, ids, self.shape[1])
-
-    def _product(self, before: tuple[Any, ...], after: tuple[Any, ...]) -> Array:
-        return matmul.matmul_integer(*before, *self._rounding, *self._kept, *after)
-
-    def _grouped_product(self, before: tuple[Any, ...], offsets: Array, after: tuple[Any, ...]) -> Array:
-        return grouped_matmul.grouped_matmul_integer(*before, *self._rounding, offsets, *self._kept, *after)
-
-    @property
-    def _rounding(self) -> tuple[Any, ...]:
-        return self._kind, self._largest, self._zero
-
-    @property
-    def _kept(self) -> tuple[Array, ...]:
-        return self.packed, self.scales, self.minimums
-
-
-def bits_of(dtype: str) -> tuple[int, int]:
-    """Bits of weights and of activations, of a dtype of integers."""
-    weights, activations = dtype.removeprefix("w").split("a")
-    return int(weights), int(activations)
-
-
-def is_integer(dtype: str) -> bool:
-    """Whether weights of this dtype are integers with scales."""
-    return dtype not in ("float32", "bfloat16")
-
-
-def pack(weight: Array, dtype: str) -> Matrix:
-    """weight (N outputs, K inputs) float32 -> the matrix that this dtype's kernels read.
-
-    Raises OverflowError for weights too large for a float16 scale.
+    Raises UserError for a dtype of floats, an `out` that is there, or a model that is packed already; OSError, and
+    leaves nothing behind, when writing fails.
     """
-    return pack_parts([weight], weight.shape, dtype)
-
-
-def pack_parts(parts: Iterable[Array], shape: tuple[int, int], dtype: str) -> Matrix:
-    """The same for a matrix whose rows come in parts, each of them but the last a multiple of quant.BLOCK."""
+    dtype = resolve_dtype(dtype)
     if not is_integer(dtype):
-        panels = ((quant.pack_float(part, bfloat16=dtype == "bfloat16"),) for part in parts)
-        return FloatMatrix(shape, *stack_panels(panels, shape[0]))
-    packed = stack_panels((_pack_integers(part, dtype) for part in parts), shape[0])
-    return IntegerMatrix(shape, quant.Packed(*packed), bits_of(dtype)[1])
+        raise UserError(f"dtype {dtype} is not quantized: take int8, w8a8, int4 or w4a8.")
+    if out.exists():
+        raise UserError(f"{out} exists already: give another folder, or delete it first.")
+    files = open_model(model)
+    if files.packed_dtype:
+        raise UserError(f"{model} is packed already, as {files.packed_dtype}: quantize the original.")
+    built: dict[str, Any] = {}
+    build_model(files.config, files.checkpoint, dtype, files.config.max_position_embeddings, progress, built)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        nbytes, count = _write_weights(partial, built)
+        if files.path is not None and files.path.is_dir():
+            _copy_companions(files.path, partial)
+        elif files.tokenizer is not None:
+            files.tokenizer.save(partial)
+            generation = files.generation.as_json() | {"eos_token_id": sorted(files.eos_token_ids)}
+            (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        quantization = {"quant_method": PACKED, "version": VERSION, "dtype": dtype}
+        config = files.raw_config | {"quantization_config": quantization}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+            shutil.copymode(partial / "config.json", weights)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return nbytes, count
 
 
-def _pack_integers(weight: Array, dtype: str) -> quant.Packed:
-    bits = bits_of(dtype)[0]
-    packed = (quant.pack_bytes if bits == 8 else quant.pack_nibbles)(weight, GROUP[dtype])
-    if not packed.is_finite():
-        raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
-    return packed
+def _tensors(built: dict[str, Any]) -> "Iterator[tuple[str, np.ndarray]]":
+    for name, value in built.items():
+        if isinstance(value, IntegerMatrix):
+            for part, array in (("integers", value.packed), ("scales", value.scales), ("minimums", value.minimums)):
+                if array.size:
+                    yield f"{name}.{part}", array
+        else:
+            yield name, value
 
 
-def stack_panels(parts: Iterable[tuple[Array, ...]], rows: int) -> tuple[Array, ...]:
-    """Packed parts of a matrix of so many rows as one; of the parts there is never more than one."""
-    whole: tuple[Array, ...] = ()
-    total, done = quant.padded(rows, quant.BLOCK) // quant.PANEL, 0
-    for part in parts:
-        panels = len(part[0])
-        if panels == total:
-            return tuple(part)
-        whole = whole or tuple(
-            np.empty((total, *array.shape[1:]), array.dtype) if array.size else array for array in part
-        )
-        for into, array in zip(whole, part, strict=True):
-            if array.size:
-                into[done : done + panels] = array
-        done += panels
-    return whole
+def _write_weights(folder: Path, built: dict[str, Any]) -> tuple[int, int]:
+    from safetensors.numpy import save_file
+
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in _tensors(built):
+        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = array
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name)
+    total = sum(array.nbytes for shard in shards for array in shard.values())
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total, len(shards)
 
 
-def repack(blocks: gguf_blocks.Blocks, dtype: str) -> quant.Packed | None:
-    """GGUF's blocks as this dtype's kernels read them, without going through floats; None where that cannot be.
-
-    8 bits are "at most 8": a file's 4 bits stay what they are.
-    """
-    return gguf_blocks.repack(blocks, most_bits=bits_of(dtype)[0]) if is_integer(dtype) else None
-
-
-def at_least_8_bits(dtype: str) -> str:
-    """The dtype for embeddings, heads and routers, which 4 bits would ruin first."""
-    return dtype.replace("w4", "w8")
-
-
-def no_bias() -> Array:
-    """The empty array that means "no bias" to every kernel."""
-    return _EMPTY
-
-
-def no_residual() -> Array:
-    """The empty array that means "nothing to add" to every kernel."""
-    return _EMPTY_ROWS
-
-
-def read_only(array: Array) -> Array:
-    """The array, which nobody may write to from here on."""
-    # Weights read-only and activations writable are one compiled kernel each; mixed, they would be many.
-    array.flags.writeable = False
-    return array
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.name != "config.json" and not file.name.endswith(".safetensors.index.json"):
+                target = folder / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)

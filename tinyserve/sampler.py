@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from tinyserve.random_numbers import uniform
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Logprob, Logprobs, Sampled, Sequence
+from tinyserve.scheduling.random_numbers import uniform
+from tinyserve.scheduling.sequence import Logprob, Logprobs, Sampled, Sequence
 from tinyserve.tensor.logits_processors import allow, penalise
 from tinyserve.tensor.sampling import log_probabilities, sample
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
 
-from tinyserve import quantize
+from tinyserve.models import matrix as matrices
 from tinyserve.tensor import _jit, dot_product, matmul, reference, tiles
 from tinyserve.tensor._jit import kernel
 from tinyserve.tensor.mamba2 import broadcast
@@ -52,9 +52,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _workshop
 
 Array = np.ndarray
-NO_NUMBERS, ONE = quantize.no_bias(), np.float32(1.0)
+NO_NUMBERS, ONE = matrices.no_bias(), np.float32(1.0)
 NO_NORM = NONE, NO_NUMBERS, NO_NUMBERS, ONE
-NOTHING_AFTER = NO_NUMBERS, ONE, matmul.PLAIN, quantize.no_residual()  # no bias, scale, activation, residual
+NOTHING_AFTER = NO_NUMBERS, ONE, matmul.PLAIN, matrices.no_residual()  # no bias, scale, activation, residual
 
 # Every version: x (M, K) and the weights as its packing left them -> y (M, N, or more: panels are padded with zeros).
 
@@ -246,7 +246,7 @@ def in_bytes(w: Array) -> tuple[Any, ...]:
 
 
 def in_groups_of_bytes(w: Array) -> tuple[Any, ...]:
-    matrix = quantize.pack(w, "w8a16")
+    matrix = matrices.pack(w, "w8a16")
     return (
         matrix.packed,
         matrix.scales,
@@ -257,7 +257,7 @@ def in_groups_of_bytes(w: Array) -> tuple[Any, ...]:
 
 
 def in_groups_of_nibbles(w: Array) -> tuple[Any, ...]:
-    matrix = quantize.pack(w, "w4a16")
+    matrix = matrices.pack(w, "w4a16")
     return matrix.packed, matrix.scales, activation_kind(16, 4), np.float32(LARGEST_16), ZERO_4
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyserve import hub, presets
+from tinyserve.checkpoints import hub, presets
 
 REAL = presets.DEFAULT  # the one model with weights of its own, shipped as a GGUF file; all others have random ones
 SEED = 0

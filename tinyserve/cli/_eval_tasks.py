@@ -1,6 +1,6 @@
 """`tinyserve eval --task`: how often a model is right in the tasks that come with tinyserve, by dtype.
 
-Knows how to print; the asking and marking is in tinyserve/tasks/.
+Knows how to print; the asking and marking is in tinyserve/evaluation/tasks/.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from tinyserve import __version__
 
 if TYPE_CHECKING:
+    from tinyserve.evaluation.tasks import Score
     from tinyserve.llm import LLM
-    from tinyserve.tasks import Score
 
 LIST = "list"
 MAX_MODEL_LEN = 1024  # no question comes near, and a cache of a model's whole context would
@@ -20,7 +20,7 @@ MAX_MODEL_LEN = 1024  # no question comes near, and a cache of a model's whole c
 
 def print_list() -> None:
     """The tasks there are, a line each."""
-    from tinyserve.tasks import TASKS
+    from tinyserve.evaluation.tasks import TASKS
 
     for task in TASKS.values():
         print(f"{task.name:<12}{len(task.items()):>4} questions: {task.about}")
@@ -30,11 +30,11 @@ def evaluate_tasks(
     model: str, names: Sequence[str], dtypes: Sequence[str], limit: int | None, threads: int | None, as_json: bool
 ) -> None:
     """Put the tasks to the model in each dtype, and print a table or an object."""
-    from tinyserve import tasks
     from tinyserve.cli._answer import load
     from tinyserve.cli._progress import TokenBar
-    from tinyserve.model_files import open_model
-    from tinyserve.quantize import resolve_dtype
+    from tinyserve.evaluation import tasks
+    from tinyserve.loading import open_model
+    from tinyserve.models.matrix import resolve_dtype
     from tinyserve.tensor._jit import cpu_name
 
     chosen = tasks.find(names)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinyserve import presets
+from tinyserve.checkpoints import presets
 
 DTYPES = ("auto", "float32", "bfloat16", "int8", "w8a8", "int4", "w4a8")
 _PLAIN = re.compile(r"[\w.+-]+")  # what no shell has to quote
@@ -21,7 +21,7 @@ def models(incomplete: str) -> list[str]:
 
 def downloads(incomplete: str) -> list[str]:
     """The models that `tinyserve rm` can delete."""
-    from tinyserve.hub import cached
+    from tinyserve.checkpoints.hub import cached
 
     return going_on(incomplete, [model.name for model in cached()])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyserve.bench import Limits, Measurement
+    from tinyserve.evaluation.bench import Limits, Measurement
 
 COLORS = ("#1f6f8b", "#e07a3f", "#6a8d3a", "#8b5fa8", "#c44e52", "#8c8c8c")
 INK, QUIET = "#222222", "#777777"

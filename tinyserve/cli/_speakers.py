@@ -8,13 +8,13 @@ import os
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tinyserve import presets
+from tinyserve.checkpoints import presets
 from tinyserve.cli._progress import StartLine
 from tinyserve.errors import UserError
 
 if TYPE_CHECKING:
-    from tinyserve.client import Answer
     from tinyserve.llm import StreamChunk
+    from tinyserve.server.client import Answer
 
 Asked = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
 API_KEY = "TINYSERVE_API_KEY"
@@ -128,7 +128,7 @@ class Remote:
     """A model of a server that speaks OpenAI's API."""
 
     def __init__(self, server: str, api_key: str | None, model: str | None):
-        from tinyserve.client import Client
+        from tinyserve.server.client import Client
 
         self.client = Client(server, api_key)
         self.line = StartLine(model or server)

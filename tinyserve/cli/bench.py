@@ -1,6 +1,6 @@
 """`tinyserve bench`: how fast a model is on this machine, beside what the machine can do.
 
-Knows how to print; the measuring is in tinyserve/bench.py.
+Knows how to print; the measuring is in tinyserve/evaluation/bench.py.
 """
 
 import csv
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from tinyserve import bench as measure
-from tinyserve import presets
+from tinyserve.checkpoints import presets
 from tinyserve.cli._options import Dtype, Model, Threads
 from tinyserve.errors import UserError
+from tinyserve.evaluation import bench as measure
 
 if TYPE_CHECKING:
-    from tinyserve.bench import Limits, Measurement, Plan, Work
+    from tinyserve.evaluation.bench import Limits, Measurement, Plan, Work
 
 STDOUT = Path("-")
 
@@ -99,11 +99,11 @@ def bench(
             _check_writable(option, path)
     if plot is not None:
         _check_plot(plot)
-    from tinyserve import hub
+    from tinyserve.checkpoints import hub
     from tinyserve.cli._answer import load
-    from tinyserve.model_files import open_model
+    from tinyserve.loading import open_model
     from tinyserve.model_runner import available_memory
-    from tinyserve.quantize import resolve_dtype
+    from tinyserve.models.matrix import resolve_dtype
 
     repetitions = repetitions or (measure.QUICK_REPETITIONS if quick else measure.REPETITIONS)
     wanted = measure.works(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyserve import presets
+from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
 from tinyserve.cli._options import (
     ApiKey,

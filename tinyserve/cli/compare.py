@@ -1,6 +1,6 @@
 """`tinyserve compare`: architectures side by side, from their configs.
 
-Knows how to lay the numbers out; they are counted in tinyserve/shapes.py.
+Knows how to lay the numbers out; they are counted in tinyserve/models/config/costs.py.
 """
 
 import json
@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyserve import shapes
-from tinyserve.architecture import architecture, attention_kind, count, load_raw_config, size
 from tinyserve.cli import _names
-from tinyserve.config import ModelConfig, parse_config
 from tinyserve.errors import UserError
+from tinyserve.models.config import ModelConfig, costs, parse_config
+from tinyserve.models.config.description import architecture, attention_kind
+from tinyserve.models.lookup import load_raw_config
+from tinyserve.progress import count, size
 
 KV_TOKENS = 1000
 KV_DTYPE = "bfloat16"  # what keys and values are kept in unless something else is asked for
@@ -52,7 +53,7 @@ def compare(
 
 def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
     """Collect one model's column, as plain data; sizes are bytes."""
-    kv = {dtype: shapes.kv_bytes_per_token(config, dtype) for dtype in shapes.KV_DTYPES}
+    kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in costs.KV_DTYPES}
     return {
         "model": model,
         "model_type": config.model_type,
@@ -62,14 +63,14 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         "attention_kind": attention_kind(config),
         **architecture(config),
         "max_position_embeddings": config.max_position_embeddings,
-        "parameters": shapes.parameter_count(config),
-        "active_parameters": shapes.active_parameter_count(config),
+        "parameters": costs.parameter_count(config),
+        "active_parameters": costs.active_parameter_count(config),
         "kv_bytes_per_1000_tokens": {dtype: KV_TOKENS * number for dtype, number in kv.items()},
         "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
-        "state_bytes_per_sequence": shapes.state_bytes_per_sequence(config),
-        "flops_per_token": shapes.matmul_flops_per_token(config),
-        "attention_window": shapes.attention_window(config),
-        "attention_flops_per_position": shapes.attention_flops_per_position(config),
+        "state_bytes_per_sequence": costs.state_bytes_per_sequence(config),
+        "flops_per_token": costs.matmul_flops_per_token(config),
+        "attention_window": costs.attention_window(config),
+        "attention_flops_per_position": costs.attention_flops_per_position(config),
     }
 
 

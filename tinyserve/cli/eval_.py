@@ -1,6 +1,6 @@
 """`tinyserve eval`: what a dtype costs in accuracy, on a text of the user's or in the tasks that come along.
 
-Knows how to read a file and to print; the measuring is in tinyserve/evaluate.py, the tasks in cli/_eval_tasks.py.
+Knows how to read a file and to print; the measuring is in evaluation/perplexity.py, the tasks in cli/_eval_tasks.py.
 """
 
 import hashlib
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyserve import __version__, presets
+from tinyserve import __version__
+from tinyserve.checkpoints import presets
 from tinyserve.cli._eval_tasks import LIST, evaluate_tasks, print_list
 from tinyserve.cli._options import Model, Threads
 from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
-    from tinyserve.evaluate import Row
+    from tinyserve.evaluation.perplexity import Row
     from tinyserve.llm import LLM
 
 NO_REFERENCE = "none"
@@ -86,11 +87,11 @@ def evaluate(
     if limit is not None:
         raise UserError("--limit is for tasks: give --task NAME with it, or --tokens with a text.")
     content = _read(text)
-    from tinyserve import evaluate as measure
     from tinyserve.cli._answer import load
     from tinyserve.cli._progress import TokenBar
-    from tinyserve.model_files import open_model
-    from tinyserve.quantize import resolve_dtype
+    from tinyserve.evaluation import perplexity as measure
+    from tinyserve.loading import open_model
+    from tinyserve.models.matrix import resolve_dtype
     from tinyserve.tensor._jit import cpu_name
 
     reference = None if against == NO_REFERENCE else resolve_dtype(against)

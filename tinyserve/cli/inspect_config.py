@@ -1,6 +1,6 @@
 """`tinyserve inspect-config`: what a config implies for layers, parameters, memory and speed.
 
-Knows how to lay the numbers out; they are collected in tinyserve/inspection.py.
+Knows how to lay the numbers out; they are collected in tinyserve/models/inspection.py.
 """
 
 import json
@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyserve.architecture import count, load_raw_config, size
 from tinyserve.cli import _names
-from tinyserve.config import MAMBA, parse_config
-from tinyserve.inspection import DEFAULT_BANDWIDTH, DEFAULT_CONTEXT, inspection
+from tinyserve.models.config import MAMBA, parse_config
+from tinyserve.models.inspection import DEFAULT_BANDWIDTH, DEFAULT_CONTEXT, inspection
+from tinyserve.models.lookup import load_raw_config
+from tinyserve.progress import count, size
 
 LAYERS_PER_ROW = 40
 

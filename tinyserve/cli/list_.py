@@ -31,7 +31,7 @@ def list_models(
 
 
 def _cached_rows() -> list[dict[str, Any]]:
-    from tinyserve.hub import cached
+    from tinyserve.checkpoints.hub import cached
 
     return [
         {
@@ -47,8 +47,8 @@ def _cached_rows() -> list[dict[str, Any]]:
 
 
 def _preset_rows() -> list[dict[str, Any]]:
-    from tinyserve import presets
-    from tinyserve.hub import is_cached
+    from tinyserve.checkpoints import presets
+    from tinyserve.checkpoints.hub import is_cached
 
     return [
         {
@@ -64,7 +64,7 @@ def _preset_rows() -> list[dict[str, Any]]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Columns by their widest cell; a path is never cut, so that it can be copied."""
-    from tinyserve.hub.progress import human
+    from tinyserve.checkpoints.hub.progress import human
 
     if "bytes" in rows[0]:
         table = [("name", "size", "where")] + [(r["name"], human(r["bytes"]), r["path"]) for r in rows]

@@ -36,6 +36,6 @@ def pull(
       tinyserve pull HuggingFaceTB/SmolLM2-360M --revision main
       tinyserve pull bartowski/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct-Q8_0.gguf
     """
-    from tinyserve.hub import resolve
+    from tinyserve.checkpoints.hub import resolve
 
     print(resolve(model, revision=revision))

@@ -1,6 +1,6 @@
 """`tinyserve quantize`: a model packed for the kernels, as a folder that loads in the time of reading it.
 
-Knows how to print; the packing is in tinyserve/packing.py.
+Knows how to print; the packing is in tinyserve/quantize.py.
 """
 
 from pathlib import Path
@@ -28,9 +28,9 @@ def quantize(
       tinyserve quantize smollm2-135m ./smollm2-int4 --dtype int4
       tinyserve ask ./smollm2-int4 "What is the capital of France?"
     """
-    from tinyserve import packing
+    from tinyserve import quantize as packing
     from tinyserve.cli._progress import StartLine
-    from tinyserve.quantize import resolve_dtype
+    from tinyserve.models.matrix import resolve_dtype
     from tinyserve.tensor import _jit
 
     start, compiled = perf_counter(), 0

@@ -29,9 +29,9 @@ def rm(
       tinyserve rm gpt2
       tinyserve rm owner/name --yes
     """
+    from tinyserve.checkpoints.hub import cached, remove
+    from tinyserve.checkpoints.hub.progress import human
     from tinyserve.errors import UserError
-    from tinyserve.hub import cached, remove
-    from tinyserve.hub.progress import human
 
     if not yes:
         if not sys.stdin.isatty():

@@ -3,7 +3,7 @@
 Knows the Python API; what is compiled and where it is kept is in tensor/_jit.py.
 """
 
-from tinyserve import presets
+from tinyserve.checkpoints import presets
 from tinyserve.cli._options import Dtype, Model
 
 

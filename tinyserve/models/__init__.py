@@ -7,13 +7,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.config import ModelConfig
 from tinyserve.errors import ConfigError
+from tinyserve.models.config import ModelConfig
 
 if TYPE_CHECKING:
+    from tinyserve.checkpoints.checkpoint import Array, Checkpoint
     from tinyserve.models.base import Model
-    from tinyserve.quantize import Matrix
-    from tinyserve.weights.checkpoint import Array, Checkpoint
+    from tinyserve.models.matrix import Matrix
 
 _HOMES = {
     "gpt2": ("gpt2", "GPT2"),

@@ -11,12 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
-from tinyserve.config import ModelConfig
+from tinyserve.checkpoints.checkpoint import Checkpoint, Index, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache
+from tinyserve.models.config import ModelConfig
+from tinyserve.models.config.costs import tensor_shapes
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import Embedding, Experts, LayerNorm, Linear, RMSNorm
-from tinyserve.quantize import (
+from tinyserve.models.matrix import (
     IntegerMatrix,
     Matrix,
     at_least_8_bits,
@@ -27,11 +29,9 @@ from tinyserve.quantize import (
     repack,
     stack_panels,
 )
-from tinyserve.shapes import tensor_shapes
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
 from tinyserve.tensor.quant import BLOCK, PANEL, Packed, padded
-from tinyserve.weights.checkpoint import Checkpoint, Index, LazyTensor
 
 Array = np.ndarray
 

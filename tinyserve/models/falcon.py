@@ -9,16 +9,16 @@ from functools import partial
 
 import numpy as np
 
-from tinyserve.config import FalconConfig
+from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache
+from tinyserve.models.config import FalconConfig
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block, ParallelBlock, Rope
 from tinyserve.models.llama import rope_frequencies
 from tinyserve.tensor.attention import CHUNK
 from tinyserve.tensor.matmul import GELU
 from tinyserve.tensor.quant import padded
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
 
 class Falcon:

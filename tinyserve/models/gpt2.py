@@ -4,13 +4,13 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Its 
 (inputs, outputs), the other way round from everybody else's.
 """
 
-from tinyserve.config import GPT2Config
+from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache
+from tinyserve.models.config import GPT2Config
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block
 from tinyserve.tensor.matmul import GELU, GELU_TANH
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
 _ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
 

@@ -11,15 +11,15 @@ from functools import partial
 
 import numpy as np
 
-from tinyserve.config import MAMBA, GraniteConfig
+from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor, stacked
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache, LayerState
+from tinyserve.models.config import MAMBA, GraniteConfig
+from tinyserve.models.kv_cache import KVCache, LayerState
 from tinyserve.models.layers import MLP, Attention, Block, Experts, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
-from tinyserve.quantize import read_only
+from tinyserve.models.matrix import read_only
 from tinyserve.tensor import mamba2, moe
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor, stacked
 
 
 class Mamba:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import LayerCache
-from tinyserve.quantize import NO_NORM, Matrix, Norm, no_bias, no_residual
+from tinyserve.models.kv_cache import LayerCache
+from tinyserve.models.matrix import NO_NORM, Matrix, Norm, no_bias, no_residual
 from tinyserve.tensor import attention, kv_cache, matmul, rope
 from tinyserve.tensor import norm as norms
 

@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from tinyserve.config import LlamaConfig, RopeParameters
+from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.cache import KVCache
+from tinyserve.models.config import LlamaConfig, RopeParameters
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block, Rope
-from tinyserve.weights.checkpoint import Array, Checkpoint, LazyTensor
 
 
 class Llama:

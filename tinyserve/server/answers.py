@@ -3,9 +3,9 @@
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-from tinyserve.request import StreamChunk
-from tinyserve.sequence import Logprob, Logprobs, Metrics
-from tinyserve.tokenizer import Tokenizer
+from tinyserve.scheduling.sequence import Logprob, Logprobs, Metrics
+from tinyserve.text.request import StreamChunk
+from tinyserve.text.tokenizer import Tokenizer
 
 
 def usage(metrics: Metrics, output_tokens: int) -> dict[str, Any]:

@@ -10,16 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
-from tinyserve.chat_request import ChatRequest
 from tinyserve.llm import LLM
-from tinyserve.request import CompletionOutput, StreamChunk
 from tinyserve.server.answers import Counted, chat_logprobs, usage
 from tinyserve.server.outbox import EventStream, Outbox
 from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import ChatBody
 from tinyserve.server.sampling import chat_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
-from tinyserve.tool_parser import ToolCall
+from tinyserve.text.chat import ChatRequest
+from tinyserve.text.request import CompletionOutput, StreamChunk
+from tinyserve.text.tool_parser import ToolCall
 
 FIELDS = frozenset(ChatBody.model_fields)
 

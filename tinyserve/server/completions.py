@@ -13,9 +13,8 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
-from tinyserve.request import RequestOutput
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.sequence import Logprobs
+from tinyserve.scheduling.sequence import Logprobs
 from tinyserve.server.answers import Counted, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
 from tinyserve.server.outbox import EventStream, Outbox
@@ -23,6 +22,7 @@ from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
 from tinyserve.server.sampling import completion_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
+from tinyserve.text.request import RequestOutput
 
 FIELDS = frozenset(CompletionBody.model_fields)
 MOST_PROMPTS = 1024

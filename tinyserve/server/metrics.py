@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tinyserve.engine import EngineStats
-from tinyserve.sequence import Metrics
+from tinyserve.scheduling.sequence import Metrics
 from tinyserve.server.pool import ModelPool
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)

@@ -16,9 +16,9 @@ from functools import partial
 from threading import Thread
 from typing import Any, TypeVar
 
-from tinyserve.architecture import size
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.progress import size
 from tinyserve.server.errors import ApiError
 
 logger = logging.getLogger("tinyserve.server")

@@ -17,14 +17,14 @@ from typing import Any
 
 import uvicorn
 
-from tinyserve import presets
-from tinyserve.arguments import check_options
+from tinyserve.checkpoints import presets
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import MAX_BODY, create_app
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
-from tinyserve.tools import format_named
+from tinyserve.text.tools import format_named
+from tinyserve.text.validation import check_options
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -98,7 +98,7 @@ def serve(options: ServeOptions) -> int:
 def _check(options: ServeOptions) -> None:
     """Raise UserError for a mistake that would be found only when a model is loaded."""
     from tinyserve.model_runner import resolve_kv_cache_dtype
-    from tinyserve.quantize import resolve_dtype
+    from tinyserve.models.matrix import resolve_dtype
 
     if options.tool_format is not None:
         format_named(options.tool_format)

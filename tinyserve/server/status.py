@@ -6,9 +6,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tinyserve.architecture import load_raw_config
-from tinyserve.config import parse_config
-from tinyserve.inspection import inspection
+from tinyserve.models.config import parse_config
+from tinyserve.models.inspection import inspection
+from tinyserve.models.lookup import load_raw_config
 from tinyserve.server.errors import ApiError
 from tinyserve.server.pool import ModelPool, ServedModel
 from tinyserve.server.state import Json, state_of

@@ -13,7 +13,7 @@ from tinyserve.server.completions import prompts_of
 from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import DetokenizeBody, EmbeddingBody, TemplateBody, TokenizeBody
 from tinyserve.server.state import Json, read, state_of, unless_gone
-from tinyserve.tokenizer import Tokenizer
+from tinyserve.text.tokenizer import Tokenizer
 
 
 async def embeddings(request: Request) -> Response:

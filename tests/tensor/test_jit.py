@@ -1,0 +1,197 @@
+"""How kernels are compiled: the cache folder, the cores that may be used, and plainer processors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import pytest
+
+from tinyserve.tensor import _jit
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints, with these variables set."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+MULTIPLY = """
+import numpy as np
+from tinyserve.models import matrix
+from tinyserve.tensor import dot_product, matmul, reference
+rows = np.random.default_rng(0)
+x, w = rows.standard_normal((4, 100), np.float32), rows.standard_normal((70, 100), np.float32)
+kernel = matmul.matmul_integer
+for dtype in ("w8a16", "w8a8", "w4a16", "w4a8"):
+    matrix = matrix.pack(w, dtype)
+    matmul.matmul_integer = reference.matmul_integer
+    expected = matrix.matmul(x)
+    matmul.matmul_integer = kernel
+    y = matrix.matmul(x)
+    assert np.abs(y - expected).max() < (1e-5 if dtype.endswith("16") else 2e-3) * np.abs(expected).max(), dtype
+print(dot_product.PATH)
+"""
+
+
+def test_the_cache_folder_depends_on_the_processor_and_moves_with_its_variable(tmp_path: Path) -> None:
+    code = "from tinyserve.tensor import _jit; print(_jit.cache_folder())"
+    here = Path(python(code, TINYSERVE_CACHE=str(tmp_path)))
+    generic = Path(python(code, TINYSERVE_CACHE=str(tmp_path), NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
+    assert here.parent == generic.parent == tmp_path
+    assert here != generic
+    assert here.is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code = "from tinyserve.tensor import _jit; print(_jit.cache_folder())"
+    folder = Path(python(code, TINYSERVE_CACHE=str(tmp_path / "file"), TMPDIR=str(tmp_path)))
+    assert folder.is_dir()
+    assert tmp_path in folder.parents
+
+
+def test_a_cached_kernel_needs_no_compiler(tmp_path: Path) -> None:
+    code = """
+import numba.core.base, numpy as np
+from tinyserve.tensor.moe import group_by_expert, route
+prepared = []
+refresh = numba.core.base.BaseContext.refresh
+numba.core.base.BaseContext.refresh = lambda self: (prepared.append(1), refresh(self))[1]
+ids, weights = route(np.array([[0, 3, 1]], np.float32), 2)
+order, offsets = group_by_expert(ids, 3)
+print(bool(prepared), ids.tolist(), order.tolist(), offsets.tolist())
+"""
+    same = "[[1, 2]] [0, 1] [0, 0, 1, 2]"
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"False {same}"
+    # Another type of argument finds no machine code and compiles it, in a process that began with cached code.
+    code = code.replace("print(", "group_by_expert(ids.astype(np.int32), 3)\nprint(")
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
+
+
+def test_a_users_own_kernels_keep_their_cache() -> None:
+    before = numba.config.CACHE_DIR
+    _jit.kernel(lambda x: x)
+    assert before == numba.config.CACHE_DIR
+
+
+@pytest.mark.parametrize(
+    "files, cores",
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ({"cpu.max": "nonsense"}, float("inf")),
+        ({}, float("inf")),
+    ],
+)
+def test_the_containers_quota(tmp_path: Path, files: dict[str, str], cores: float) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert _jit._cgroup_quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize("quota, expected", [(0.5, 1), (1.9, 1), (1e9, None)])
+def test_quotas_are_rounded_down_to_at_least_one(
+    monkeypatch: pytest.MonkeyPatch, quota: float, expected: int | None
+) -> None:
+    monkeypatch.setattr(_jit, "_cgroup_quota", lambda: quota)
+    assert _jit.usable_cores() == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_threads_are_bounded_and_the_environment_is_left_alone() -> None:
+    before = dict(os.environ)
+    assert _jit.set_threads(10_000) == numba.config.NUMBA_NUM_THREADS
+    assert _jit.set_threads(1) == numba.get_num_threads() == 1
+    assert _jit.set_threads(None) == min(_jit.usable_cores(), numba.config.NUMBA_NUM_THREADS)
+    assert dict(os.environ) == before
+
+
+# --- the dot product of other processors --------------------------------------------------------------------------
+
+ASSEMBLY = """
+from numba import types
+from tinyserve.tensor import dot_product, probe
+for weights, activations in ((types.int8, types.int16), (types.uint8, types.int8)):
+    arrays = (types.Array(t, 1, "C") for t in (weights, types.float32, activations, types.float32))
+    probe.dot_32.compile(tuple(arrays))
+print(dot_product.PATH)
+print(*(probe.dot_32.inspect_asm(signature) for signature in probe.dot_32.signatures))
+"""
+X86 = "+avx,+avx2,+fma,+f16c"
+VNNI = f"{X86},+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "path", "instructions"),
+    [
+        ("znver5", VNNI, "avx512-vnni", ["vpdpbusd\t%zmm"]),
+        ("alderlake", f"{X86},+avxvnni", "avx-vnni", ["vpdpbusd\t%ymm"]),
+        ("haswell", X86, "avx2", ["vpmaddwd\t", "vpmaddubsw\t"]),
+    ],
+)
+def test_each_path_is_its_instruction(
+    cpu: str, features: str, path: str, instructions: list[str], tmp_path: Path
+) -> None:
+    """Machine code for processors that this one need not be: compiled and read, not run."""
+    told = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "TINYSERVE_DOT_PRODUCT": path}
+    out = python(ASSEMBLY, **told, TINYSERVE_CACHE=str(tmp_path))
+    assert out.startswith(path)
+    for instruction in instructions:
+        assert instruction in out.replace("(%", "%")
+
+
+NEON = """
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from tinyserve.tensor import dot_product
+from tinyserve.tensor.simd import i8x64, i32x16
+module = ir.Module("neon")
+function = ir.Function(module, ir.FunctionType(i32x16.llvm, [i32x16.llvm, i32x16.llvm, i8x64.llvm, i32x16.llvm]), "dot")
+builder = ir.IRBuilder(function.append_basic_block())
+total, high, weights, inputs = function.args
+w, q = types.Array(types.int8, 1, "C"), types.Array(types.int16, 1, "C")
+widened = dot_product.emit_widen(builder, w, q, weights)
+a, b = dot_product.emit_dot(builder, w, q, [high, total], widened, [inputs, inputs])
+builder.ret(builder.add(a, b))
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
+parsed = llvm.parse_assembly(str(module))
+parsed.verify()
+print(machine.emit_assembly(parsed))
+"""
+
+
+def test_neon_has_its_instruction(tmp_path: Path) -> None:
+    """For ARM's processors the IR is built, checked and compiled: two digits of 16 outputs are eight sdot."""
+    assembly = python(NEON, TINYSERVE_DOT_PRODUCT="neon", TINYSERVE_CACHE=str(tmp_path))
+    assert assembly.count("sdot\tv") == 8
+    assert "eor\tv" in assembly  # unsigned weights become signed
+
+
+def test_an_instruction_that_kills_its_process_is_not_taken(tmp_path: Path) -> None:
+    """The probe's verdict is remembered, and a path that died falls back to the next one."""
+    code = """
+from tinyserve.tensor import _jit
+kill = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+print(_jit.runs("dies", kill, {}), _jit.runs("lives", "pass", {}), _jit.runs("dies", "pass", {}))
+for path in ("avx512-vnni", "avx-vnni", "avx2"):
+    (_jit.cache_folder() / f"dot-{path}.runs").write_text("no")
+from tinyserve.tensor import dot_product
+print(dot_product.PATH)
+"""
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)).split() == ["False", "True", "False", "plain"]
+
+
+def test_the_probe_of_the_path_in_use_passes() -> None:
+    python("from tinyserve.tensor import probe; probe.check()")

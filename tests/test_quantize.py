@@ -1,0 +1,168 @@
+"""Packed checkpoints: what `tinyserve quantize` writes is what --dtype makes of the original, bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+from command_line import run
+
+from tinyserve import LLM, quantize
+from tinyserve.errors import CheckpointError, TinyserveError, UserError
+
+IDS = checkpoints.token_ids(60, seed=5)
+GRANITES = ["granite", "granite-moe", "granite-hybrid-moe", "granite-hybrid-rope"]
+QUESTION = [{"role": "user", "content": "the other é"}]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "w8a8", "int4", "w4a8"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt2-untied", "llama", "llama-biases", "mistral", "falcon-40b", "falcon-rw", *GRANITES]
+)
+def test_a_packed_folder_is_its_original(
+    name: str, dtype: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    quantize.write(str(folder_of(name)), out, dtype)
+    packed, original = LLM(out), LLM(folder_of(name), dtype=dtype)
+    assert packed.dtype == original.dtype
+    np.testing.assert_array_equal(packed.logits(IDS), original.logits(IDS))
+    assert packed.model.nbytes == original.model.nbytes
+    assert packed.tokenizer is not None and packed.tokenizer.encode("the other") == original.tokenizer.encode(
+        "the other"
+    )
+    assert packed.chat_prompt([{"role": "user", "content": "a"}]) == original.chat_prompt(
+        [{"role": "user", "content": "a"}]
+    )
+
+
+def test_a_packed_gguf_is_its_original(tmp_path: Path) -> None:
+    file = checkpoints.write_model_gguf(tmp_path / "model.gguf", checkpoints.CONFIGS["llama-grouped"])
+    quantize.write(str(file), tmp_path / "packed", "int8")
+    packed, original = LLM(tmp_path / "packed"), LLM(file, dtype="int8")
+    np.testing.assert_array_equal(packed.logits(IDS), original.logits(IDS))
+    assert packed._engine.eos_token_ids == original._engine.eos_token_ids
+    assert packed.tokenizer.special_tokens.items() >= original.tokenizer.special_tokens.items()
+    assert packed.chat_prompt([{"role": "user", "content": "é"}]) == original.chat_prompt(
+        [{"role": "user", "content": "é"}]
+    )
+
+
+def test_weights_are_mapped_and_not_copied(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+    integers = LLM(tmp_path / "packed").model.blocks[0].mixer.qkv.matrix.packed
+    while isinstance(integers.base, np.ndarray):
+        integers = integers.base
+    assert isinstance(integers, np.memmap)
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize.write(str(folder_of("gpt2")), tmp_path / "packed", "int8")
+    modes = {file.stat().st_mode for file in (tmp_path / "packed").glob("[cm]*.*")}
+    assert len(modes) == 1
+
+
+def test_shards(folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "SHARD", 100_000)
+    nbytes, files = quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+    assert files == len(list((tmp_path / "packed").glob("model-*.safetensors"))) > 2
+    assert (
+        nbytes
+        == json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    )
+    original = LLM(folder_of("llama"), dtype="int8")
+    np.testing.assert_array_equal(LLM(tmp_path / "packed").logits(IDS), original.logits(IDS))
+
+
+def test_bits_of_activations_may_change_and_bits_of_weights_not(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize.write(str(folder_of("gpt2")), tmp_path / "packed", "int8")
+    rough, fine = LLM(tmp_path / "packed", dtype="w8a8").logits(IDS), LLM(tmp_path / "packed").logits(IDS)
+    assert 0 < np.abs(rough - fine).max() < 0.1 * np.abs(fine).max()
+    for dtype in ("int4", "float32", "bfloat16"):
+        with pytest.raises(UserError, match="packed as w8a16"):
+            LLM(tmp_path / "packed", dtype=dtype)
+    with pytest.raises(UserError, match="packed already"):
+        quantize.write(str(tmp_path / "packed"), tmp_path / "again", "int4")
+
+
+def test_files_beside_the_weights_come_along(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "original"
+    shutil.copytree(folder_of("llama"), folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    quantize.write(str(folder), tmp_path / "packed", "int4")
+    for file in ("generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"):
+        assert (tmp_path / "packed" / file).read_text() == (folder / file).read_text()
+    assert {7, 8} <= LLM(tmp_path / "packed")._engine.eos_token_ids
+
+
+def test_nothing_is_left_of_what_fails(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["integers", "scales"])
+def test_another_layout_is_refused(part: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.1.self_attn.o_proj.{part}"
+    tensors[name] = np.ascontiguousarray(tensors[name][:, :-1])
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"o_proj.*is no matrix of.*tinyserve quantize"):
+        LLM(tmp_path / "packed")
+
+
+def test_weights_too_large_for_a_scale_name_their_tensor(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    raw = checkpoints.CONFIGS["llama"]
+    tensors = checkpoints.tensors_of(raw)
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e9
+    folder = checkpoints.write_folder(tmp_path / "large", raw, tensors)
+    with pytest.raises(CheckpointError, match=r"down_proj.weight' cannot be w8a16: weights reach 1e\+09.*bfloat16"):
+        LLM(folder)
+    assert np.isfinite(LLM(folder, dtype="bfloat16").logits(IDS)).all()
+
+
+def test_the_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    done = run("quantize", folder_of("llama"), out, "--dtype", "int4")
+    assert done.code == 0, done.err
+    assert "w4a16" in done.out and "MB of weights" in done.out
+    asked = run("ask", out, "Who?", "--max-tokens", "5", "--json")
+    assert asked.code == 0 and json.loads(asked.out)["dtype"] == "w4a16"
+    for arguments, words in [
+        ((folder_of("llama"), out), "exists already"),
+        ((folder_of("llama"), tmp_path / "x", "--dtype", "float32"), "is not quantized"),
+        ((folder_of("llama"), tmp_path / "x", "--dtype", "int3"), "Did you mean 'int"),
+        ((out, tmp_path / "x"), "packed already"),
+        ((tmp_path / "nothing.gguf", tmp_path / "x"), "nothing.gguf"),
+    ]:
+        refused = run("quantize", *arguments)
+        assert refused.code == 2, (arguments, refused.err)
+        assert words in refused.sentence
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_packed_checkpoint_of_another_tool_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(folder_of("llama"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(TinyserveError, match="gptq"):
+        LLM(folder)

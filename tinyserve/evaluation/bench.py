@@ -1,0 +1,353 @@
+"""How fast a model is here, and how near to what this machine can do: works, repeated, as plain numbers.
+
+Knows the Python API, what a step has to read and multiply, and the limits that tensor/limits.py measures. What a peer
+does with the same file is measured by scripts/bench_peers.py.
+"""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinyserve.errors import UserError
+from tinyserve.models.config import ModelConfig
+from tinyserve.models.config.costs import (
+    attention_flops_per_position,
+    attention_window,
+    matmul_flops_per_token,
+    state_bytes_per_sequence,
+    weight_bytes,
+    weight_bytes_per_token,
+)
+from tinyserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from tinyserve.llm import LLM
+
+PREFILL, DEPTHS, BATCHES, DECODE, REPETITIONS = (128, 512, 2048), (0, 512, 4096), (1, 8, 32), 32, 5
+QUICK_PREFILL, QUICK_DEPTHS, QUICK_BATCHES, QUICK_REPETITIONS = (512,), (0,), (1,), 3
+STEP, BLOCK = 512, 16  # the engine's token budget of a step, and the cache's block
+MOST_SEQUENCES = STEP // 2  # more would leave no room in a step for prompts
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Reading a prompt of `tokens`, or decoding `tokens` for each of `batch` sequences that are `depth` tokens long."""
+
+    kind: str  # "prefill" or "decode"
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    def __str__(self) -> str:
+        if self.kind == "prefill":
+            return f"prefill of {self.tokens} tokens"
+        return f"decode at depth {self.depth}, batch {self.batch}"
+
+    @property
+    def prompt(self) -> int:
+        """The tokens of each prompt: nothing is decoded after none."""
+        return self.tokens if self.kind == "prefill" else max(1, self.depth)
+
+    def most_tokens(self, repetitions: int) -> int:
+        """What each sequence can come to."""
+        if self.kind == "prefill":
+            return self.prompt + 1
+        # While the last prompts are read, the first sequences are decoding already.
+        meanwhile = self.prompt * self.batch // (STEP - self.batch) + 1
+        return self.prompt + meanwhile + self.stretches(repetitions) * self.tokens + 1
+
+    def stretches(self, repetitions: int) -> int:
+        """Repetitions, and one that is not counted, that follow one reading of the prompts; without depth, just one."""
+        return repetitions + 1 if self.depth else 1
+
+
+def works(prefill: Sequence[int], depths: Sequence[int], batches: Sequence[int], decode: int) -> list[Work]:
+    """Prefill of each length, then decoding `decode` tokens at each depth for each number of sequences."""
+    return [Work("prefill", length) for length in prefill] + [
+        Work("decode", decode, depth, batch) for depth in depths for batch in batches
+    ]
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A work that is not done, and why."""
+
+    work: Work
+    reason: str
+    by_context: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Works that fit, works that do not, and the options of an LLM that has room for the first."""
+
+    works: list[Work]
+    skipped: list[Skipped]
+    options: dict[str, int]
+
+
+def plan(
+    config: ModelConfig, dtype: str, wanted: Sequence[Work], repetitions: int, memory: int, synthetic: bool = False
+) -> Plan:
+    """Sort works into those that the model's context and `memory` bytes hold, and those that they do not.
+
+    Like an LLM by itself, takes at most half of what the weights leave free for keys and values. Raises UserError for
+    synthetic weights that take more than that memory; a file's may be fewer bits than `dtype` has.
+    """
+    weights = weight_bytes(config, dtype)
+    if synthetic and weights > memory:
+        raise UserError(
+            f"The weights take {weights / 1e9:.1f} GB in {dtype}, and {memory / 1e9:.1f} GB of memory are free: take "
+            f"--dtype {'int8 or int4' if dtype in ('float32', 'bfloat16') else 'int4'}, or a smaller model."
+        )
+    budget = max(0, memory - weights) // 2
+    fitting, skipped = [], []
+    for work in wanted:
+        tokens = work.most_tokens(repetitions)
+        need = _cache_bytes(config, dtype, work, repetitions) + _state_bytes(config, [work])
+        if tokens > config.max_position_embeddings:
+            reason = f"{work} comes to {tokens} tokens, and the context holds {config.max_position_embeddings}"
+            skipped.append(Skipped(work, reason, by_context=True))
+        elif need > budget:
+            kept = "keys, values and states" if config.state_shapes else "keys and values"
+            reason = f"{work} takes {need / 1e9:.1f} GB of {kept}, and there is room for {budget / 1e9:.1f} GB"
+            skipped.append(Skipped(work, reason, by_context=False))
+        else:
+            fitting.append(work)
+    if not fitting:
+        return Plan([], skipped, {})
+    options = {
+        "max_num_seqs": max(work.batch for work in fitting),
+        "max_model_len": max(2, *(work.most_tokens(repetitions) for work in fitting)),
+        "kv_cache_memory": max(_cache_bytes(config, dtype, work, repetitions) for work in fitting)
+        + _state_bytes(config, fitting),
+        "max_num_batched_tokens": STEP,
+        "block_size": BLOCK,
+        "enable_prefix_caching": False,  # what is measured is computed
+    }
+    return Plan(fitting, skipped, options)
+
+
+def _cache_bytes(config: ModelConfig, dtype: str, work: Work, repetitions: int) -> int:
+    from tinyserve.model_runner import resolve_kv_cache_dtype
+    from tinyserve.models.kv_cache import KVCache
+
+    blocks = work.batch * math.ceil(work.most_tokens(repetitions) / BLOCK)
+    return blocks * KVCache.block_nbytes(config, BLOCK, resolve_kv_cache_dtype("auto", dtype))
+
+
+def _state_bytes(config: ModelConfig, works: Sequence[Work]) -> int:
+    from tinyserve.model_runner import state_nbytes
+
+    return state_nbytes(config, max(work.batch for work in works))
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What has to be done at least: bytes read from memory; operations, a multiplication and an addition being two."""
+
+    bytes: float
+    operations: float
+
+
+def decode_cost(config: ModelConfig, weights: float, kv: float, batch: int, context: float) -> Cost:
+    """One step for `batch` sequences that look at `context` tokens each.
+
+    `weights` are the bytes that a step reads of them, whatever the batch; `kv` those of a token's keys and values. A
+    recurrent state is read and written.
+    """
+    seen = min(context, attention_window(config) or math.inf)
+    per_token = matmul_flops_per_token(config) + seen * attention_flops_per_position(config)
+    return Cost(weights + batch * (seen * kv + 2 * state_bytes_per_sequence(config)), batch * per_token)
+
+
+def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, step: int = STEP) -> Cost:
+    """A prompt of `tokens`, `step` at a time: all weights each time, and the head for the last token only."""
+    window = attention_window(config) or math.inf
+    head = 2 * config.vocab_size * config.hidden_size
+    pairs = sum(min(position, window) for position in range(1, tokens + 1))
+    operations = tokens * (matmul_flops_per_token(config) - head) + head + pairs * attention_flops_per_position(config)
+    ends = [*range(step, tokens, step), tokens]
+    states = 2 * state_bytes_per_sequence(config)
+    return Cost(sum(weights + min(end, window + step) * kv + states for end in ends), operations)
+
+
+def bytes_per_step(config: ModelConfig, dtype: str, nbytes: int) -> float:
+    """Of a model's `nbytes`, those that a step reads: of a table that is no head too, only a row for each token."""
+    return nbytes * weight_bytes_per_token(config, dtype) / weight_bytes(config, dtype)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do, measured: bytes and operations a second."""
+
+    bandwidth: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One work, repeated: the seconds of each counted repetition, and what one costs."""
+
+    work: Work
+    seconds: list[float]
+    cost: Cost
+    first_token: list[float]  # of a prefill, seconds from the request to its first token
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second of each repetition, all sequences together."""
+        return [self.work.tokens * self.work.batch / seconds for seconds in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.cost.bytes * self.mean / (self.work.tokens * self.work.batch)
+
+    @property
+    def operations_per_second(self) -> float:
+        return self.cost.operations * self.mean / (self.work.tokens * self.work.batch)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """The median, in seconds."""
+        return statistics.median(self.first_token) if self.first_token else None
+
+    def attainable(self, limits: Limits) -> float:
+        """Tokens a second where the nearer of the two limits stands: the roofline."""
+        seconds = max(self.cost.bytes / limits.bandwidth, self.cost.operations / limits.operations)
+        return self.work.tokens * self.work.batch / seconds
+
+    def row(self, limits: Limits) -> dict[str, Any]:
+        """All of it for scripts; lists are of the repetitions, bytes and operations those of one."""
+        work = self.work
+        return {
+            "work": work.kind,
+            "tokens": work.tokens,
+            "depth": work.depth,
+            "batch": work.batch,
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "median": statistics.median(self.rates),
+            "mean_per_sequence": self.mean / work.batch,
+            "attainable": self.attainable(limits),
+            "time_to_first_token_seconds": self.time_to_first_token,
+            "bytes": self.cost.bytes,
+            "bytes_per_second": self.bytes_per_second,
+            "share_of_bandwidth": self.bytes_per_second / limits.bandwidth,
+            "operations": self.cost.operations,
+            "operations_per_second": self.operations_per_second,
+            "share_of_peak": self.operations_per_second / limits.operations,
+            "rates": self.rates,
+        }
+
+
+def measure_limits(llm: "LLM") -> Limits:
+    """This machine's limits with the threads of `llm`: reading memory, and the operations of its dtype."""
+    from tinyserve.models.matrix import bits_of, is_integer
+    from tinyserve.tensor import _jit, limits
+
+    with _jit.one_at_a_time(llm.num_threads):
+        peak = limits.integer_peak(*bits_of(llm.dtype)) if is_integer(llm.dtype) else limits.float_peak()
+        return Limits(limits.memory_bandwidth(), peak)
+
+
+def machine(dtype: str) -> dict[str, str]:
+    """The processor, and which of its instructions multiply in this dtype."""
+    from tinyserve.models.matrix import is_integer
+    from tinyserve.tensor import dot_product
+    from tinyserve.tensor._jit import cpu_name
+
+    return {"processor": cpu_name(), "dot_product": dot_product.PATH if is_integer(dtype) else "float32 fma"}
+
+
+def run(
+    llm: "LLM", wanted: Sequence[Work], repetitions: int, progress: Progress = lambda doing: None
+) -> Iterator[Measurement]:
+    """Measure each work, which must fit (`plan`); yields as it goes. The first repetition of each is thrown away."""
+    from tinyserve.models.kv_cache import KVCache
+
+    weights = bytes_per_step(llm.config, llm.dtype, llm.model.nbytes)
+    kv = KVCache.block_nbytes(llm.config, BLOCK, llm.kv_cache_dtype) / BLOCK
+    for work in wanted:
+        if work.kind == "prefill":
+            firsts, seconds = _prefill(llm, work, repetitions, progress)
+            yield Measurement(work, seconds, prefill_cost(llm.config, weights, kv, work.tokens), firsts)
+        else:
+            seconds, context = _decode(llm, work, repetitions, progress)
+            step = decode_cost(llm.config, weights, kv, work.batch, context)
+            cost = Cost(work.tokens * step.bytes, work.tokens * step.operations)
+            yield Measurement(work, seconds, cost, [])
+
+
+def _prefill(llm: "LLM", work: Work, repetitions: int, progress: Progress) -> tuple[list[float], list[float]]:
+    """Of each counted repetition: seconds to the first token from the request, and from when it was scheduled."""
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    firsts, seconds = [], []
+    for i in range(repetitions + 1):
+        progress(f"{work}, {_repetition(i, repetitions)}")
+        (output,) = llm.generate([_prompt(llm, work.prompt, i)], params)
+        metrics = output.metrics
+        assert metrics.first_token is not None and metrics.first_scheduled is not None
+        firsts.append(metrics.first_token - metrics.arrival)
+        seconds.append(metrics.first_token - metrics.first_scheduled)
+    return firsts[1:], seconds[1:]
+
+
+def _decode(llm: "LLM", work: Work, repetitions: int, progress: Progress) -> tuple[list[float], float]:
+    """Seconds of each counted repetition, and how many tokens a sequence looked at in them, on average."""
+    stretches = work.stretches(repetitions)
+    seconds, contexts = [], []
+    for first in range(0, repetitions + 1, stretches):
+        for i, (took, context) in enumerate(_stretches(llm, work, stretches, progress, first, repetitions)):
+            if first + i > 0:
+                seconds.append(took)
+                contexts.append(context)
+    return seconds, statistics.fmean(contexts)
+
+
+def _stretches(
+    llm: "LLM", work: Work, count: int, progress: Progress, first: int, repetitions: int
+) -> list[tuple[float, float]]:
+    """Read the prompts, then time `count` stretches of `work.tokens` steps: (seconds, mean context) of each.
+
+    In each step every sequence gains a token, so the one that comes last is the clock.
+    """
+    most = work.most_tokens(repetitions) - work.prompt
+    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+    progress(f"{work}, {_repetition(first, repetitions) if count == 1 else f'all {repetitions} repetitions'}")
+    prompts = [_prompt(llm, work.prompt, i) for i in range(work.batch)]
+    tokens = [output.metrics.token_times for output in llm.generate(prompts, params, progress_bar=False)]
+    times = tokens[-1][: count * work.tokens + 1 : work.tokens]
+    ahead = statistics.fmean(bisect_right(times_of_one, times[0]) - 1 for times_of_one in tokens)
+    start = work.prompt + ahead + (work.tokens + 1) / 2
+    return [(times[i + 1] - times[i], start + i * work.tokens) for i in range(count)]
+
+
+def _repetition(i: int, repetitions: int) -> str:
+    return f"repetition {i} of {repetitions}" if i else "warming up"
+
+
+def _prompt(llm: "LLM", length: int, seed: int) -> list[int]:
+    return [(7919 * (i + 1) * (seed + 1)) % llm.config.vocab_size for i in range(length)]

@@ -1,0 +1,83 @@
+"""config.json -> a ModelConfig: believe the checkpoint, refuse the unsupported, invent nothing.
+
+Knows nothing of weights, presets or the network; imports neither numpy nor numba.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinyserve.checkpoints import presets
+from tinyserve.errors import ConfigError
+from tinyserve.models.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
+from tinyserve.models.config.falcon import LEGACY_TYPES, FalconConfig
+from tinyserve.models.config.generation import GenerationConfig
+from tinyserve.models.config.gpt2 import GPT2Config
+from tinyserve.models.config.granite import GraniteConfig
+from tinyserve.models.config.llama import LlamaConfig
+
+__all__ = [
+    "ATTENTION",
+    "MAMBA",
+    "PACKED",
+    "SUPPORTED_MODEL_TYPES",
+    "FalconConfig",
+    "GPT2Config",
+    "GenerationConfig",
+    "GraniteConfig",
+    "LlamaConfig",
+    "ModelConfig",
+    "RopeParameters",
+    "parse_config",
+    "preset_config",
+]
+
+_FAMILIES: dict[str, type[GPT2Config | FalconConfig | LlamaConfig | GraniteConfig]] = {
+    "gpt2": GPT2Config,
+    "falcon": FalconConfig,
+    **dict.fromkeys(LEGACY_TYPES, FalconConfig),
+    "llama": LlamaConfig,
+    "mistral": LlamaConfig,
+    "granite": GraniteConfig,
+    "granitemoe": GraniteConfig,
+    "granitemoehybrid": GraniteConfig,
+}
+
+SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
+PACKED = "tinyserve"  # the quant_method of checkpoints that `tinyserve quantize` writes
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Read a config.json in either dialect; raises ConfigError naming `source`, key and value."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source}: a config is one JSON object, but this is a {type(raw).__name__}.")
+    fields = Fields(raw, source)
+    model_type = fields.choice("model_type", SUPPORTED_MODEL_TYPES)
+    _refuse_unsupported(fields)
+    return _FAMILIES[model_type].parse(fields, model_type)
+
+
+def preset_config(name: str) -> ModelConfig:
+    """The config that a preset says it has; raises UnknownModelError."""
+    preset = presets.get(name)
+    return parse_config(preset.raw_config, preset.source)
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Refuse what no architecture here can load: quantized checkpoints, encoders, classifiers, stretched positions."""
+    for key in ("quantization_config", "compression_config"):
+        quantization = fields.raw.get(key)
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        if quantization and method != PACKED:
+            fields.refuse(
+                f"{key!r} has the method {method!r}, which is not supported; take the model's float16, bfloat16 or "
+                "float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+            )
+    for key in ("add_cross_attention", "is_encoder_decoder"):
+        if fields.boolean(key, default=False):
+            fields.refuse(f"{key!r} is true, but only decoders without an encoder are supported.")
+    fields.rope(max_position_embeddings=1)  # a type that is not built is refused although no head may be rotated
+    for architecture in fields.names("architectures"):
+        if "Classification" in architecture or "QuestionAnswering" in architecture:
+            fields.refuse(
+                f"'architectures' has {architecture!r}, which is not a language model (supported: ...ForCausalLM)."
+            )

@@ -1,0 +1,111 @@
+"""What sequences remember: of attention layers pages of keys and values, of recurrent layers a state of fixed size.
+
+Knows what a block and a state cost; which block and which slot belongs to whom is told by ints from above.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyserve.errors import UserError
+from tinyserve.models.config import MAMBA, ModelConfig
+from tinyserve.models.config.costs import state_bytes_per_sequence
+from tinyserve.tensor.quant import padded
+from tinyserve.tensor.simd import LANES
+
+Array = np.ndarray
+
+KV_DTYPES = ("float32", "bfloat16", "int8")
+_KEPT_AS = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+
+
+class LayerCache(NamedTuple):
+    """One attention layer's pages; the scales are empty unless keys and values are int8."""
+
+    keys: Array  # (blocks, kv_heads, head_dim, block_size)
+    values: Array  # (blocks, kv_heads, block_size, padded head_dim)
+    key_scales: Array  # (blocks, kv_heads, block_size) float32
+    value_scales: Array
+
+
+class LayerState(NamedTuple):
+    """One Mamba layer's memory, a row for each slot, as tensor/mamba2.py updates it in place."""
+
+    windows: Array  # (slots, d_conv - 1, channels) float32: the newest inputs of the convolution
+    states: Array  # (slots, heads, d_state, d_head) float32
+
+
+class KVCache:
+    """Every layer's memory: `num_blocks` blocks of `block_size` tokens, and states for `num_slots` sequences.
+
+    What is untouched costs address space, not memory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str = "float32", num_slots: int = 1
+    ):
+        """Raises UserError, with the numbers, where the system refuses the memory."""
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.num_slots = num_slots
+        self.dtype = dtype
+        self._states: list[LayerState] = []
+        self._pages: list[LayerCache] = []
+        self.layers: list[Any] = []  # LayerCache or LayerState: what the block of this number asks for
+        try:
+            for kind in config.layer_types:
+                if kind == MAMBA:
+                    window, state = config.state_shapes
+                    self._states.append(
+                        LayerState(
+                            np.zeros((num_slots, *window), np.float32), np.zeros((num_slots, *state), np.float32)
+                        )
+                    )
+                    self.layers.append(self._states[-1])
+                else:
+                    self._pages.append(_pages(config, num_blocks, block_size, dtype))
+                    self.layers.append(self._pages[-1])
+        except MemoryError:
+            states = num_slots * state_bytes_per_sequence(config)
+            size = num_blocks * self.block_nbytes(config, block_size, dtype) + states
+            raise UserError(
+                f"The system refuses {size / 1e9:.2f} GB for the cache of {num_blocks * block_size} tokens: lower "
+                f"max_model_len or max_num_seqs, or set kv_cache_memory."
+            ) from None
+
+    def reset_slot(self, slot: int) -> None:
+        """Forget what a slot's last owner left there: a sequence begins with zeros."""
+        for layer in self._states:
+            layer.windows[slot] = 0
+            layer.states[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Make one slot remember what another does."""
+        for layer in self._states:
+            layer.windows[target] = layer.windows[source]
+            layer.states[target] = layer.states[source]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Make one block hold what another does."""
+        for layer in self._pages:
+            for pages in layer:
+                if len(pages):  # there are no scales beside floats
+                    pages[target] = pages[source]
+
+    @staticmethod
+    def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32") -> int:
+        """Bytes of one block over all attention layers, keys and values."""
+        numbers = (config.head_dim + padded(config.head_dim, LANES)) * np.dtype(_KEPT_AS[dtype]).itemsize
+        per_token = config.num_key_value_heads * (numbers + (8 if dtype == "int8" else 0))
+        return per_token * block_size * config.num_attention_layers
+
+
+def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> LayerCache:
+    heads, width, kept = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
+    scales = (num_blocks, heads, block_size) if dtype == "int8" else (0, 0, 0)
+    return LayerCache(
+        np.zeros((num_blocks, heads, config.head_dim, block_size), kept),
+        np.zeros((num_blocks, heads, block_size, width), kept),
+        np.zeros(scales, np.float32),
+        np.zeros(scales, np.float32),
+    )

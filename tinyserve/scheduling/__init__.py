@@ -1,0 +1,1 @@
+"""Which tokens are computed next, and where they are kept: ints only, no arrays."""

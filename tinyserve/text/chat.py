@@ -1,0 +1,172 @@
+"""What a conversation becomes: the tokens of its prompt, how it is decoded, and how calls are read out of the answer.
+
+One path for all who chat. Knows templates and tools; nothing of how tokens come to be, or of other requests.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from tinyserve.errors import RequestError
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.text.chat_template import ChatTemplate
+from tinyserve.text.tokenizer import Tokenizer
+from tinyserve.text.tool_parser import ToolCall, ToolCallParser
+from tinyserve.text.tools import FORMATS, checked_tools, format_named, tool_format, tool_grammar
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """Which tools there are, and which of them must be called, in OpenAI's form.
+
+    tool_format: how this model writes calls, one of `tools.FORMATS`; None is what its chat template teaches.
+    """
+
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    tool_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parallel_tool_calls, bool):
+            raise RequestError(f"parallel_tool_calls is {self.parallel_tool_calls!r:.60}; it must be True or False.")
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How calls stand in the answers to a prompt.
+
+    shown_ids: the special tokens that the format is written with, and that its parser must see.
+    only_one: the answer is over behind its first call.
+    is_named: which tool is called was not the model's to choose.
+    """
+
+    tool_format: str
+    shown_ids: frozenset[int] = frozenset()
+    only_one: bool = False
+    is_named: bool = False
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation in tokens, and how calls are read out of its answers; with no format they are text only."""
+
+    token_ids: list[int]
+    answer_format: AnswerFormat | None = None
+
+
+class ChatRequest(NamedTuple):
+    """What `generate` takes: `llm.generate(*request)`, `engine.generate(*request)`."""
+
+    prompt: ChatPrompt
+    params: SamplingParams
+
+
+class AnswerReader:
+    """Takes the text of one answer apart as it comes: `push` and `finish` return content, `tool_calls` has the rest."""
+
+    def __init__(self, format: AnswerFormat) -> None:
+        self._format, self._parser = format, ToolCallParser(format.tool_format)
+        self.tool_calls: list[ToolCall] = []
+
+    def push(self, piece: str) -> str:
+        """Take in a piece of the answer and return the content that is certain now."""
+        return self._take(*self._parser.push(piece))
+
+    def finish(self) -> str:
+        """The answer has ended: the content that was still held back."""
+        return self._take(*self._parser.finish())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer has all the calls that it may have."""
+        return self._format.only_one and bool(self.tool_calls)
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """ "tool_calls" where the model ended its answer with calls of its own choice, as OpenAI has it."""
+        chose = bool(self.tool_calls) and not self._format.is_named
+        return "tool_calls" if chose and reason == "stop" else reason
+
+    def _take(self, content: str, calls: list[ToolCall]) -> str:
+        if self.is_over:
+            return ""
+        self.tool_calls += calls
+        if self.is_over:
+            del self.tool_calls[1:]
+        return content
+
+
+class ChatFormat:
+    """How one model chats: its tokenizer and its templates."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        """`name` says in errors whose they are."""
+        self._name, self._tokenizer, self._template = name, tokenizer, template
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        """A checkpoint with several templates has one for tools, under the name that transformers looks for."""
+        source = self._tokenizer.chat_templates.get("tool_use")
+        if source is None or source == self._template.source:
+            return self._template
+        return ChatTemplate(source, self._tokenizer.special_tokens, self._name)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
+        """The tokens of a conversation, with no second BOS; raises RequestError, and UserError as templates do."""
+        template = self._template if variables.get("tools") is None else self._tool_template
+        return self._tokenizer.encode_chat(template.render(messages, **variables))
+
+    def request(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        options: ToolOptions,
+        variables: Mapping[str, Any],
+    ) -> ChatRequest:
+        """A conversation with tools or without. Raises RequestError for tools that cannot be shown, or forced."""
+        if options.tools is None:
+            if options.tool_choice not in (None, "none"):
+                raise RequestError(
+                    f"tool_choice is {options.tool_choice!r:.80}, and there are no tools to choose from."
+                )
+            return ChatRequest(ChatPrompt(self.prompt(messages, variables)), params)
+        tools, format = checked_tools(options.tools), self._tool_format(options.tool_format)
+        grammar = tool_grammar(
+            tools,
+            options.tool_choice,
+            format,
+            parallel_tool_calls=options.parallel_tool_calls,
+            special_ids=self._tokenizer.specials,
+        )
+        if grammar is not None:
+            if params.structured_outputs is not None:
+                raise RequestError(
+                    f"tool_choice is {options.tool_choice!r:.80} beside structured_outputs: an answer cannot be a call "
+                    "and have another structure. Leave out one of the two."
+                )
+            params = replace(params, structured_outputs=grammar)
+        answers = None
+        if options.tool_choice != "none":
+            answers = AnswerFormat(
+                format,
+                self._shown_ids(format),
+                only_one=not options.parallel_tool_calls,
+                is_named=isinstance(options.tool_choice, Mapping),
+            )
+        return ChatRequest(ChatPrompt(self.prompt(messages, {**variables, "tools": tools}), answers), params)
+
+    def _tool_format(self, given: str | None) -> str:
+        format = given if given is not None else tool_format(self._tool_template.source)
+        if format is None:
+            raise RequestError(
+                f"The chat template of {self._name} does not show tools to the model. Leave out tools; or describe "
+                f"them in a message, and say by tool_format how calls are written: {', '.join(FORMATS)}.",
+                "tools",
+            )
+        format_named(format)
+        return format
+
+    def _shown_ids(self, format: str) -> frozenset[int]:
+        tags = format_named(format).opens + format_named(format).closes
+        return frozenset(token for text, token in self._tokenizer.specials.items() if text in tags)

@@ -1,0 +1,355 @@
+"""Which tokens an answer may go on with: grammars compiled for a vocabulary, and one matcher for each sequence.
+
+Knows llguidance and a tokenizer's bytes; nothing about models, batches or requests. A mask is a row of uint32 words:
+bit t % 32 of word t // 32 is set if token t is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, lru_cache
+from itertools import takewhile
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from tinyserve.errors import RequestError, TinyserveError, UserError
+from tinyserve.structured_outputs import StructuredOutputs, with_options
+from tinyserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Masks = NDArray[np.uint32]
+
+_KEPT = 64  # compiled grammars; a service asks for the same few again and again
+
+
+class GrammarCompiler:
+    """Compiles structured outputs for one vocabulary; llguidance's copy of it is made by the first."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: Iterable[int]) -> None:
+        """`vocab_size` is the model's, which may be larger than the tokenizer's; `end_tokens` are its ends of answers.
+
+        Raises UserError if llguidance is missing, or this tokenizer does not spell its tokens as bytes.
+        """
+        try:
+            import llguidance  # noqa: F401
+        except ImportError:
+            raise UserError("Structured outputs need llguidance: pip install 'tinyserve[structured]'.") from None
+        if not tokenizer.spells_bytes:
+            raise UserError(
+                f"{tokenizer.source}: structured outputs need a tokenizer whose tokens are bytes (byte-level or "
+                "SentencePiece BPE), and the decoder of this one is neither."
+            )
+        self.vocab_size = vocab_size
+        self.end_tokens = frozenset(token for token in end_tokens if 0 <= token < vocab_size)
+        if not self.end_tokens:
+            raise UserError(f"{tokenizer.source}: structured outputs need a model with an end token; this has none.")
+        self._tokenizer = tokenizer
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._lock = Lock()
+
+    def compile(self, spec: StructuredOutputs) -> Grammar:
+        """The grammar of a spec, compiled once; RequestError says what llguidance has against it."""
+        with self._lock:
+            grammar = self._grammars.pop(spec, None) or self._compile(spec)
+            self._grammars[spec] = grammar
+            if len(self._grammars) > _KEPT:
+                self._grammars.popitem(last=False)
+        return grammar
+
+    def _compile(self, spec: StructuredOutputs) -> Grammar:
+        import llguidance
+
+        if self._vocabulary is None:
+            self._vocabulary = _vocabulary(self._tokenizer, self.vocab_size, self.end_tokens)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.", "structured_outputs")
+        grammar = Grammar(matcher, self.vocab_size, self.end_tokens)
+        # The first mask finds what the compiler does not: that no text matches, or none that these tokens spell.
+        if reason := grammar.first_error():
+            raise RequestError(f"{spec.kind} is refused: {reason}.", "structured_outputs")
+        return grammar
+
+
+class Grammar:
+    """One compiled grammar; every sequence that must match it gets a matcher of its own."""
+
+    def __init__(self, start: llguidance.LLMatcher, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        self._start, self._vocab_size, self._end_tokens = start, vocab_size, end_tokens
+
+    def matcher(self) -> Matcher:
+        """A matcher at the beginning of an answer."""
+        return Matcher(self._start.deep_copy(), self._vocab_size, self._end_tokens)
+
+    def first_error(self) -> str | None:
+        """Why no answer can begin, or None."""
+        import numpy as np
+
+        matcher = self.matcher()
+        fill_masks([matcher], np.empty((1, words_of(self._vocab_size)), np.uint32))
+        return matcher.reason
+
+
+class Matcher:
+    """How far one sequence has come in its grammar."""
+
+    def __init__(self, at: llguidance.LLMatcher, vocab_size: int, end_tokens: frozenset[int]) -> None:
+        self.vocab_size, self.end_tokens = vocab_size, end_tokens
+        self._at = at
+        # llguidance counts an end token in some states and not in others, so it never sees one.
+        self._ended = False
+        self._stuck = False  # seen when a mask is filled
+
+    def copy(self) -> Matcher:
+        """A matcher at the same place that goes its own way."""
+        twin = Matcher(self._at.deep_copy(), self.vocab_size, self.end_tokens)
+        twin._ended, twin._stuck = self._ended, self._stuck
+        return twin
+
+    def fill(self, row: Masks) -> None:
+        """Write the mask of the next token into row (words_of(vocab_size),); TinyserveError if the grammar gave up."""
+        fill_masks([self], row[None])
+        if self.error is not None:
+            raise TinyserveError(self.error)
+
+    def advance(self, token: int) -> bool:
+        """Take in the chosen token; False, and nothing changes, if it is not allowed here."""
+        if self._ended:
+            return False
+        if token in self.end_tokens:
+            self._ended = bool(self._at.is_accepting())
+            return self._ended
+        return bool(self._at.try_consume_tokens([token]) == 1)
+
+    def count_valid(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, are allowed one after the other; nothing changes."""
+        if self._ended:
+            return 0
+        text = list(takewhile(lambda token: token not in self.end_tokens, tokens))
+        valid: int = self._at.validate_tokens(text)
+        if valid < len(text) or len(text) == len(tokens):
+            return valid
+        ahead = self._at.deep_copy()
+        ahead.consume_tokens(text)
+        return valid + bool(ahead.is_accepting())
+
+    def fill_draft(self, draft: Sequence[int], masks: Masks) -> int:
+        """Write the masks before each token of a draft, and after the last, into masks (len(draft) + 1, words).
+
+        Returns how many tokens of the draft the grammar allows; rows behind the first that it does not are left alone.
+        """
+        ahead = self.copy()
+        ahead.fill(masks[0])
+        for i, token in enumerate(draft):
+            if not ahead.advance(token):
+                return i
+            fill_masks([ahead], masks[None, i + 1])
+            if ahead.error is not None:  # if the model goes there all the same, it will see for itself
+                return i
+        return len(draft)
+
+    def rollback(self, count: int) -> None:
+        """Take back the last tokens that `advance` took in."""
+        if count and self._ended:
+            self._ended = False
+            count -= 1
+        self._stuck = self._stuck and not count
+        if count and not self._at.rollback(count):
+            raise ValueError(f"{count} tokens cannot be taken back: {_sentence(self._at.get_error())}.")
+
+    def forced_tokens(self) -> list[int]:
+        """The tokens, as the tokenizer cuts them, that must come next; often none."""
+        return [] if self._ended else list(self._at.compute_ff_tokens())
+
+    @property
+    def is_complete(self) -> bool:
+        """The text so far matches the grammar, and an end token is allowed."""
+        return self._ended or bool(self._at.is_accepting())
+
+    @property
+    def is_finished(self) -> bool:
+        """An end token came, or nothing else can come."""
+        return self._ended or bool(self._at.is_stopped())
+
+    @property
+    def reason(self) -> str | None:
+        """Why the grammar gave up: a limit of llguidance's, or a dead end. None as long as all is well."""
+        if self._at.is_error():
+            return _sentence(self._at.get_error())
+        return "no token goes on to a text that matches it" if self._stuck else None
+
+    @property
+    def error(self) -> str | None:
+        """`reason` as a sentence."""
+        return self.reason and f"The structured output cannot go on: {self.reason}."
+
+
+def words_of(vocab_size: int) -> int:
+    """The uint32 words of a mask."""
+    return (vocab_size + 31) // 32
+
+
+def fill_masks(matchers: Sequence[Matcher | None], masks: Masks) -> None:
+    """Write the next token's mask of each matcher into its row of masks (matchers, words_of(vocab_size)), uint32.
+
+    None allows everything. A matcher that has ended, or that gave up (see its `error`), allows nothing but an end.
+    The interpreter's lock is released meanwhile, once for all rows.
+    """
+    if not masks.flags.c_contiguous or masks.dtype != "uint32" or len(masks) < len(matchers):
+        raise ValueError(
+            f"masks must be contiguous uint32 of {len(matchers)} rows; they are {masks.dtype} {masks.shape}."
+        )
+    running = []
+    for i, matcher in enumerate(matchers):
+        if matcher is None:
+            masks[i] = 0xFFFFFFFF
+        elif matcher._ended or matcher.reason:
+            _allow_ends(masks[i], matcher.end_tokens)
+        else:
+            running.append((matcher, i))
+    if not running:
+        return
+    tasks = [(matcher._at, i) for matcher, i in running]
+    _executor().unsafe_compute_mask_ptr(tasks, masks.ctypes.data, 4 * masks.shape[1], len(masks))
+    for matcher, i in running:
+        # llguidance offers an end where nothing goes on, although the text is not complete.
+        offered = min(matcher.end_tokens)
+        matcher._stuck = bool(masks[i, offered // 32] >> offered % 32 & 1) and not matcher._at.is_accepting()
+        if matcher.reason:
+            _allow_ends(masks[i], matcher.end_tokens)
+
+
+class MaskFiller:
+    """Fills a batch's masks in a thread of its own, while the model computes the logits they are for."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._words = words_of(vocab_size)
+        self._thread = ThreadPoolExecutor(1, "tinyserve-masks")
+        self._filling: Future[Masks] | None = None
+
+    def start(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]] | None = None) -> None:
+        """Begin; until `wait`, nobody else may touch these matchers. drafts: the guesses behind each one's place."""
+        self._filling = self._thread.submit(self._fill, list(matchers), drafts or [()] * len(matchers))
+
+    def wait(self) -> Masks:
+        """The masks (places, words) of the last `start`: of each matcher one, and one behind each guess.
+
+        Behind a guess that the grammar forbids, and where it gives up, they allow nothing: no answer goes there.
+        """
+        if self._filling is None:
+            raise ValueError("There are no masks to wait for: call start first.")
+        filling, self._filling = self._filling, None
+        return filling.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def _fill(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]]) -> Masks:
+        import numpy as np
+
+        masks = np.zeros((len(matchers) + sum(map(len, drafts)), self._words), np.uint32)
+        if len(masks) == len(matchers):
+            fill_masks(matchers, masks)
+            return masks
+        first = 0
+        for matcher, draft in zip(matchers, drafts, strict=True):
+            rows = masks[first : first + 1 + len(draft)]
+            fill_masks([matcher] if matcher is not None else [None] * len(rows), rows)
+            if matcher is not None and draft and matcher.reason is None:
+                rows[1 + matcher.fill_draft(draft, rows) :] = 0
+            first += len(rows)
+        return masks
+
+
+def _allow_ends(row: Masks, end_tokens: Iterable[int]) -> None:
+    row[:] = 0
+    for token in end_tokens:
+        row[token // 32] |= 1 << token % 32
+
+
+@cache
+def _executor() -> llguidance.LLExecutor:
+    """One thread: a mask takes microseconds, and the other cores are the model's."""
+    import llguidance
+
+    return llguidance.LLExecutor(1)
+
+
+def _source(spec: StructuredOutputs) -> str:
+    """A spec as llguidance's own description of grammars."""
+    from llguidance import LLMatcher
+
+    match spec.kind:
+        case "json":
+            return str(LLMatcher.grammar_from_json_schema(json.dumps(with_options(json.loads(spec.json)))))
+        case "json_object":
+            return str(LLMatcher.grammar_from_json_schema(json.dumps(with_options({"type": "object"}))))
+        case "regex":
+            return str(LLMatcher.grammar_from_regex(str(spec.regex)))
+        case "choice":
+            texts = (json.dumps(text, ensure_ascii=False) for text in spec.choice or ())
+            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(texts)))
+        case _:
+            return str(LLMatcher.grammar_from_lark(str(spec.grammar)))
+
+
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> llguidance.LLTokenizer:
+    """The tokenizer as llguidance knows it: the bytes of each of the model's ids, none beyond the tokenizer's own."""
+    import llguidance
+
+    pieces = [tokenizer.token_bytes(i, skip_special_tokens=False) for i in range(vocab_size)]
+    special = tokenizer.special_ids | end_tokens
+    plain = {i: piece for i, piece in enumerate(pieces) if piece and i not in special}
+    by_bytes = {piece: i for i, piece in plain.items()}
+    longest = max(map(len, by_bytes), default=0)
+
+    @lru_cache(4096)  # the same keys are forced again and again, and asked for with each mask
+    def spell(text: str) -> list[int]:
+        """The tokens whose bytes are this text in the middle of another one; no special tokens, whatever it says."""
+        data = text.encode()
+        # SentencePiece puts a space before a text; behind a line's end there is none.
+        for before in ("", "\n"):
+            ids = tokenizer.encode(before + text, add_special_tokens=False)
+            for start in range(min(len(ids), 4) + 1):
+                if b"".join([plain.get(i, b"\xff") for i in ids[start:]]) == data:
+                    return ids[start:]
+        # A normalizer changed the text, or the name of a special token is in it: the longest pieces will do.
+        ids, at = [], 0
+        while size := next((n for n in range(min(longest, len(data) - at), 0, -1) if data[at : at + n] in by_bytes), 0):
+            ids.append(by_bytes[data[at : at + size]])
+            at += size
+        return ids
+
+    class Vocabulary:
+        eos_token_id = min(end_tokens)
+        bos_token_id = tokenizer.bos_token_id
+        tokens = pieces
+        special_token_ids = sorted(i for i in special if i < vocab_size)
+
+        def __call__(self, text: str | bytes) -> list[int]:
+            return spell(text if isinstance(text, str) else text.decode())
+
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()), eos_token=sorted(end_tokens))
+
+
+def _sentence(error: str) -> str:
+    """llguidance's reason on one line, without its drawings of where in the grammar it is, and of its state."""
+    if not error or error.startswith("NoExtension"):
+        return "no text matches it"
+    lines = [line.strip() for line in error.split("<state>")[0].splitlines()]
+    kept = [line for line in lines if line.strip("^ ") and line != "<non-verbose/>" and not _DRAWN.match(line)]
+    return " ".join(kept).split("(in regex): ")[-1].rstrip(".")
+
+
+_DRAWN = re.compile(r"\d+ \|")  # a line of the grammar, as a compiler shows it

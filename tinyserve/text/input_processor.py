@@ -1,0 +1,124 @@
+"""What a request is made from: a prompt's tokens, a grammar and bad words in tokens, a seed, and a way back to text.
+
+Knows text and ids both. What it makes is not queued: that is its caller's business.
+"""
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from functools import lru_cache, partial
+from operator import index
+from typing import TYPE_CHECKING, cast
+
+from tinyserve.engine import Engine
+from tinyserve.errors import RequestError, UserError
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.structured_outputs import StructuredOutputs
+from tinyserve.text.chat import AnswerReader, ChatPrompt
+from tinyserve.text.request import Request
+from tinyserve.text.tokenizer import Detokenizer, Tokenizer
+from tinyserve.text.validation import Prompt
+
+if TYPE_CHECKING:
+    from tinyserve.model_runner import ModelRunner
+    from tinyserve.text.grammar import Grammar, GrammarCompiler
+
+
+class RequestMaker:
+    """Makes requests for one engine; any thread may ask."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        engine: Engine,
+        runners: SequenceOf["ModelRunner"],
+        seed: int | None = None,
+    ):
+        """`name` is the model's, for errors; `runners` are given masks when the first grammar is asked for."""
+        self._name, self._tokenizer, self._vocab_size = name, tokenizer, vocab_size
+        self._engine, self._runners, self._seed = engine, runners, seed
+        self._text_of = lru_cache(1 << 14)(partial(_text_of, tokenizer)) if tokenizer else None
+        self._grammars: GrammarCompiler | None = None
+
+    def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+        """The answers to be of one prompt; raises RequestError for a prompt that cannot be served."""
+        ids = self.token_ids(prompt)
+        params.check_vocabulary(self._vocab_size)
+        grammar = self._compile(params.structured_outputs) if params.structured_outputs is not None else None
+        bad_words = self.spellings(params.bad_words) if params.bad_words else []
+        if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
+            params = replace(params, logprobs=params.logprobs or 0)
+        text = prompt if isinstance(prompt, str) else None
+        calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
+        first = self._engine.make(ids, params, priority)
+        answers = []
+        for i, sequence in enumerate((first, *first.forks)):
+            if params.seed is None and self._seed is not None:
+                # Requests of one program draw from streams of their own, the same in the next run.
+                sequence.seed = (self._seed << 32) + sequence.request_id
+            sequence.matcher, sequence.bad_words = grammar and grammar.matcher(), bad_words
+            # An answer to a template begins a text; a completion goes on with the prompt's.
+            # A grammar has a say in the first space, too.
+            continues = text is not None or grammar is not None
+            detokenizer = self._detokenizer(params, continues, calls.shown_ids if calls else frozenset())
+            reader = AnswerReader(calls) if calls else None
+            answers.append(Request(sequence, text, detokenizer, i, self._text_of, reader))
+        return answers
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt in tokens; raises RequestError for what is none, and for an id that the model does not have."""
+        if isinstance(prompt, ChatPrompt):
+            prompt = prompt.token_ids
+        if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise UserError(f"{self._name} has synthetic weights and no tokenizer: give token ids instead of text.")
+            ids = self._tokenizer.encode(prompt)
+        else:
+            try:
+                if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
+                    raise TypeError  # an order is part of a prompt
+                tokens = cast(SequenceOf[int], prompt)
+                if any(isinstance(token, bool) for token in tokens):
+                    raise TypeError  # True is 1 to Python, and no token to anybody
+                ids = [index(token) for token in tokens]
+            except TypeError:
+                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.", "prompt") from None
+        # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
+        if bad := [token for token in ids if not 0 <= token < self._vocab_size]:
+            raise RequestError(
+                f"Token id {bad[0]} is outside {self._name}'s vocabulary of {self._vocab_size}.", "prompt"
+            )
+        return ids
+
+    def spellings(self, texts: Iterable[str]) -> list[list[int]]:
+        """Each text in tokens, without a space before it and with (vLLM's SamplingParams.update_from_tokenizer)."""
+        if self._tokenizer is None:
+            raise UserError(f"{self._name} has synthetic weights and no tokenizer: it has no words to be bad_words.")
+        words = [text.lstrip() or text for text in texts]
+        spelled = [self._tokenizer.encode(before + word, False) for word in words for before in ("", " ")]
+        return [ids for ids in spelled if ids]
+
+    def _detokenizer(self, params: SamplingParams, continuation: bool, shown: frozenset[int]) -> Detokenizer | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.detokenizer(params.skip_special_tokens, continuation=continuation, shown=shown)
+
+    def _compile(self, spec: StructuredOutputs) -> "Grammar":
+        from tinyserve.text.grammar import GrammarCompiler, MaskFiller
+
+        if self._tokenizer is None:
+            raise UserError(f"{self._name} has synthetic weights and no tokenizer: it has no text to give a structure.")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
+            masks = MaskFiller(self._vocab_size)
+            for runner in self._runners:
+                runner.masks = masks
+        return self._grammars.compile(spec)
+
+
+def _text_of(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False, continuation=True)

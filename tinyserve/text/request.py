@@ -1,0 +1,250 @@
+"""One request as the user sees it: the text so far, the pieces of a stream, the answer at the end.
+
+Knows text and the news of one sequence, which the engine may be ahead of; it does not know other requests.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from tinyserve.engine_thread import Update
+from tinyserve.errors import IncompleteError
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.scheduling.sequence import Logprobs, Metrics, Sequence
+from tinyserve.text.chat import AnswerReader
+from tinyserve.text.tokenizer import Detokenizer
+from tinyserve.text.tokenizer.stops import StopFilter
+from tinyserve.text.tool_parser import ToolCall
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `finish_reason`: "stop" (an end token or a stop string), "tool_calls", "length", "abort" or "error".
+
+    `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
+    `tool_calls` are no part of `text`; "tool_calls" is a "stop" of an answer that has some, and chose them itself.
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    metrics: Metrics = field(default_factory=Metrics, compare=False)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log-probability of the whole answer, where `logprobs` were asked for."""
+        if self.logprobs is None:
+            return None
+        return math.fsum(row[token] for token, row in zip(self.token_ids, self.logprobs, strict=True))
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its answers, and the times of the first.
+
+    `prompt_logprobs`, where asked for, has an entry for each token of the prompt, None for the first.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: Metrics
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
+@dataclass
+class StreamChunk:
+    """What came since the last chunk: printing the chunks one after the other prints the answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None
+    finish_reason: str | None
+    metrics: Metrics
+    index: int = 0  # of the answer, where there are several
+    stop_reason: str | int | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)  # each as soon as all of it is there
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Request:
+    """One answer as far as it is certain, made from the news of its sequence."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        prompt: str | None,
+        detokenizer: Detokenizer | None,
+        index: int = 0,
+        text_of: Callable[[int], str] | None = None,
+        reader: AnswerReader | None = None,
+    ):
+        """`text_of` is the text of one token, for those that log-probabilities are of; `reader` finds calls."""
+        self.sequence, self.prompt, self.index = sequence, prompt, index
+        self._reader = reader
+        self._detokenizer, self._text_of = detokenizer, text_of
+        self._stops = StopFilter(sequence.params.stop_strings)
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[Logprobs] = []
+        self.num_computed = 0
+        self.metrics = replace(sequence.metrics, token_times=[])
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.error: BaseException | None = None
+        self._sent_text, self._sent_tokens, self._sent_calls = 0, 0, 0  # what a stream has handed out
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls that are certain."""
+        return [] if self._reader is None else self._reader.tool_calls
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether its prompt is being read, and not for the first step."""
+        return not self.token_ids and 0 < self.num_computed < self.metrics.prompt_tokens
+
+    def take(self, update: Update) -> bool:
+        """Take in what a step has brought; True where its text ended the answer, which the engine cannot know."""
+        if self.finished:
+            return False
+        self.num_computed, self.error = update.num_computed, update.error
+        begun = self.sequence.metrics
+        self.metrics.first_scheduled, self.metrics.cached_tokens = begun.first_scheduled, begun.cached_tokens
+        self.metrics.preemptions = begun.preemptions
+        if update.token_id is not None:
+            self._append(update, update.token_id)
+        if not self._is_over() and update.finish_reason is None:
+            return False
+        self._close(update.finish_reason)
+        return update.finish_reason is None
+
+    def _is_over(self) -> bool:
+        """Whether a stop string has come, or the only call there may be."""
+        return self._stops.matched is not None or (self._reader is not None and self._reader.is_over)
+
+    def _append(self, update: Update, token: int) -> None:
+        self.token_ids.append(token)
+        self.metrics.token_times.append(update.time)
+        if update.logprobs is not None:
+            self.logprobs.append(self._spelled(update.logprobs))
+        if update.finish_reason != "stop":  # the text of an end token is no part of the answer
+            if self._detokenizer is not None:
+                self._push(self._detokenizer.push(token))
+        elif token in self.sequence.params.stop_token_ids:
+            self.stop_reason = token
+
+    def _push(self, piece: str) -> None:
+        """Go on with the text; a stop string counts from `min_tokens` on."""
+        if len(self.token_ids) < self.sequence.params.min_tokens:
+            self._show(piece)
+            return
+        self._show(self._stops.push(piece))
+        if self._stops.matched is not None and self.sequence.params.include_stop_str_in_output:
+            self._show(self._stops.matched)
+
+    def _show(self, piece: str) -> None:
+        self.text += piece if self._reader is None else self._reader.push(piece)
+
+    def _spelled(self, logprobs: Logprobs) -> Logprobs:
+        if self._text_of is not None:
+            for token, logprob in logprobs.items():
+                logprob.decoded_token = self._text_of(token)
+        return logprobs
+
+    def _close(self, reason: str | None) -> None:
+        """Nothing follows: what was held back is certain now."""
+        if self._detokenizer is not None and self._stops.matched is None:
+            self._push(self._detokenizer.finish())
+            self._show(self._stops.finish())
+        if self._is_over():  # which weighs more than a length
+            reason, self.stop_reason = "stop", self._stops.matched
+        if self._reader is not None:
+            self.text += self._reader.finish()
+            reason = self._reader.finish_reason(reason)
+        self.finish_reason = reason
+
+    def answer(self) -> CompletionOutput:
+        logprobs = self.logprobs if self.sequence.params.logprobs is not None else None
+        return CompletionOutput(
+            self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics,
+            self.tool_calls,
+        )  # fmt: skip
+
+    def prompt_logprobs(self) -> list[Logprobs | None] | None:
+        """Of each token of the prompt, where they were asked for; the first has none."""
+        if self.sequence.params.prompt_logprobs is None:
+            return None
+        return [row and self._spelled(row) for row in self.sequence.prompt_logprobs]
+
+    def raise_error(self) -> None:
+        """Raise why this request failed, if it did."""
+        if self.error is not None:
+            raise self.error
+
+    def has_news(self) -> bool:
+        return self.finished or len(self.token_ids) > self._sent_tokens
+
+    def chunk(self) -> StreamChunk:
+        """What has come since the last chunk."""
+        chunk = StreamChunk(
+            self.text[self._sent_text :],
+            self.token_ids[self._sent_tokens :],
+            self.logprobs[self._sent_tokens :] if self.sequence.params.logprobs is not None else None,
+            self.finish_reason,
+            replace(self.metrics, token_times=list(self.metrics.token_times)),
+            self.index,
+            self.stop_reason,
+            self.tool_calls[self._sent_calls :],
+        )
+        self._sent_text, self._sent_tokens, self._sent_calls = len(self.text), len(self.token_ids), len(self.tool_calls)
+        return chunk
+
+
+def output(answers: list[Request], n: int, keeps_logprobs: bool) -> RequestOutput:
+    """The answers to one prompt; where there are more than n, the likeliest, first of all."""
+    first, outputs = answers[0], [request.answer() for request in answers]
+    if len(outputs) > n:
+        outputs = sorted(outputs, key=lambda answer: -(answer.cumulative_logprob or 0.0))[:n]
+        for i, answer in enumerate(outputs):
+            answer.index = i
+            answer.logprobs = answer.logprobs if keeps_logprobs else None
+    return RequestOutput(
+        first.sequence.request_id,
+        first.prompt,
+        first.sequence.prompt_token_ids,
+        outputs,
+        all(request.finished for request in answers),
+        first.metrics,
+        first.prompt_logprobs(),
+    )
+
+
+def outputs_of(submitted: list[list[Request]], params: list[SamplingParams]) -> list[RequestOutput]:
+    """The answers to several prompts; raises why one failed, as an IncompleteError where others have answers."""
+    outputs = [output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)]
+    errors = [next((request.error for request in answers if request.error), None) for answers in submitted]
+    failed = [i for i, error in enumerate(errors) if error is not None]
+    if not failed:
+        return outputs
+    first = errors[failed[0]]
+    assert first is not None
+    if len(failed) == len(outputs):
+        raise first
+    raise IncompleteError(
+        f"{len(failed)} of {len(outputs)} prompts failed, the first of them prompts[{failed[0]}]: "
+        f"{str(first) or type(first).__name__} The others' answers are in this error's `outputs`.",
+        outputs,
+    ) from first

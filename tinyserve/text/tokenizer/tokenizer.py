@@ -1,0 +1,167 @@
+"""The tokenizer of one checkpoint: ids, text, special tokens, and the ids that end a turn.
+
+Knows nothing about how its files were read; `folder` and `gguf` do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyserve.errors import RequestError
+from tinyserve.text.tokenizer.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer, alphabet_of
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# The names of tokens that end a turn or a text, without their brackets. Names are compared whole:
+# <|end_of_role|>, <|end_header_id|>, </think> and <|im_start|> belong inside a turn, and are not here.
+# fmt: off
+END_OF_TURN_NAMES = frozenset({
+    "/s", "end", "endoftext", "end_of_message", "end_of_sentence", "end_of_text", "end_of_turn",
+    "end_of_turn_token", "end_of_utterance", "eom_id", "eos", "eot", "eot_id", "im_end",
+})
+# fmt: on
+
+
+class Tokenizer:
+    """Encodes text to token ids and decodes token ids to text, whole or as a stream."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        source: str,
+        special_tokens: Mapping[str, str],
+        bos_token_id: int | None,
+        eos_token_ids: frozenset[int],
+        chat_templates: Mapping[str, str],
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        self.chat_templates = dict(chat_templates)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._added = {i: str(token.content) for i, token in backend.get_added_tokens_decoder().items()}
+        self.specials = {str(t.content): i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.special_ids = frozenset(self.specials.values())
+        decoder = backend.decoder
+        self._alphabet = alphabet_of(json.loads(decoder.__getstate__()) if decoder is not None else None)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, or vocab.json with merges.txt; CheckpointError names what is missing."""
+        from tinyserve.text.tokenizer.folder import load_folder
+
+        return cls(**load_folder(Path(folder)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+        """Rebuild the tokenizer from a GGUF file's metadata; CheckpointError names the key at fault."""
+        from tinyserve.text.tokenizer.gguf import load_gguf
+
+        return cls(**load_gguf(metadata, source))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which `from_folder` makes the same tokenizer again."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        templates = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
+        config = {**self.special_tokens, "chat_template": self.chat_template if len(templates) < 2 else templates}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's default chat template, if it has one; `chat_templates` has them all by name."""
+        if len(self.chat_templates) == 1:
+            return next(iter(self.chat_templates.values()))
+        return self.chat_templates.get("default")
+
+    @property
+    def spells_bytes(self) -> bool:
+        """Whether a text's bytes are its tokens' bytes, one after the other: `token_bytes` means something then."""
+        return self._alphabet is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Encode text; special tokens in it are recognised, BOS and EOS added as the checkpoint says."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"U+{ord(text[error.start]):04X}"
+            raise RequestError(
+                f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}.", "prompt"
+            ) from None
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Encode a rendered chat template: it writes its own BOS, none is added, so there are never two."""
+        return self.encode(rendered, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, continuation: bool = False) -> str:
+        """Decode ids; a `continuation` of other text keeps the space an SPM decoder drops at the start."""
+        alphabet = self._alphabet
+        if alphabet is None:
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        data = b"".join([self.token_bytes(i, skip_special_tokens) for i in ids])
+        if alphabet.strips_leading_space and not continuation:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+    def detokenizer(
+        self, skip_special_tokens: bool = True, *, continuation: bool = False, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A fresh stream whose pieces join to `decode` of the same ids with the same options.
+
+        `shown` are special tokens that are not skipped.
+        """
+        alphabet = self._alphabet
+        skipped = self.special_ids - shown if skip_special_tokens else frozenset()
+        if alphabet is None:
+            return StreamDetokenizer(self._backend, skipped)
+        return ByteDetokenizer(
+            lambda token_id: b"" if token_id in skipped else self.token_bytes(token_id, skip_special_tokens=False),
+            alphabet.strips_leading_space and not continuation,
+        )
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """The bytes a token adds to the text: none for an unknown id or a skipped special token."""
+        if skip_special_tokens and token_id in self.special_ids:
+            return b""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._spell(token_id)
+        return data
+
+    def _spell(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        if self._alphabet is None:
+            return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
+        piece: str | None = self._backend.id_to_token(token_id)
+        return b"" if piece is None else self._alphabet.piece_bytes(piece)
+
+    def end_tokens(self) -> frozenset[int]:
+        """The ids that end a turn: every EOS of the checkpoint, and the end tokens of its chat template.
+
+        A template's end token is an added token that (1) the template writes literally and (2) has one of
+        END_OF_TURN_NAMES once its brackets are off. Both, because a vocabulary may hold end tokens of formats
+        that its template does not speak, and a template writes tokens that begin turns or mark roles.
+        """
+        template = self.chat_template or ""
+        return self.eos_token_ids | {
+            i for i, content in self._added.items() if content in template and _bare_name(content) in END_OF_TURN_NAMES
+        }
+
+
+def _bare_name(content: str) -> str:
+    """<|im_end|> -> im_end, <｜end▁of▁sentence｜> -> end_of_sentence, </s> -> /s."""
+    return re.sub(r"[<>\[\]|｜]", "", content).replace("▁", "_").strip("_").lower()

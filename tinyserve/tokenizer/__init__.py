@@ -1,9 +1,0 @@
-"""Text to token ids and back, from a checkpoint's own files.
-
-Knows nothing about models, requests or conversations: a chat is rendered to text elsewhere.
-"""
-
-from tinyserve.tokenizer.detokenizer import Detokenizer
-from tinyserve.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["Detokenizer", "Tokenizer"]

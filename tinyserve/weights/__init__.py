@@ -1,1 +1,0 @@
-"""Files to named arrays. Nothing here knows what the arrays mean to a model."""
