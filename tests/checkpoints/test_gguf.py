@@ -217,7 +217,7 @@ def test_a_gguf_is_its_folder(name: str, llm_of: Callable[..., LLM], tmp_path: P
     assert ours.outputs[0].text == theirs.outputs[0].text
     messages = [{"role": "user", "content": "hi"}]
     assert llm.chat_prompt(messages) == folder.chat_prompt(messages) == [258, 260, 104, 105, 10]
-    assert llm._engine.eos_token_ids == folder._engine.eos_token_ids == {checkpoints.EOS}
+    assert llm.engine.eos_token_ids == folder.engine.eos_token_ids == {checkpoints.EOS}
 
 
 def rope_divisors(scaling: dict[str, Any], head_dim: int) -> np.ndarray:

@@ -284,4 +284,4 @@ def test_generation_config_adds_end_tokens(ends: Any, tmp_path: Path) -> None:
     folder = checkpoints.write_folder(tmp_path, RAW)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     expected = {checkpoints.EOS} | ({ends} if isinstance(ends, int) else set(ends or ()))
-    assert LLM(folder, dtype="float32")._engine.eos_token_ids == expected
+    assert LLM(folder, dtype="float32").engine.eos_token_ids == expected

@@ -90,7 +90,7 @@ def test_multi_query_ignores_the_number_of_key_heads(folder_of: Callable[[str], 
     """falcon-7b writes as many key heads as query heads, and has one."""
     assert json.loads((folder_of("falcon-7b") / "config.json").read_text())["num_kv_heads"] == 5
     llm = LLM(folder_of("falcon-7b"), dtype="float32")
-    assert llm._runner.cache.layers[0].keys.shape[1] == 1
+    assert llm.engine.runner.cache.layers[0].keys.shape[1] == 1
 
 
 def test_rows_of_another_layout_are_refused(tmp_path: Path) -> None:

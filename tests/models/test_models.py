@@ -155,14 +155,14 @@ class Recorder:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[int, list[np.ndarray]] = {}
-        sample = llm._runner.sampler.sample
+        sample = llm.engine.runner.sampler.sample
 
         def recording(sequences: list[Any], logits: np.ndarray, *others: Any) -> Any:
             for sequence, row in zip(sequences, logits, strict=True):
                 self.logits.setdefault(sequence.request_id, []).append(row.copy())
             return sample(sequences, logits, *others)
 
-        monkeypatch.setattr(llm._runner.sampler, "sample", recording)
+        monkeypatch.setattr(llm.engine.runner.sampler, "sample", recording)
 
     def of(self, output: Any) -> np.ndarray:
         return np.stack(self.logits[output.request_id])
@@ -230,7 +230,7 @@ def test_a_narrow_cache_is_near_and_changes_no_bit(
     ids = checkpoints.token_ids(100, seed=6)
     exact = LLM(folder_of(name), dtype="float32")
     narrow = LLM(folder_of(name), dtype="float32", kv_cache_dtype=kept)
-    assert narrow._runner.cache.dtype == kept
+    assert narrow.engine.runner.cache.dtype == kept
     logits = narrow.logits(ids)
     assert 0 < checkpoints.error(logits, exact.logits(ids)) <= bound
     for chunk, threads in ((1, 2), (7, 1), (64, 2)):

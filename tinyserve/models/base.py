@@ -16,14 +16,12 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import tensor_shapes
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import Embedding, Experts, LayerNorm, Linear, RMSNorm
 from tinyserve.models.matrix import (
     IntegerMatrix,
     Matrix,
-    at_least_8_bits,
-    bits_of,
-    is_integer,
     no_bias,
     pack_parts,
     repack,
@@ -129,11 +127,11 @@ class Loader:
 
     def head(self, name: str) -> Linear:
         """A head that is no embedding, or a router: like an embedding, it keeps 8 bits."""
-        return Linear(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other), no_bias())
+        return Linear(self._matrix((name,), WEIGHT_DTYPES[self.dtype].at_least_8_bits, _one_after_the_other), no_bias())
 
     def embedding(self, name: str) -> Embedding:
         """A token embedding, which serves as the head of a model that ties them."""
-        return Embedding(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other))
+        return Embedding(self._matrix((name,), WEIGHT_DTYPES[self.dtype].at_least_8_bits, _one_after_the_other))
 
     def _bias(self, names: Sequence[str], arrange: "_Arrange") -> Array:
         biases = [self.array(f"{name}.bias") for name in names if f"{name}.bias" in self._shapes]
@@ -157,8 +155,8 @@ class Loader:
             matrix = self._packed(key, shape, dtype)
         else:
             tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
-            if is_integer(dtype) and (make := tensors[0].packed):
-                matrix = IntegerMatrix(shape, make(shape, dtype), bits_of(dtype)[1])
+            if WEIGHT_DTYPES[dtype].is_integer and (make := tensors[0].packed):
+                matrix = IntegerMatrix(shape, make(shape, dtype), WEIGHT_DTYPES[dtype].activation_bits)
             else:
                 matrix = None if transposed else self._from_blocks(key, tensors, shape, places, dtype)
         if matrix is None:
@@ -183,7 +181,7 @@ class Loader:
                 f"{self.checkpoint.source}: {key!r} is packed as {shapes}, which is no matrix of {list(shape)}: write "
                 f"the checkpoint again with this version's `tinyserve quantize`."
             )
-        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+        return IntegerMatrix(shape, packed, WEIGHT_DTYPES[dtype].activation_bits)
 
     def _from_blocks(
         self, key: str, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: "_Places", dtype: str
@@ -218,7 +216,7 @@ class Loader:
                 f"{tensors[0].file}: the weights of {key!r} hold scales that are no numbers: they are damaged, "
                 f"download them again."
             )
-        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+        return IntegerMatrix(shape, packed, WEIGHT_DTYPES[dtype].activation_bits)
 
     def _from_floats(
         self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
