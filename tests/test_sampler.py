@@ -8,6 +8,7 @@ import pytest
 from arrays import assert_drawn_from, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
 from tinyserve import LLM
 from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler
@@ -94,9 +95,9 @@ def test_penalties_are_their_twin_bit_for_bit(
     np.testing.assert_array_equal(row, expected)
 
 
-def test_penalties_by_the_formulas_of_vllm_and_transformers() -> None:
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").generation.logits_process
+def test_penalties_by_the_formulas_of_vllm_and_transformers(oracle: Oracle) -> None:
+    torch = oracle("torch")
+    process = oracle("transformers").generation.logits_process
     rng = np.random.default_rng(6)
     for _ in range(50):
         row, prompt, output = random(3, 500) * 4, rng.integers(500, size=40), rng.integers(500, size=300)
@@ -293,10 +294,10 @@ def test_greedy_obeys_everything_that_comes_before_the_temperature() -> None:
     assert greedy(output=(EOS,), repetition_penalty=1.1) == 20 and greedy(repetition_penalty=1.0, output=(EOS,)) == EOS
 
 
-def test_bad_words_are_those_of_transformers() -> None:
+def test_bad_words_are_those_of_transformers(oracle: Oracle) -> None:
     """Few tokens, so that words are begun often, overlap, and are longer than what was said."""
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").generation.logits_process
+    torch = oracle("torch")
+    process = oracle("transformers").generation.logits_process
     rng, forbidden = np.random.default_rng(8), 0
     for _ in range(300):
         words = [rng.integers(4, size=rng.integers(1, 5)).tolist() for _ in range(rng.integers(1, 5))]

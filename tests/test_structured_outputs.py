@@ -10,6 +10,8 @@ import pytest
 from tinyserve.errors import RequestError
 from tinyserve.structured_outputs import WHITESPACE, StructuredOutputs, with_options
 
+pytestmark = pytest.mark.fast
+
 SCHEMA = {"type": "object", "properties": {"ü": {"const": 1}, "a": {}}}
 
 

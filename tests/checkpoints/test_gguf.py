@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.checkpoints.gguf import open_gguf
@@ -516,10 +517,10 @@ def test_a_missing_or_misshapen_tensor(name: str, tmp_path: Path) -> None:
 TEXT = "The history of science is the story of how people learned to"
 
 
-def test_smollm2_is_what_transformers_makes_of_it(smollm2: Path) -> None:
+def test_smollm2_is_what_transformers_makes_of_it(smollm2: Path, oracle: Oracle) -> None:
     """Sixty-four greedy tokens of the same file, dequantized by both to float32."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     llm = LLM(smollm2, dtype="float32", max_model_len=256)
     [output] = llm.generate(TEXT, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
     where = {"gguf_file": smollm2.name} if smollm2.is_file() else {}

@@ -13,6 +13,8 @@ from tinyserve.errors import UnknownModelError
 from tinyserve.models.config import FalconConfig, GraniteConfig, LlamaConfig, RopeParameters, preset_config
 from tinyserve.models.config.costs import parameter_count
 
+pytestmark = pytest.mark.fast
+
 NAMES = [
     "gpt2",
     "gpt2-medium",

@@ -18,6 +18,8 @@ from tinyserve.models.config import (
     parse_config,
 )
 
+pytestmark = pytest.mark.fast
+
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 50257,

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import Oracle
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UserError
 from tinyserve.models.config import GraniteConfig, costs, parse_config, preset_config
+
+pytestmark = pytest.mark.fast
 
 LLAMA = {
     "vocab_size": 96,
@@ -95,10 +98,10 @@ def saved_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path: Path, oracle: Oracle) -> None:
     """A saved checkpoint and its config.json, read back, agree tensor by tensor and default by default."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    oracle("torch")
+    transformers = oracle("transformers")
     model_type, sizes = TINY[case]
     config = transformers.AutoConfig.for_model(model_type, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -112,10 +115,10 @@ def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_presets_have_as_many_parameters_as_in_transformers(name: str) -> None:
+def test_presets_have_as_many_parameters_as_in_transformers(name: str, oracle: Oracle) -> None:
     """At their full sizes: on torch's meta device a model of 41 billion parameters takes no memory."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     preset = presets.get(name)
     raw = dict(preset.raw_config)
     if isinstance(preset_config(preset.name), GraniteConfig) and preset_config(preset.name).num_mamba_layers:

@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 from command_line import Shell
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams, quantize
 from tinyserve.checkpoints import presets
@@ -40,8 +41,8 @@ def model(folder_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pat
     return write
 
 
-def test_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_it_is_read_as_transformers_writes_it(tmp_path: Path, oracle: Oracle) -> None:
+    transformers = oracle("transformers")
     ours = SAMPLES | {"typical_p": 0.95, "repetition_penalty": 1.1}
     written = transformers.GenerationConfig(**ours, max_new_tokens=99, eos_token_id=[5, 6], no_repeat_ngram_size=3)
     written.save_pretrained(tmp_path)

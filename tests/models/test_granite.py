@@ -10,6 +10,7 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.checkpoints.checkpoint import LazyTensor, stacked
@@ -131,9 +132,9 @@ def test_memory_is_planned_for_states_first() -> None:
     assert (only.num_blocks, only.max_model_len) == (32, 128)
 
 
-def test_a_model_of_mamba_layers_alone(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+def test_a_model_of_mamba_layers_alone(tmp_path: Path, oracle: Oracle) -> None:
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     raw = CONFIGS["granite-hybrid"] | {"layer_types": ["linear_attention"] * 3}
     folder = checkpoints.save_with_transformers(tmp_path, raw)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

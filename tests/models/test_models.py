@@ -9,6 +9,7 @@ import checkpoints
 import numpy as np
 import pytest
 from conftest import DTYPES
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.errors import UserError
@@ -100,10 +101,10 @@ SAVES = [(name, "float32", {}) for name in NAMES] + [
 
 
 @pytest.mark.parametrize(("name", "saved", "options"), SAVES)
-def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: Path, oracle: Oracle) -> None:
     """transformers saves a checkpoint, and computes what tinyserve computes from it."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    oracle("torch")
+    oracle("transformers")
     folder = checkpoints.save_with_transformers(tmp_path, checkpoints.CONFIGS[name], saved, **options)
     assert len(list(folder.glob("*.safetensors"))) == 1 or (folder / "model.safetensors.index.json").is_file()
     assert len(list(folder.glob("*.safetensors"))) > 1 or not options
@@ -118,10 +119,10 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama-3", "mistral", "falcon-7b", "falcon-40b", "falcon-rw", "granite", "granite-hybrid"]
 )
-def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
+def test_live_greedy_generation(name: str, tmp_path: Path, oracle: Oracle) -> None:
     """Thirty-two greedy tokens, past the window of the sliding one, are those of transformers' generate."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     folder = checkpoints.save_with_transformers(tmp_path, checkpoints.CONFIGS[name])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = checkpoints.token_ids(9, seed=2)

@@ -5,6 +5,7 @@ import pytest
 from arrays import assert_drawn_from
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
 from tinyserve.tensor import reference_sampling as reference
 from tinyserve.tensor.sampling import CHUNK, find_peaks, keep, log_probabilities, sample
@@ -148,10 +149,10 @@ def test_the_kept_sets_are_equal_bit_for_bit(vocab, filters):
         ({"typical_p": 0.3}, "TypicalLogitsWarper"),
     ],
 )
-def test_the_filters_keep_what_transformers_keeps(filters, warper):
+def test_the_filters_keep_what_transformers_keeps(filters, warper, oracle: Oracle):
     """Its sums are float32 ones: of 200 rows a few may end a token earlier or later."""
-    torch = pytest.importorskip("torch")
-    theirs = getattr(pytest.importorskip("transformers").generation.logits_process, warper)
+    torch = oracle("torch")
+    theirs = getattr(oracle("transformers").generation.logits_process, warper)
     logits = np.random.default_rng(4).standard_normal((200, 3001), dtype=np.float32) * 3
     [filtered] = [theirs(*filters.values())(None, torch.from_numpy(logits)).numpy()]
     given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | filters
