@@ -69,7 +69,7 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
         "state_bytes_per_sequence": costs.state_bytes_per_sequence(config),
         "flops_per_token": costs.matmul_flops_per_token(config),
-        "attention_window": costs.attention_window(config),
+        "attention_window": config.attention_window,
         "attention_flops_per_position": costs.attention_flops_per_position(config),
     }
 

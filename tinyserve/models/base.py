@@ -1,6 +1,6 @@
 """What every architecture shares: the face of a model, and how its layers are built from a checkpoint.
 
-Knows no architecture by name; `models/__init__.py` keeps that table.
+Knows no architecture by name; registry.py keeps that table.
 """
 
 import math
@@ -15,7 +15,6 @@ from tinyserve.checkpoints.checkpoint import Checkpoint, Index, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
-from tinyserve.models.config.costs import tensor_shapes
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import Embedding, Experts, LayerNorm, Linear, RMSNorm
 from tinyserve.models.matrix import (
@@ -78,7 +77,7 @@ class Loader:
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
-        shapes = {tensor.name: tensor.shape for tensor in tensor_shapes(config)}
+        shapes = {tensor.name: tensor.shape for tensor in config.tensor_shapes()}
         packed: set[str] = set()
         parts: set[str] = set()
         for key in checkpoint:

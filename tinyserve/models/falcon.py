@@ -12,7 +12,7 @@ import numpy as np
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import FalconConfig
+from tinyserve.models.config.falcon import FalconConfig
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block, ParallelBlock, Rope
 from tinyserve.models.llama import rope_frequencies

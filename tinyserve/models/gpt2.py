@@ -7,7 +7,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Its 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import GPT2Config
+from tinyserve.models.config.gpt2 import GPT2Config
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block
 from tinyserve.tensor.matmul import GELU, GELU_TANH

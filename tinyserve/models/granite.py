@@ -14,7 +14,8 @@ import numpy as np
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor, stacked
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import MAMBA, GraniteConfig
+from tinyserve.models.config import MAMBA
+from tinyserve.models.config.granite import GraniteConfig
 from tinyserve.models.kv_cache import KVCache, LayerState
 from tinyserve.models.layers import MLP, Attention, Block, Experts, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
@@ -137,7 +138,7 @@ def _mamba(config: GraniteConfig, loader: Loader, layer: str) -> Mamba:
 
 def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> FeedForward:
     shared: FeedForward | None = None
-    if config.model_type == "granite":
+    if config.has_plain_mlp:
         up = loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
         shared = MLP(up, loader.linear(f"{layer}.mlp.down_proj").scaled(config.residual_multiplier))
     elif config.shared_intermediate_size:
@@ -186,7 +187,7 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
     """The checkpoint under Hugging Face's names, with what llama.cpp's converter takes apart and turns put back."""
     if "token_embd.weight" not in checkpoint:
         return checkpoint
-    plain = config.model_type == "granite"
+    plain = config.has_plain_mlp
     names = _GGUF_NAMES | (_GGUF_MLP if plain else _GGUF_SHARED_MLP)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors: dict[str, LazyTensor] = {}

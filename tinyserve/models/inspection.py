@@ -4,7 +4,7 @@ from typing import Any
 
 from tinyserve.checkpoints import presets
 from tinyserve.models.config import ModelConfig, costs
-from tinyserve.models.config.description import architecture, attention_kind, sizes
+from tinyserve.models.config.description import architecture, attention_kind
 
 DEFAULT_BANDWIDTH = 40.0  # GB/s: what a desktop with two channels of DDR4 or DDR5 reads
 DEFAULT_CONTEXT = 1024
@@ -25,7 +25,7 @@ def inspection(
     state = costs.state_bytes_per_sequence(config)
     # A decoded token reads the weights and the cache once, and both reads and writes the recurrent state. The cache is
     # kept as it is by default: in bfloat16, but for float32 weights.
-    seen = min(context, costs.attention_window(config) or context)
+    seen = min(context, config.attention_window or context)
     read = {
         dtype: costs.weight_bytes_per_token(config, dtype)
         + seen * kv["float32" if dtype == "float32" else "bfloat16"]
@@ -42,7 +42,7 @@ def inspection(
         "unverified": list(preset.unverified) if preset else [],
         "model_type": config.model_type,
         "architecture": architecture(config),
-        "sizes": sizes(config),
+        "sizes": config.sizes(),
         "attention_kind": attention_kind(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -52,7 +52,7 @@ def inspection(
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "attention_window": costs.attention_window(config),
+        "attention_window": config.attention_window,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": list(config.eos_token_ids),

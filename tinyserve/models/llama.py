@@ -12,7 +12,8 @@ from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.base import Loader
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import LlamaConfig, RopeParameters
+from tinyserve.models.config import RopeParameters
+from tinyserve.models.config.llama import LlamaConfig
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import MLP, Attention, Block, Rope
 
