@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from tinyserve.errors import UserError
-from tinyserve.models.base import Model
+from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
@@ -34,7 +34,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
+        model: DecoderModel,
         num_blocks: int,
         block_size: int,
         num_threads: int | None = None,

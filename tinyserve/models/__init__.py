@@ -9,7 +9,7 @@ from tinyserve.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.checkpoint import Array, Checkpoint
-    from tinyserve.models.base import Model
+    from tinyserve.models.base import DecoderModel
     from tinyserve.models.matrix import Matrix
 
 
@@ -31,7 +31,7 @@ def build_model(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
     built: "dict[str, Matrix | Array] | None" = None,
-) -> "Model":
+) -> "DecoderModel":
     """Load a model's weights in this dtype; `progress` hears (numbers packed, numbers in all).
 
     `built` receives every matrix and array of the model under the names it was built from.
@@ -44,7 +44,7 @@ def build_model(
     family = registry.by_model_type()[config.model_type]
     module = family.model_module()
     loader = Loader(config, module.sanitize(checkpoint, config), dtype, max_model_len, progress)
-    model: Model = getattr(module, str(family.model))(config, loader)
+    model: DecoderModel = getattr(module, str(family.model))(config, loader)
     if built is not None:
         built.update(loader.built)
     return model
