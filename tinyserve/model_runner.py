@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tinyserve.models.base import Model
+from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.kv_cache import KVCache
@@ -28,7 +28,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
+        model: DecoderModel,
         plan: CachePlan,
         num_threads: int | None = None,
         eos_token_ids: frozenset[int] = frozenset(),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinyserve import __version__, cli, models
 from tinyserve.checkpoints import hub, presets
 from tinyserve.cli.ask import FAMILIES
 from tinyserve.errors import ConfigError
+from tinyserve.models import registry
 from tinyserve.models.config import preset_config
 
 COMMANDS = [
@@ -129,7 +131,8 @@ def test_an_unknown_model(shell: Shell, command: str) -> None:
 
 
 def test_a_family_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(models._HOMES, "falcon")
+    described = [family._replace(model=None) for family in registry.FAMILIES]
+    monkeypatch.setattr(registry, "by_model_type", partial(registry.by_model_type, described))
     with pytest.raises(ConfigError, match="'falcon' cannot run yet: its family is not built"):
         models.check_supported(preset_config("falcon-7b"))
 

@@ -16,7 +16,6 @@ from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import (
     attention_flops_per_position,
-    attention_window,
     matmul_flops_per_token,
     state_bytes_per_sequence,
     weight_bytes,
@@ -173,14 +172,14 @@ def decode_cost(config: ModelConfig, weights: float, kv: float, batch: int, cont
     `weights` are the bytes that a step reads of them, whatever the batch; `kv` those of a token's keys and values. A
     recurrent state is read and written.
     """
-    seen = min(context, attention_window(config) or math.inf)
+    seen = min(context, config.attention_window or math.inf)
     per_token = matmul_flops_per_token(config) + seen * attention_flops_per_position(config)
     return Cost(weights + batch * (seen * kv + 2 * state_bytes_per_sequence(config)), batch * per_token)
 
 
 def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, step: int = STEP) -> Cost:
     """A prompt of `tokens`, `step` at a time: all weights each time, and the head for the last token only."""
-    window = attention_window(config) or math.inf
+    window = config.attention_window or math.inf
     head = 2 * config.vocab_size * config.hidden_size
     pairs = sum(min(position, window) for position in range(1, tokens + 1))
     operations = tokens * (matmul_flops_per_token(config) - head) + head + pairs * attention_flops_per_position(config)

@@ -47,6 +47,7 @@ WEIGHT_DTYPES: Final = {
 ALIASES: Final = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "float32", "bf16": "bfloat16"}
 # What people are shown and shells complete: an alias in the place of the name it stands for.
 SHOWN: Final = ("auto", "float32", "bfloat16", "int8", "w8a8", "int4", "w4a8")
+REPORTED: Final = ("float32", "bfloat16", "int8", "int4")  # what memory is told of by default
 HELP: Final = "float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8."
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.config import ModelConfig
-from tinyserve.models.config.costs import TensorShape, tensor_shapes
+from tinyserve.models.config.shapes import TensorShape
 from tinyserve.models.dtypes import WEIGHT_DTYPES
 from tinyserve.tensor.quant import BLOCK, PANEL, ZERO_4, ZERO_8, Packed, padded
 
@@ -26,7 +26,7 @@ def synthetic_checkpoint(config: ModelConfig) -> Checkpoint:
         tensor.name: LazyTensor(
             tensor.shape, "synthetic weights", partial(_draw, tensor), packed=partial(packed_matrix, tensor.name)
         )
-        for tensor in tensor_shapes(config)
+        for tensor in config.tensor_shapes()
     }
     return Checkpoint(tensors, "synthetic weights")
 
