@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from oracles import Oracle
 
 from tinyserve import LLM
-from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler
+from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler, settings_of
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.tensor import _jit
 from tinyserve.tensor import reference_sampling as reference
 from tinyserve.tensor.logits_processors import allow, penalise
+from tinyserve.tensor.sampling import FILTERS, PROCESSORS
 
 EOS = 11
 
@@ -146,8 +147,8 @@ def exact(logits: np.ndarray, made: Sequence, mask: np.ndarray | None = None) ->
         left[token] -= params.frequency_penalty * output.count(token)
         left[token] -= params.presence_penalty * (token in output)
     ids = np.array(list(left))
-    filters = params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p
-    kept = ids[reference.keep(np.array([left[token] for token in ids]), *filters)]
+    [asked] = settings_of([made], [0])
+    kept = ids[reference.keep(np.array([left[token] for token in ids]), asked)]
     weights = np.exp((np.array([left[token] for token in kept]) - max(left.values())) / params.temperature)
     probabilities = np.zeros(len(logits))
     probabilities[kept] = weights / weights.sum()
@@ -266,6 +267,15 @@ def test_requests_of_all_kinds_share_a_model(llm_of: Callable[..., LLM]) -> None
                 assert value == pytest.approx(row[token], abs=1e-5)
     assert together[7].token_ids != together[1].token_ids
     assert set(together[6].token_ids) <= {5, 8}
+
+
+def test_the_chain_has_every_parameter_that_changes_what_is_chosen() -> None:
+    """The sampler and the twin go by these names; what the kernel does in which order, the twin's tests say."""
+    stages: dict[str, set[str]] = {}
+    for name, row in SamplingParams.rows.items():
+        stages.setdefault(str(row.stage), set()).add(name)
+    assert stages["draw"] == {*FILTERS, "temperature", "seed"}
+    assert stages["mask"] | stages["bias"] | {"penalties"} == set(PROCESSORS)
 
 
 # --- one step of it at a time ---------------------------------------------------------------------------------------

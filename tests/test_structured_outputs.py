@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tinyserve.errors import RequestError
-from tinyserve.structured_outputs import WHITESPACE, StructuredOutputs, with_options
+from tinyserve.sampling_params import WHITESPACE, StructuredOutputs, with_options
 
 pytestmark = pytest.mark.fast
 
