@@ -259,6 +259,7 @@ FAMILIES = {
     "llama": ("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama.", "tinyllama, 3.2-1b, 3.2-3b, 7b, 3.1-8b, 13b"),
     "mistral": ("7b", "Mistral 7B Instruct.", "7b"),
     "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face), small and open.", "135m, 360m, 1.7b"),
+    "qwen": ("3-0.6b", "Qwen2.5 and Qwen3 (Alibaba), the dense ones.", "2.5-0.5b, 3-0.6b, 3-1.7b"),
     "falcon": ("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", "rw-1b, 7b, 7b-instruct, 40b"),
     "granite": (
         "350m",
