@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not JSON"):
         load_raw_config(str(broken))
-    broken.write_text(json.dumps({"model_type": "qwen2"}))
+    broken.write_text(json.dumps({"model_type": "gemma"}))
     result = run("inspect-config", str(broken))
     assert isinstance(result.exception, ConfigError)
     assert str(broken) in str(result.exception)

@@ -240,7 +240,9 @@ def install(root: Path, name: str, template: str | None) -> Path:
     folder = root / f"models--{preset.repo.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
-    kind = {"smollm2": "llama", "granite": "granite-hybrid", "falcon": "falcon-7b"}.get(preset.family, preset.family)
+    kind = {"smollm2": "llama", "granite": "granite-hybrid", "falcon": "falcon-7b", "qwen": "qwen3"}.get(
+        preset.family, preset.family
+    )
     snapshot = checkpoints.write_folder(folder / "snapshots" / commit, checkpoints.CONFIGS[kind])
     (snapshot / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return snapshot

@@ -222,6 +222,7 @@ FAMILIES = {
     "llama": Family("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama."),
     "mistral": Family("7b", "Mistral 7B Instruct."),
     "smollm2": Family("135m", "SmolLM2 Instruct (Hugging Face), small and open."),
+    "qwen": Family("3-0.6b", "Qwen2.5 and Qwen3 (Alibaba), the dense ones."),
     "falcon": Family("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", CONTINUE),
     "granite": Family("350m", "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts."),
 }
