@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tinyserve
 from tinyserve import BeamSearchParams, SamplingParams, StructuredOutputs
 from tinyserve.errors import RequestError
+from tinyserve.models.config import GenerationConfig
 from tinyserve.sampling_params import Options
 
 ANY_OBJECT = StructuredOutputs(json_object=True)
@@ -178,15 +180,18 @@ def test_the_kinds_are_those_of_the_annotations() -> None:
 
 def test_http_bodies_have_its_fields_and_pass_them_on() -> None:
     protocol = pytest.importorskip("tinyserve.server.protocol")
+    sampling = pytest.importorskip("tinyserve.server.sampling")
+    llm = SimpleNamespace(generation_config=GenerationConfig(source="x"), max_model_len=128)
     examples: dict[Any, Any] = {int: 3, float: 0.5, bool: True, list[int]: [7], list[str]: ["a"], str | list[str]: "a"}
     taken = {name: row for name, row in SamplingParams.rows.items() if row.http is not None}
     assert {"n", "top_n_sigma", "stop", "logit_bias"} < taken.keys() and "logprobs" not in taken
-    for kind in (protocol.ChatBody, protocol.CompletionBody):
-        for name, row in taken.items():
-            value = examples.get(row.http, {"5": 1.0})
-            body = {"prompt": "a", "messages": [], name: value}
-            del body["prompt" if kind is protocol.ChatBody else "messages"]
-            assert getattr(protocol.parse(kind, json.dumps(body).encode()), name) == value
+    for name, row in taken.items():
+        value = examples.get(row.http, {"5": 1.0})
+        wanted = getattr(SamplingParams(**{name: value}), name)
+        chat = protocol.parse(protocol.ChatBody, json.dumps({"messages": [], name: value}).encode())
+        assert getattr(sampling.chat_params(chat, llm), name) == wanted
+        completion = protocol.parse(protocol.CompletionBody, json.dumps({"prompt": "a", name: value}).encode())
+        assert getattr(sampling.completion_params(completion, llm), name) == wanted
 
 
 def test_the_page_asks_for_what_the_server_takes() -> None:
