@@ -318,6 +318,14 @@ class SamplingParams(Options):
         cli="--typical-p",
         http=True,
     )
+    top_n_sigma: float = param(
+        0.0,
+        rule=(lambda n: -_INFINITY < n < _INFINITY, "a finite number (0 or less is off)"),
+        help="Draw from tokens whose logit is at most this many standard deviations below the best; 0 from all.",
+        stage="draw",
+        cli="--top-n-sigma",
+        http=True,
+    )
     repetition_penalty: float = param(
         1.0,
         rule=(lambda p: 0 < p < _INFINITY, "a finite number above 0 (1 is off)"),
