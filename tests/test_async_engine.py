@@ -26,8 +26,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     yield model
     gc.collect()
     settle(model)
-    assert not model._engine.has_work() and not model.thread._mailboxes
-    assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
+    assert not model._engine.has_work() and not model.thread._sinks
+    assert model._engine.scheduler.blocks.num_free == model._engine.scheduler.blocks.num_blocks
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
             assert "".join(map(str, chunks)) == output.outputs[0].text
             assert [chunk.finish_reason for chunk in chunks[-2:]] == [None, "length"]
             assert chunks[-1].metrics.output_tokens == 12 and len(chunks[3].metrics.token_times) == 4
-        assert engine._jobs == {} and not engine._office._boxes
+        assert engine._jobs == {} and not engine._router._subscribers
         before = engine.stats()
         assert before.num_running == 0 and before.output_tokens >= 24 * len(PROMPTS)
 
@@ -164,7 +164,7 @@ def test_stop_strings(llm_of: Callable[..., LLM]) -> None:
 
 def test_every_way_to_end_a_request(llm: LLM) -> None:
     """Leaving the loop, closing, a cancelled task, `abort`: its blocks are free before the next step."""
-    free = llm._engine.blocks.num_free
+    free = llm._engine.scheduler.blocks.num_free
 
     async def main() -> None:
         engine = AsyncEngine(llm)
@@ -198,7 +198,7 @@ def test_every_way_to_end_a_request(llm: LLM) -> None:
             await asyncio.sleep(0)  # asyncio closes what was left in a task of its own
             await asyncio.sleep(0)
             settle(llm)
-            assert llm._engine.blocks.num_free == free and not llm._engine.has_work(), end
+            assert llm._engine.scheduler.blocks.num_free == free and not llm._engine.has_work(), end
             assert engine._jobs == {}
         await engine.abort("nobody")
 

@@ -16,7 +16,8 @@ from tinyserve.models.matrix import resolve_dtype
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
-from tinyserve.scheduling.speculative import MOST_SEQUENCES, SpeculativeConfig
+from tinyserve.scheduling.scheduler import Scheduler
+from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, SpeculativeConfig
 from tinyserve.tensor import _jit
 
 Progress = Callable[[str, int, int], None]
@@ -47,13 +48,13 @@ class Draft:
             f"{files.config.model_type}-{needs.dtype}-{needs.kv_cache_dtype}", lambda: progress("wait", 0, 0)
         )
         blocks = BlockManager(plan.num_blocks, plan.block_size)
-        prefixes = BlockPrefixCache(blocks)
+        prefix_cache = BlockPrefixCache(blocks)
         if needs.state_nbytes:
-            prefixes = StatePrefixCache(blocks, range(needs.max_num_seqs, needs.num_states))
-        engine = Engine(
-            runner, blocks, files.eos_token_ids, max_model_len, needs.max_num_seqs, max_num_batched_tokens, prefixes
-        )
-        return DraftModel(engine, self.num_tokens), runner
+            prefix_cache = StatePrefixCache(blocks, range(needs.max_num_seqs, needs.num_states))
+        scheduler = Scheduler(
+            runner, blocks, max_model_len, needs.max_num_seqs, max_num_batched_tokens, prefix_cache
+        )  # fmt: skip
+        return DraftModel(Engine(runner, scheduler, files.eos_token_ids), self.num_tokens), runner
 
 
 def open_draft(
@@ -68,7 +69,7 @@ def open_draft(
     check_vocabulary(files, target)
     own = resolve_dtype(config.dtype or ("auto" if files.packed_dtype else dtype), files.packed_dtype)
     needs = DraftNeeds(
-        files.config, own, resolve_kv_cache_dtype(kv_cache_dtype, own), min(MOST_SEQUENCES, max_num_seqs)
+        files.config, own, resolve_kv_cache_dtype(kv_cache_dtype, own), min(MAX_DRAFTING_SEQS, max_num_seqs)
     )
     return Draft(files, needs, config.num_speculative_tokens)
 

@@ -36,24 +36,24 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         logits: Array,
         masks: SequenceOf[Array | None] = (),
-        ahead: SequenceOf[int] = (),
+        drafts: SequenceOf[SequenceOf[int]] = (),
     ) -> list[Sampled]:
         """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
 
         masks: none, or for each row None or the tokens that its grammar allows, bits in words of uint32 (as `allow`
-        takes them). ahead: how many of the sequence's guesses stand before each row's token, none by default; all is
-        done as if they had been said. Log-probabilities are of the logits as they came.
+        takes them). drafts: the draft tokens that stand before each row's token, none by default; all is done as if
+        they had been sampled. Log-probabilities are of the logits as they came.
         """
         params = [sequence.params for sequence in sequences]
-        ahead = ahead or [0] * len(params)
+        drafts = drafts or [()] * len(params)
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
-        self._process(sequences, logits, masks, ahead)
+        self._process(sequences, logits, masks, drafts)
         temperature = np.array([p.temperature for p in params], np.float64)
         if temperature.any():
             numbers = [
-                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output + guesses))
-                for p, sequence, guesses in zip(params, sequences, ahead, strict=True)
+                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output + len(draft)))
+                for p, sequence, draft in zip(params, sequences, drafts, strict=True)
             ]
             top_k = np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64)
             token_ids = sample(logits, temperature, top_k, *np.array(numbers).T.copy())
@@ -83,7 +83,7 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         logits: Array,
         masks: SequenceOf[Array | None],
-        ahead: SequenceOf[int],
+        drafts: SequenceOf[SequenceOf[int]],
     ) -> None:
         masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
         if masked:
@@ -94,7 +94,7 @@ class Sampler:
                 if processors is None:
                     processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
-                processors(logits[row], sequence, ahead[row])
+                processors(logits[row], sequence, drafts[row])
 
 
 def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> list[Logprobs]:
@@ -125,9 +125,9 @@ class _Processors:
             np.float32(params.presence_penalty),
         ]
 
-    def __call__(self, row: Array, sequence: Sequence, ahead: int) -> None:
-        """Change a row (vocab,) of logits, behind so many guesses, in the order that tensor/sampling.py gives."""
-        said = sequence.output_token_ids + sequence.draft[:ahead]
+    def __call__(self, row: Array, sequence: Sequence, draft: SequenceOf[int]) -> None:
+        """Change a row (vocab,) of logits, behind these draft tokens, in the order that tensor/sampling.py gives."""
+        said = [*sequence.output_token_ids, *draft]
         if self.allowed is not None:
             allowed = row[self.allowed]
             row.fill(-np.inf)

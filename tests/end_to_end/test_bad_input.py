@@ -162,7 +162,9 @@ def test_logits_that_are_not_numbers(name: str, dtype: str, kept: str, overflowi
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[WORD, i, *BAD, *BAD[:30]]], GREEDY)
         assert answers(llm.generate(GOOD, GREEDY)) == alone
-    assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+    assert (
+        not llm._engine.has_work() and llm._engine.scheduler.blocks.num_free == llm._engine.scheduler.blocks.num_blocks
+    )
 
 
 def test_who_did_not_fail_has_answers(overflowing: Callable[[str], Path]) -> None:

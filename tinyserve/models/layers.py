@@ -169,7 +169,7 @@ class Attention:
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
         kv_cache.rotate_and_store(
             qkv, self.rope.cosines, self.rope.sines, batch.positions, self.heads, self.kv_heads, self.head_dim,
-            batch.slots, *cache,
+            batch.slot_mapping, *cache,
         )  # fmt: skip
         mixed = attention.attention(
             qkv, self.heads, *cache, batch.block_tables, batch.sequence_of, batch.positions, self.scale, self.window,
