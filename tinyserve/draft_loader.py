@@ -1,6 +1,6 @@
-"""A draft model's files and engine: opened beside those of the model that it guesses for, and checked against it.
+"""A draft model's files and engine: opened beside those of the model that it drafts for, and checked against it.
 
-Knows files and memory; when guesses are made is for draft_model.py.
+Knows files and memory; when draft tokens are proposed is for draft_model.py.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Draft:
     def load(
         self, plan: CachePlan, max_num_batched_tokens: int, num_threads: int, progress: Progress
     ) -> tuple[DraftModel, ModelRunner]:
-        """Its weights, its cache as planned, and an engine of its own; who guesses, and the runner below."""
+        """Its weights, its cache as planned, and an engine of its own; the proposer, and the runner below."""
         files, needs = self.files, self.needs
         max_model_len = min(plan.max_model_len, files.config.max_position_embeddings)
         with _jit.one_at_a_time(num_threads):

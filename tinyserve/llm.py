@@ -84,7 +84,7 @@ class LLM:
         enable_prefix_caching: keep what finished requests have computed while nobody else needs its room, and take it
             over where a prompt begins with the same tokens; no answer changes by a bit.
         speculative_config: {"method": "ngram"} lets an answer that repeats what was said come several tokens a step,
-            {"method": "draft_model", "model": ...} one that a smaller model guesses; no token changes. Also
+            {"method": "draft_model", "model": ...} one that a smaller model drafts; no token changes. Also
             num_speculative_tokens (at most 11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.

@@ -63,7 +63,9 @@ def test_any_family_drafts_for_any_other(name: str, folder_of: Callable[[str], P
         Spoiled(llm)
         assert answers(llm.generate(PROMPTS, PARAMS)) == expected
         stats = llm.stats()
-        assert 0 < stats.accepted_tokens < stats.draft_tokens or draft != name
+        assert stats.draft_tokens > stats.accepted_tokens
+        if draft == name:  # the same weights in 8 bits: mostly right
+            assert stats.accepted_tokens > 0
         assert_all_is_free(llm)
 
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tinyserve.engine import Engine
+from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.scheduling.scheduler import Scheduler, queue_order
-from tinyserve.scheduling.sequence import PrefillOnlySequence, Sampled, Sequence
+from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
 
 END, MAX_MODEL_LEN, BLOCK = 99, 80, 4
@@ -389,3 +390,64 @@ def test_siblings_share_the_blocks_of_their_prompt() -> None:
     assert first[:2] == second[:2] == third[:2] and len({first[2], second[2], third[2]}) == 3
     assert setting.blocks.num_free == 40 - 2 - 3
     setting.finish()
+
+
+# --- the scheduler alone --------------------------------------------------------------------------------------------
+
+
+def scheduler(num_blocks: int, seqs: int = 8, budget: int = 64) -> Scheduler:
+    runner = FakeRunner(next_token, BLOCK, has_states=False)
+    return Scheduler(runner, BlockManager(num_blocks, BLOCK), MAX_MODEL_LEN, seqs, budget)
+
+
+def queued(scheduler: Scheduler, *lengths: int) -> list[Sequence]:
+    sequences = [Sequence(i, [1] * length, SamplingParams(max_tokens=20)) for i, length in enumerate(lengths)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    return sequences
+
+
+def shares(scheduler: Scheduler) -> list[tuple[int, int]]:
+    """A step as (request id, tokens), which is computed at once."""
+    step = [(work.sequence.request_id, work.num_tokens) for work in scheduler.schedule()]
+    for work in scheduler.scheduled:
+        scheduler.update(work)
+        if work.sequence.num_uncomputed == 0:
+            work.sequence.append(1, None)
+    return step
+
+
+def test_token_budget_and_chunked_prefill() -> None:
+    """Who decodes comes first; what is left goes to prompts in their order, the last of them cut into chunks."""
+    one = scheduler(40, budget=10)
+    queued(one, 6, 13, 4)
+    assert [shares(one) for _ in range(3)] == [[(0, 6), (1, 4)], [(0, 1), (1, 9)], [(0, 1), (1, 1), (2, 4)]]
+
+
+def test_the_watermark_is_left_to_those_that_run() -> None:
+    """Four run, and the last free block is for the first of them that needs one."""
+    one = scheduler(6)
+    sequences = queued(one, 4, 4, 4, 4, 8)
+    shares(one)
+    assert one.running == sequences[:4] and one.waiting == sequences[4:] and one.watermark_blocks == 1
+    two = scheduler(7)
+    sequences = queued(two, 4, 4, 4, 4, 8)
+    shares(two)
+    assert two.running == sequences, "the watermark and two blocks are free"
+
+
+def test_preemption_takes_the_last_in_the_queue() -> None:
+    """Also for a text that is only read; what cannot get its blocks by it is refused."""
+    one = scheduler(6)
+    sequences = queued(one, 8, 8, 8)
+    shares(one)
+    assert one.running == sequences and one.blocks.num_free == 0
+    shares(one)  # each needs a block for its next token
+    assert one.running == sequences[:2] and one.waiting == sequences[2:] and one.num_preemptions == 1
+    text = one.start_prefill_only([1] * 8, state_slot=9)
+    assert one.running == sequences[:1] and one.waiting == sequences[1:] and one.num_preemptions == 2
+    assert sequences[1].cache == CacheState() and sequences[1].metrics.preemptions == 1
+    with pytest.raises(RequestError, match="A text of 24 tokens needs 6 blocks of the cache, and 4 are free"):
+        one.start_prefill_only([1] * 24, state_slot=10)
+    one.finish_prefill_only(text)
+    assert one.blocks.num_free == 6 and one.waiting == sequences
