@@ -52,7 +52,7 @@ def tokens(chunks: list[StreamChunk], index: int = 0) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids if chunk.index == index]
 
 
-def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
+def test_batch_invariance_of_many_at_once(llm: LLM) -> None:
     expected = llm.generate(PROMPTS, greedy())
 
     async def main() -> None:
@@ -264,7 +264,7 @@ def test_text_never_holds_up_a_step(own_llm: LLM) -> None:
     assert all(output.outputs[0].text for output in outputs)
 
 
-def test_one_failure_harms_no_other(own_llm: LLM) -> None:
+def test_engine_failure_harms_no_other_request(own_llm: LLM) -> None:
     logits, expected = own_llm.model.logits, own_llm.generate([PROMPTS[0]], greedy(40))[0].outputs[0].token_ids
 
     def damaged(hidden: Any) -> Any:
@@ -286,7 +286,7 @@ def test_one_failure_harms_no_other(own_llm: LLM) -> None:
     run(main())
 
 
-def test_a_death_reaches_everybody(own_llm: LLM) -> None:
+def test_engine_death_reaches_everybody(own_llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncEngine(own_llm)
         tasks = [asyncio.create_task(collect(engine.generate(prompt, greedy(100)))) for prompt in PROMPTS]

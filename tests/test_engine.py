@@ -83,7 +83,7 @@ def test_first_come_first_served() -> None:
     assert first_step == sorted(first_step)
 
 
-def test_a_large_request_is_not_overtaken() -> None:
+def test_admission_does_not_overtake_a_large_request() -> None:
     """What waits first runs first, even if a later one would fit already: nobody starves."""
     engine = build(num_blocks=4, budget=64)
     engine.add([5] * 30, params(2))  # 2 blocks
@@ -239,7 +239,7 @@ def test_a_request_that_needs_every_block_gets_them() -> None:
     assert engine.scheduler.blocks.num_free == 8
 
 
-def test_an_answer_that_is_cancelled_before_its_prompt_is_computed() -> None:
+def test_abort_of_a_sibling_before_its_prompt_is_computed() -> None:
     """Of several to one prompt: it never runs, and the others lose nothing, whichever is cancelled."""
     for cancelled in range(3):
         engine = build(budget=8)
@@ -253,7 +253,7 @@ def test_an_answer_that_is_cancelled_before_its_prompt_is_computed() -> None:
         assert engine.scheduler.blocks.num_free == 64 and not first.siblings
 
 
-def test_answers_beyond_the_budget_stall_nobody() -> None:
+def test_siblings_beyond_the_token_budget_stall_nobody() -> None:
     """Eight answers and room for four tokens a step: who decodes beside them gets one in each."""
     engine = build(seqs=16, budget=4, num_blocks=200)
     other = engine.add([6] * 3, params(50))
@@ -269,7 +269,7 @@ def test_answers_beyond_the_budget_stall_nobody() -> None:
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_copy_that_fails_loses_no_answer(fails_at: int) -> None:
+def test_engine_failure_in_a_copy_loses_no_sibling(fails_at: int) -> None:
     runner, copied = FakeRunner(), 0
 
     def copy_state(source: int, target: int) -> None:

@@ -55,7 +55,7 @@ def test_what_an_output_says(llm_of: Callable[..., LLM]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-hybrid"])
-def test_chunks_and_neighbours_change_nothing(
+def test_chunked_prefill_and_neighbours_change_nothing(
     name: str, llm_of: Callable[..., LLM], folder_of: Callable[[str], Path]
 ) -> None:
     llm, ids = llm_of(name), checkpoints.token_ids(100, seed=3)

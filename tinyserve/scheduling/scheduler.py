@@ -336,11 +336,16 @@ class Scheduler:
     def _make_free(self, needed: int, sequence: Sequence | None = None) -> bool:
         """Preempt until so many blocks are free; False where that took `sequence` itself, or all was not enough."""
         while needed > self.blocks.num_free and self.running:
-            victim = self.running[-1]  # the last in the queue: so the first always comes nearer to its end
+            victim = self._victim()
+            self.scheduled = [work for work in self.scheduled if work.sequence is not victim]
             self.preempt(victim)
             if victim is sequence:
                 return False
         return needed <= self.blocks.num_free
+
+    def _victim(self) -> Sequence:
+        """Who is preempted: the last in the queue, so that the first always comes nearer to its end."""
+        return self.running[-1]
 
     def _stop_running(self, sequence: Sequence, keep_state: bool) -> None:
         self.running.remove(sequence)
