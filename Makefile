@@ -1,9 +1,9 @@
 # `make check` is everything CI runs. It uses the environment that README's test command makes.
 BIN ?= .venv/bin
 
-.PHONY: check lint types floors test test-fast format
+.PHONY: check lint types layers test test-fast format
 
-check: lint types floors test
+check: lint types layers test
 
 lint:
 	$(BIN)/ruff check .
@@ -12,7 +12,7 @@ lint:
 types:
 	$(BIN)/mypy
 
-floors:
+layers:
 	$(BIN)/lint-imports
 
 test:

@@ -1,9 +1,9 @@
-"""What guesses gain where an answer repeats what was said, and cost elsewhere; with and without in turn.
+"""What speculative decoding gains where an answer repeats what was said, and costs elsewhere; with and without in turn.
 
 python scripts/bench_speculation.py --dtype int8 --rounds 3
 python scripts/bench_speculation.py --dtype float32 --draft-model smollm2-135m --draft-dtype w4a8
 
-Without --draft-model guesses come from prompt lookup. SmolLM2-135M does not do as asked in "edit code": it writes two
+Without --draft-model the proposer is prompt lookup. SmolLM2-135M does not do as asked in "edit code": it writes two
 functions of its own. In "copy code" it copies the file, and goes on.
 """
 
@@ -48,41 +48,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="int8")
-    parser.add_argument("--draft-model", help="a smaller model that guesses")
+    parser.add_argument("--draft-model", help="a smaller model that drafts")
     parser.add_argument("--draft-dtype", help="what its weights are kept in (default: as --dtype)")
-    parser.add_argument("--guesses", type=int, help="at a time, at most")
+    parser.add_argument("--draft-tokens", type=int, help="at a time, at most")
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3, help="that count; one more comes first (default: 3)")
     arguments = parser.parse_args()
     options = {"dtype": arguments.dtype, "max_model_len": 2048, "max_num_seqs": 1}
     config = {"model": arguments.draft_model, "dtype": arguments.draft_dtype} if arguments.draft_model else {}
-    if arguments.guesses:
-        config["num_speculative_tokens"] = arguments.guesses
+    if arguments.draft_tokens:
+        config["num_speculative_tokens"] = arguments.draft_tokens
     plain = LLM(arguments.model, **options)
-    guessing = LLM(arguments.model, **options, speculative_config=config)
+    drafting = LLM(arguments.model, **options, speculative_config=config)
     params = SamplingParams(temperature=0, max_tokens=arguments.tokens)
-    print("| answer | tokens | plain, tokens/s | with guesses | ratio (lowest to highest) | guesses that were right |")
+    print("| answer | tokens | plain, tokens/s | with drafts | ratio (lowest to highest) | draft tokens accepted |")
     print("|---|---:|---:|---:|---|---:|")
     for name, text in PROMPTS.items():
         messages = [{"role": "user", "content": text}]
-        rates: dict[LLM, list[float]] = {plain: [], guessing: []}
-        before = guessing.stats()
+        rates: dict[LLM, list[float]] = {plain: [], drafting: []}
+        before = drafting.stats()
         for round_ in range(arguments.rounds + 1):
             answers = []
-            for llm in (plain, guessing) if round_ % 2 else (guessing, plain):
+            for llm in (plain, drafting) if round_ % 2 else (drafting, plain):
                 [output] = llm.chat(messages, params)
                 answers.append(output.outputs[0].token_ids)
                 if round_:
                     rates[llm].append(output.metrics.decode_tokens_per_second or 0.0)
             if answers[0] != answers[1]:
-                raise SystemExit(f"{name}: guesses changed the answer, which must never happen.")
-        after = guessing.stats()
-        guessed, right = after.guessed_tokens - before.guessed_tokens, after.right_tokens - before.right_tokens
-        ratios = sorted(b / a for a, b in zip(rates[plain], rates[guessing], strict=True))
+                raise SystemExit(f"{name}: draft tokens changed the answer, which must never happen.")
+        after = drafting.stats()
+        drafted, accepted = after.draft_tokens - before.draft_tokens, after.accepted_tokens - before.accepted_tokens
+        ratios = sorted(b / a for a, b in zip(rates[plain], rates[drafting], strict=True))
         print(
             f"| {name} | {len(answers[0])} | {statistics.median(rates[plain]):.1f} "
-            f"| {statistics.median(rates[guessing]):.1f} | **{statistics.median(ratios):.2f} ×** ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}) | {right} of {guessed} |",
+            f"| {statistics.median(rates[drafting]):.1f} | **{statistics.median(ratios):.2f} ×** ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}) | {accepted} of {drafted} |",
             flush=True,
         )
 

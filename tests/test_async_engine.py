@@ -26,8 +26,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     yield model
     gc.collect()
     settle(model)
-    assert not model.engine.has_work() and not model.thread._mailboxes
-    assert model.engine.blocks.num_free == model.engine.blocks.num_blocks
+    assert not model.engine.has_work() and not model.thread._sinks
+    assert model.engine.scheduler.blocks.num_free == model.engine.scheduler.blocks.num_blocks
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def tokens(chunks: list[StreamChunk], index: int = 0) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids if chunk.index == index]
 
 
-def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
+def test_batch_invariance_of_many_at_once(llm: LLM) -> None:
     expected = llm.generate(PROMPTS, greedy())
 
     async def main() -> None:
@@ -63,7 +63,7 @@ def test_many_at_once_are_as_if_alone(llm: LLM) -> None:
             assert "".join(map(str, chunks)) == output.outputs[0].text
             assert [chunk.finish_reason for chunk in chunks[-2:]] == [None, "length"]
             assert chunks[-1].metrics.output_tokens == 12 and len(chunks[3].metrics.token_times) == 4
-        assert engine._jobs == {} and not engine._office._boxes
+        assert engine._jobs == {} and not engine._router._subscribers
         before = engine.stats()
         assert before.num_running == 0 and before.output_tokens >= 24 * len(PROMPTS)
 
@@ -164,7 +164,7 @@ def test_stop_strings(llm_of: Callable[..., LLM]) -> None:
 
 def test_every_way_to_end_a_request(llm: LLM) -> None:
     """Leaving the loop, closing, a cancelled task, `abort`: its blocks are free before the next step."""
-    free = llm.engine.blocks.num_free
+    free = llm.engine.scheduler.blocks.num_free
 
     async def main() -> None:
         engine = AsyncEngine(llm)
@@ -198,7 +198,7 @@ def test_every_way_to_end_a_request(llm: LLM) -> None:
             await asyncio.sleep(0)  # asyncio closes what was left in a task of its own
             await asyncio.sleep(0)
             settle(llm)
-            assert llm.engine.blocks.num_free == free and not llm.engine.has_work(), end
+            assert llm.engine.scheduler.blocks.num_free == free and not llm.engine.has_work(), end
             assert engine._jobs == {}
         await engine.abort("nobody")
 
@@ -264,7 +264,7 @@ def test_text_never_holds_up_a_step(own_llm: LLM) -> None:
     assert all(output.outputs[0].text for output in outputs)
 
 
-def test_one_failure_harms_no_other(own_llm: LLM) -> None:
+def test_engine_failure_harms_no_other_request(own_llm: LLM) -> None:
     logits, expected = own_llm.model.logits, own_llm.generate([PROMPTS[0]], greedy(40))[0].outputs[0].token_ids
 
     def damaged(hidden: Any) -> Any:
@@ -286,7 +286,7 @@ def test_one_failure_harms_no_other(own_llm: LLM) -> None:
     run(main())
 
 
-def test_a_death_reaches_everybody(own_llm: LLM) -> None:
+def test_engine_death_reaches_everybody(own_llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncEngine(own_llm)
         tasks = [asyncio.create_task(collect(engine.generate(prompt, greedy(100)))) for prompt in PROMPTS]

@@ -1,4 +1,4 @@
-"""The engine's rules with a runner that computes nothing: who runs, in what portions, and where the blocks go."""
+"""The engine and its scheduler with a runner that computes nothing: who runs, in what chunks, and where blocks go."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
+from tinyserve.scheduling.scheduler import Scheduler, queue_order
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
 
@@ -21,8 +22,9 @@ END = 99
 def build(
     runner: FakeRunner | None = None, num_blocks: int = 64, max_model_len: int = 256, seqs: int = 4, budget: int = 32
 ) -> Engine:
-    blocks = BlockManager(num_blocks, 16)
-    return Engine(runner or FakeRunner(), blocks, frozenset({END}), max_model_len, seqs, budget)
+    runner = runner or FakeRunner()
+    scheduler = Scheduler(runner, BlockManager(num_blocks, 16), max_model_len, seqs, budget)
+    return Engine(runner, scheduler, frozenset({END}))
 
 
 def params(max_tokens: int = 3, **options: Any) -> SamplingParams:
@@ -51,10 +53,10 @@ def test_one_request() -> None:
     assert batches(engine) == [[(0, 10)], [(0, 1)], [(0, 1)]]
     assert sequence.output_token_ids == [1, 1, 1] and sequence.prompt_token_ids == [5] * 10
     assert sequence.finish_reason == "length"
-    assert engine.blocks.num_free == 64 and not engine.has_work()
+    assert engine.scheduler.blocks.num_free == 64 and not engine.has_work()
 
 
-def test_a_long_prompt_is_computed_in_chunks() -> None:
+def test_chunked_prefill_of_a_long_prompt() -> None:
     engine = build(budget=8)
     sequence = engine.add([5] * 20, params(2))
     assert engine.step() == [] and engine.step() == [] and engine.step() == [sequence]
@@ -83,7 +85,7 @@ def test_first_come_first_served() -> None:
     assert first_step == sorted(first_step)
 
 
-def test_a_large_request_is_not_overtaken() -> None:
+def test_admission_does_not_overtake_a_large_request() -> None:
     """What waits first runs first, even if a later one would fit already: nobody starves."""
     engine = build(num_blocks=4, budget=64)
     engine.add([5] * 30, params(2))  # 2 blocks
@@ -102,7 +104,7 @@ def test_the_token_budget_and_the_sequence_limit() -> None:
         engine.add([5] * 6, params(4))
     while engine.has_work():
         engine.step()
-        assert len(engine.running) <= 3
+        assert len(engine.scheduler.running) <= 3
         assert 1 <= sum(num for _, num in batches(engine)[-1]) <= 10
         assert len({request for request, _ in batches(engine)[-1]}) == len(batches(engine)[-1])
 
@@ -136,7 +138,7 @@ def test_the_context_ends_a_sequence() -> None:
     assert len(sequence.token_ids) == 20 and sequence.finish_reason == "length"
 
 
-def test_what_can_never_be_served() -> None:
+def test_requests_that_can_never_be_served_are_refused() -> None:
     engine = build(max_model_len=100, num_blocks=4)
     with pytest.raises(RequestError, match="empty"):
         engine.add([], params())
@@ -145,10 +147,10 @@ def test_what_can_never_be_served() -> None:
             engine.add([5] * length, params())
     with pytest.raises(RequestError, match=r"80 tokens.*64"):
         engine.add([5] * 60, params(20))
-    assert not engine.has_work() and engine.blocks.num_free == 4
+    assert not engine.has_work() and engine.scheduler.blocks.num_free == 4
     engine.add([5] * 60, params(4))
     run(engine)
-    assert engine.blocks.num_free == 4
+    assert engine.scheduler.blocks.num_free == 4
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -161,15 +163,15 @@ def test_finishing_twice_is_harmless(steps: int) -> None:
         engine.step()
     engine.finish(sequence, "abort")
     engine.finish(sequence, "stop")
-    assert sequence.finish_reason == "abort" and sequence.block_table == []
+    assert sequence.finish_reason == "abort" and sequence.cache.block_table == []
     run(engine)
     engine.finish(sequence, "abort")
     engine.finish(other, "abort")
     assert other.finish_reason == "length" and other.num_output == 2
-    assert engine.blocks.num_free == 64
+    assert engine.scheduler.blocks.num_free == 64
 
 
-def test_a_runner_that_fails_loses_nothing() -> None:
+def test_engine_failure_in_the_runner_loses_nothing() -> None:
     """An exception leaves every sequence where it was, and it can still be ended."""
 
     def fail(sequence: Sequence) -> int:
@@ -180,13 +182,13 @@ def test_a_runner_that_fails_loses_nothing() -> None:
     with pytest.raises(RuntimeError):
         engine.step()
     engine.finish(sequence, "abort")
-    assert engine.blocks.num_free == 64 and not engine.has_work()
+    assert engine.scheduler.blocks.num_free == 64 and not engine.has_work()
 
 
 # --- who waits, and for how long ------------------------------------------------------------------------------------
 
 
-def test_who_decodes_gets_a_token_in_each_step_under_a_flood() -> None:
+def test_decoding_gets_a_token_in_each_step_under_a_flood() -> None:
     """Newcomers with long prompts in every step; a budget that is smaller than the sequences allowed."""
     for seqs, budget in ((8, 32), (8, 5), (4, 1)):
         engine = build(seqs=seqs, budget=budget, num_blocks=400)
@@ -204,14 +206,15 @@ def test_who_decodes_gets_a_token_in_each_step_under_a_flood() -> None:
         assert all(sequence.num_output == 20 and not sequence.metrics.preemptions for sequence in sequences)
 
 
-def test_the_first_is_never_preempted_for_those_behind_it() -> None:
+def test_preemption_never_takes_the_first() -> None:
     """So that however short blocks are, somebody always comes nearer to the end: no two preempt each other for ever."""
     engine = build(num_blocks=7, seqs=6, budget=64)
     sequences = [engine.add([5], params(100)) for _ in range(8)]
     for _ in range(2000):
         if not engine.has_work():
             break
-        first, before = min(engine.running + engine.waiting, key=lambda s: s.place), [s.num_output for s in sequences]
+        first = min(engine.scheduler.running + engine.scheduler.waiting, key=queue_order)
+        before = [s.num_output for s in sequences]
         engine.step()
         assert first.num_output == before[first.request_id] + 1
         assert all(sequence.num_output >= count for sequence, count in zip(sequences, before, strict=True))
@@ -232,33 +235,33 @@ def test_a_request_that_needs_every_block_gets_them() -> None:
         engine.step()
         steps += 1
         if large.metrics.first_scheduled is None:
-            assert not any(sequence.request_id > large.request_id for sequence in engine.running)
+            assert not any(sequence.request_id > large.request_id for sequence in engine.scheduler.running)
     assert steps <= 6 + 2 + 17 and all(sequence.finish_reason for sequence in early)
     run(engine)
-    assert engine.blocks.num_free == 8
+    assert engine.scheduler.blocks.num_free == 8
 
 
-def test_an_answer_that_is_cancelled_before_its_prompt_is_computed() -> None:
+def test_abort_of_a_sibling_before_its_prompt_is_computed() -> None:
     """Of several to one prompt: it never runs, and the others lose nothing, whichever is cancelled."""
     for cancelled in range(3):
         engine = build(budget=8)
         first = engine.add([5] * 20, params(4, n=3))
-        answers = [first, *first.forks]
+        answers = [first, *first.siblings]
         engine.step()
         engine.finish(answers[cancelled], "abort")
         run(engine)
         assert [sequence.num_output for sequence in answers] == [0 if i == cancelled else 4 for i in range(3)]
         assert [sequence.finish_reason for sequence in answers].count("length") == 2
-        assert engine.blocks.num_free == 64 and not first.forks
+        assert engine.scheduler.blocks.num_free == 64 and not first.siblings
 
 
-def test_answers_beyond_the_budget_stall_nobody() -> None:
+def test_siblings_beyond_the_token_budget_stall_nobody() -> None:
     """Eight answers and room for four tokens a step: who decodes beside them gets one in each."""
     engine = build(seqs=16, budget=4, num_blocks=200)
     other = engine.add([6] * 3, params(50))
     engine.step()
     first = engine.add([5] * 3, params(50, n=8), priority=-1)
-    answers = [first, *first.forks]
+    answers = [first, *first.siblings]
     while other.finish_reason is None:
         before = other.num_output
         engine.step()
@@ -268,7 +271,7 @@ def test_answers_beyond_the_budget_stall_nobody() -> None:
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_copy_that_fails_loses_no_answer(fails_at: int) -> None:
+def test_engine_failure_in_a_copy_loses_no_sibling(fails_at: int) -> None:
     runner, copied = FakeRunner(), 0
 
     def copy_state(source: int, target: int) -> None:
@@ -281,63 +284,63 @@ def test_a_copy_that_fails_loses_no_answer(fails_at: int) -> None:
     runner.copy_state = copy_state  # type: ignore[method-assign]
     engine = build(runner)
     first = engine.add([5] * 10, params(4, n=3))
-    answers = [first, *first.forks]
+    answers = [first, *first.siblings]
     engine.step()
     with pytest.raises(RuntimeError):
         engine.step()
     run(engine)
-    assert [sequence.num_output for sequence in answers] == [4] * 3 and engine.blocks.num_free == 64
+    assert [sequence.num_output for sequence in answers] == [4] * 3 and engine.scheduler.blocks.num_free == 64
 
 
 @pytest.mark.parametrize("kind", [BlockPrefixCache, StatePrefixCache])
-def test_what_failed_is_no_beginning(kind: type[BlockPrefixCache]) -> None:
+def test_prefix_cache_drops_what_failed(kind: type[BlockPrefixCache]) -> None:
     """Chunks before the one that showed it may be damaged too; who shares them meanwhile goes on undisturbed."""
     runner = FakeRunner(has_states=kind is StatePrefixCache)
     execute = runner.execute
     runner.execute = lambda scheduled: [  # type: ignore[method-assign]
-        result and (Sampled(-1, error="no number") if work.sequence.prompt_token_ids[-1] == 7 else result)
-        for result, work in zip(execute(scheduled), scheduled, strict=True)
+        tokens and ([Sampled(-1, error="no number")] if work.sequence.prompt_token_ids[-1] == 7 else tokens)
+        for tokens, work in zip(execute(scheduled), scheduled, strict=True)
     ]
     engine = build(runner, budget=16, seqs=2)
     slots = [range(2, 6)] if kind is StatePrefixCache else []
-    engine.prefixes = kind(engine.blocks, *slots)
+    engine.scheduler.prefix_cache = prefix_cache = kind(engine.scheduler.blocks, *slots)
     good, bad = [5] * 60, [5] * 48 + [7]
     for prompt in (bad, bad):  # the second finds where it could have gone on, and keeps a state there
         sequence = engine.add(prompt, params())
         run(engine)
         assert (sequence.finish_reason, sequence.metrics.cached_tokens) == ("error", 0)
-        assert engine.prefixes.reusable_prefix(prompt).num_tokens == 0
-    assert engine.blocks.num_free == 64
+        assert prefix_cache.reusable_prefix(prompt).num_tokens == 0
+    assert engine.scheduler.blocks.num_free == 64
     both = engine.add(good, params(20)), engine.add(bad, params())
     run(engine)
     assert both[0].num_output == 20 and both[1].finish_reason == "error"
-    assert engine.blocks.num_free == 64
+    assert engine.scheduler.blocks.num_free == 64
 
 
 class Eager:
-    """Guesses as much as there is room for, and never learns."""
+    """Drafts as much as it may, whatever is accepted."""
 
     def __init__(self, engine: Engine):
-        self.measured: list[int] = []
-        self.forgotten: list[Sequence] = []
-        engine.speculation = Speculation(self, engine.blocks, engine.max_model_len, engine.runner.copy_state)
+        self.step_tokens: list[int] = []
+        self.removed: list[Sequence] = []
+        engine.scheduler.speculation = Speculation(self)
 
-    def propose(self, sequences: list[Sequence], rooms: list[int]) -> list[list[int]]:
-        return [[7] * room for room in rooms]
+    def propose(self, sequences: list[Sequence], max_draft_lens: list[int]) -> list[list[int]]:
+        return [[7] * length for length in max_draft_lens]
 
-    def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
-        assert right == 0 < guessed
+    def update_acceptance(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        assert num_accepted_tokens == 0 < num_draft_tokens
 
-    def measure(self, rows: int, seconds: float) -> None:
+    def record_step(self, num_tokens: int, seconds: float) -> None:
         assert seconds >= 0
-        self.measured.append(rows)
+        self.step_tokens.append(num_tokens)
 
-    def forget(self, sequence: Sequence) -> None:
-        self.forgotten.append(sequence)
+    def remove(self, sequence: Sequence) -> None:
+        self.removed.append(sequence)
 
 
 @pytest.mark.parametrize("budget", [4, 5, 9, 64])
-def test_guesses_take_nobodys_token(budget: int) -> None:
+def test_draft_tokens_take_nobodys_token(budget: int) -> None:
     """Once all decode each gains one in every step, however much the first would like to try."""
     engine = build(FakeRunner(has_states=False), seqs=4, budget=budget)
     proposer = Eager(engine)
@@ -349,16 +352,16 @@ def test_guesses_take_nobodys_token(budget: int) -> None:
         engine.step()
         assert [sequence.num_output for sequence in sequences] == [count + 1 for count in before]
     run(engine)
-    assert engine.totals["guessed_tokens"] > 0
-    assert max(proposer.measured) == budget
-    assert set(proposer.forgotten) == set(sequences)
+    assert engine.stats().draft_tokens > 0
+    assert max(proposer.step_tokens) == budget
+    assert set(proposer.removed) == set(sequences)
 
 
-def test_guesses_take_nobodys_block() -> None:
-    """The first may need every block some day, but the other needs one now, and is not preempted for a guess."""
+def test_draft_tokens_take_nobodys_block() -> None:
+    """The first may need every block some day, but the other needs one now, and is not preempted for a draft token."""
     engine = build(FakeRunner(has_states=False), seqs=2, num_blocks=4)
     Eager(engine)
     engine.add([5] * 10, params(50))
     engine.add([5] * 14, params(6))
     run(engine)
-    assert engine.totals["preemptions"] == 0 and engine.totals["guessed_tokens"] > 0
+    assert engine.stats().preemptions == 0 and engine.stats().draft_tokens > 0

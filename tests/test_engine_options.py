@@ -84,9 +84,10 @@ def test_a_draft_model_takes_its_targets_options(folder_of: Callable[[str], Path
         folder_of("llama"), dtype="float32", block_size=32, max_num_batched_tokens=24, max_num_seqs=2,
         num_threads=1, speculative_config=config,
     )  # fmt: skip
-    own, draft = llm.engine, llm.engine.speculation.proposer.engine  # type: ignore[union-attr, attr-defined]
+    own, draft = llm.engine, llm.engine.scheduler.speculation.proposer.engine  # type: ignore[union-attr, attr-defined]
     for engine in (own, draft):
-        assert (engine.blocks.block_size, engine.max_num_seqs, engine.max_num_batched_tokens) == (32, 2, 24)
+        scheduler = engine.scheduler
+        assert (scheduler.blocks.block_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (32, 2, 24)
         assert engine.runner.num_threads == 1
     assert [engine.runner.cache.dtype for engine in (own, draft)] == ["float32", "bfloat16"]
     llm.close()

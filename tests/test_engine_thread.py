@@ -1,4 +1,4 @@
-"""The engine's thread with a runner that computes nothing: news, failures, death; nobody waits for ever."""
+"""The engine's thread with a runner that computes nothing: updates, failures, death; nobody waits for ever."""
 
 import threading
 import time
@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from fakes import FakeRunner
 
-from tinyserve.engine import Engine
-from tinyserve.engine_thread import EngineThread, Update
+from tinyserve.engine import Engine, EngineThread, Update
 from tinyserve.errors import EngineDeadError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.sequence import Scheduled, Sequence
 
 pytestmark = pytest.mark.fast
 
 DEADLINE = 10.0  # seconds until something that never comes is missed
 
-Box = SimpleQueue[list[Update]]
+Sink = SimpleQueue[list[Update]]
 
 
 class Gate(FakeRunner):
@@ -48,7 +48,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def engine(gate: Gate) -> Engine:
-    return Engine(gate, BlockManager(64, 16), frozenset({99}), 512, 4, 32)
+    return Engine(gate, Scheduler(gate, BlockManager(64, 16), 512, 4, 32), frozenset({99}))
 
 
 @pytest.fixture
@@ -62,99 +62,97 @@ def make(engine: Engine, tokens: int = 5, max_tokens: int = 3, **options: Any) -
     return engine.make([7] * tokens, SamplingParams(max_tokens=max_tokens, **options))
 
 
-def read(box: Box, *sequences: Sequence) -> dict[Sequence, list[Update]]:
-    """All news of these sequences up to their last."""
-    news: dict[Sequence, list[Update]] = {sequence: [] for sequence in sequences}
-    while not all(updates and updates[-1].finish_reason for updates in news.values()):
-        for update in box.get(timeout=DEADLINE):
-            news[update.sequence].append(update)
-    return news
+def read(sink: Sink, *sequences: Sequence) -> dict[Sequence, list[Update]]:
+    """All updates of these sequences up to their last."""
+    updates_of: dict[Sequence, list[Update]] = {sequence: [] for sequence in sequences}
+    while not all(updates and updates[-1].finish_reason for updates in updates_of.values()):
+        for update in sink.get(timeout=DEADLINE):
+            updates_of[update.sequence].append(update)
+    return updates_of
 
 
-def test_news_of_each_step(thread: EngineThread, engine: Engine, gate: Gate) -> None:
-    """How far a prompt is read, then each token; one letter a step to each mailbox."""
-    box, other = Box(), Box()
+def test_updates_of_each_step(thread: EngineThread, engine: Engine, gate: Gate) -> None:
+    """How far a prompt is read, then each token; one call a step to each sink."""
+    sink, other = Sink(), Sink()
     long, short, apart = make(engine, 70), make(engine, 3, 4), make(engine)
     gate.open.clear()
     thread.submit([apart], other)
-    thread.submit([long, short], box)
+    thread.submit([long, short], sink)
     gate.open.set()
-    news = read(box, long, short)
-    assert [update.num_computed for update in news[long] if update.token_id is None][-1] >= 32
-    assert [update.token_id for update in news[long] if update.token_id is not None] == [1, 1, 1]
-    assert [update.token_id for update in news[short]] == [1] * 4
-    assert [update.finish_reason for update in news[short]] == [None] * 3 + ["length"]
-    assert [update.time for update in news[short]] == short.metrics.token_times
+    updates_of = read(sink, long, short)
+    assert [update.num_computed for update in updates_of[long] if update.token_id is None][-1] >= 32
+    assert [update.token_id for update in updates_of[long] if update.token_id is not None] == [1, 1, 1]
+    assert [update.token_id for update in updates_of[short]] == [1] * 4
+    assert [update.finish_reason for update in updates_of[short]] == [None] * 3 + ["length"]
+    assert [update.time for update in updates_of[short]] == short.metrics.token_times
     assert read(other, apart)[apart][-1].finish_reason == "length"
-    assert box.empty() and other.empty() and not thread._mailboxes
+    assert sink.empty() and other.empty() and not thread._sinks
     stats = thread.call(thread.stats)
     assert (stats.requests, stats.output_tokens, stats.prompt_tokens) == (3, 10, 78)
     assert stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == 64
     assert stats.steps == len(gate.batches) and stats.step_seconds > 0
 
 
-def test_whoever_is_ended_is_told(thread: EngineThread, engine: Engine, gate: Gate) -> None:
+def test_abort_while_a_step_runs(thread: EngineThread, engine: Engine, gate: Gate) -> None:
     """While a step runs: running, waiting, and both answers of one request."""
-    box = Box()
+    sink = Sink()
     sequences = [make(engine, max_tokens=400) for _ in range(5)]
-    forked = make(engine, max_tokens=400, n=2)
-    everybody = [*sequences, forked, *forked.forks]
+    several = make(engine, max_tokens=400, n=2)
+    everybody = [*sequences, several, *several.siblings]
     gate.open.clear()
-    thread.submit([*sequences, forked], box)
+    thread.submit([*sequences, several], sink)
     assert gate.entered.wait(DEADLINE)
     for sequence in everybody:
         thread.finish(sequence, "abort")
         thread.finish(sequence, "abort")
     gate.open.set()
-    news = read(box, *everybody)
-    assert {updates[-1].finish_reason for updates in news.values()} == {"abort"}
-    assert max(len(updates) for updates in news.values()) <= 2, "cancelled within one step"
+    updates_of = read(sink, *everybody)
+    assert {updates[-1].finish_reason for updates in updates_of.values()} == {"abort"}
+    assert max(len(updates) for updates in updates_of.values()) <= 2, "cancelled within one step"
     thread.call(lambda: None)
-    assert box.empty() and not engine.has_work() and engine.blocks.num_free == 64
+    assert sink.empty() and not engine.has_work() and engine.scheduler.blocks.num_free == 64
     thread.finish(sequences[0], "abort")  # changes nothing
 
 
-def test_a_step_that_fails(thread: EngineThread, engine: Engine, gate: Gate) -> None:
+def test_engine_failure_in_a_step(thread: EngineThread, engine: Engine, gate: Gate) -> None:
     """Those it worked for are told why; those who wait are served, and so is whoever comes later."""
-    box = Box()
+    sink = Sink()
     doomed = [make(engine) for _ in range(4)]  # as many as run at once
     waiting = make(engine)
     gate.error = ValueError("a kernel that does not work")
     gate.open.clear()
-    thread.submit([*doomed, waiting], box)
+    thread.submit([*doomed, waiting], sink)
     assert gate.entered.wait(DEADLINE)
     gate.open.set()
-    letter = box.get(timeout=DEADLINE)
+    failed_first = sink.get(timeout=DEADLINE)
     gate.error = None
-    assert {update.sequence for update in letter} <= {*doomed, waiting}
-    news = read(box, *({*doomed, waiting} - {update.sequence for update in letter}))
-    failed = [*letter, *(updates[-1] for updates in news.values() if updates[-1].error)]
+    assert {update.sequence for update in failed_first} <= {*doomed, waiting}
+    updates_of = read(sink, *({*doomed, waiting} - {update.sequence for update in failed_first}))
+    failed = [*failed_first, *(updates[-1] for updates in updates_of.values() if updates[-1].error)]
     assert all(update.finish_reason == "error" and "does not work" in str(update.error) for update in failed)
     assert {update.sequence for update in failed} >= set(doomed)
     late = make(engine)
-    thread.submit([late], box)
-    assert read(box, late)[late][-1].finish_reason == "length"
-    assert engine.blocks.num_free == 64 and thread.dead_error is None
+    thread.submit([late], sink)
+    assert read(sink, late)[late][-1].finish_reason == "length"
+    assert engine.scheduler.blocks.num_free == 64 and thread.dead_error is None
 
 
-def test_a_step_that_fails_before_it_has_begun(
-    thread: EngineThread, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_failure_while_scheduling(thread: EngineThread, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nobody knows whose fault it is, and everybody is told, rather than that it fails again for ever."""
-    box = Box()
+    sink = Sink()
 
     def fail() -> None:
         raise MemoryError("no room for a copy")
 
-    monkeypatch.setattr(engine, "_schedule", fail)
+    monkeypatch.setattr(engine.scheduler, "schedule", fail)
     sequences = [make(engine) for _ in range(6)]
-    thread.submit(sequences, box)
-    assert {type(updates[-1].error) for updates in read(box, *sequences).values()} == {MemoryError}
+    thread.submit(sequences, sink)
+    assert {type(updates[-1].error) for updates in read(sink, *sequences).values()} == {MemoryError}
 
 
-def test_a_death_is_told_to_all(thread: EngineThread, engine: Engine, gate: Gate) -> None:
+def test_engine_death_fails_all_requests(thread: EngineThread, engine: Engine, gate: Gate) -> None:
     """A mistake of the engine's own: those in it, a call that waits, and whoever comes later."""
-    box, caught = Box(), []
+    sink, caught = Sink(), []
     sequences = [make(engine, max_tokens=400) for _ in range(6)]
 
     def call() -> None:
@@ -163,7 +161,7 @@ def test_a_death_is_told_to_all(thread: EngineThread, engine: Engine, gate: Gate
         caught.append(True)
 
     gate.open.clear()
-    thread.submit(sequences, box)
+    thread.submit(sequences, sink)
     assert gate.entered.wait(DEADLINE)
     caller = threading.Thread(target=call)
     caller.start()
@@ -171,11 +169,11 @@ def test_a_death_is_told_to_all(thread: EngineThread, engine: Engine, gate: Gate
         time.sleep(0.001)
     gate.error = SystemExit("the end")  # no Exception
     gate.open.set()
-    news = read(box, *sequences)
-    assert all(isinstance(updates[-1].error, EngineDeadError) for updates in news.values())
+    updates_of = read(sink, *sequences)
+    assert all(isinstance(updates[-1].error, EngineDeadError) for updates in updates_of.values())
     caller.join(DEADLINE)
     assert caught == [True]
-    for refused in (lambda: thread.submit([make(engine)], box), lambda: thread.call(lambda: None)):
+    for refused in (lambda: thread.submit([make(engine)], sink), lambda: thread.call(lambda: None)):
         with pytest.raises(EngineDeadError, match=r"has stopped.*the end"):
             refused()
     thread.finish(sequences[0], "abort")
@@ -183,16 +181,16 @@ def test_a_death_is_told_to_all(thread: EngineThread, engine: Engine, gate: Gate
 
 
 def test_closing_in_the_middle_of_a_step(thread: EngineThread, engine: Engine, gate: Gate) -> None:
-    box = Box()
+    sink = Sink()
     sequence = make(engine)
     gate.open.clear()
-    thread.submit([sequence], box)
+    thread.submit([sequence], sink)
     assert gate.entered.wait(DEADLINE)
     thread.close()
     assert not thread._thread.is_alive()
-    assert isinstance(read(box, sequence)[sequence][-1].error, EngineDeadError)
+    assert isinstance(read(sink, sequence)[sequence][-1].error, EngineDeadError)
     with pytest.raises(EngineDeadError, match="was closed"):
-        thread.submit([make(engine)], box)
+        thread.submit([make(engine)], sink)
     thread.close()
 
 
@@ -202,7 +200,7 @@ def test_closing_what_never_worked(engine: Engine) -> None:
 
 def test_a_call_runs_between_steps(thread: EngineThread, engine: Engine, gate: Gate) -> None:
     gate.open.clear()
-    thread.submit([make(engine)], Box())
+    thread.submit([make(engine)], Sink())
     assert gate.entered.wait(DEADLINE)
     threading.Timer(0.05, gate.open.set).start()
     assert thread.call(lambda: (threading.current_thread().name, len(gate.batches))) == ("tinyserve-engine", 1)

@@ -19,11 +19,11 @@ from checkpoints import BOS, EOS, USER, VOCAB
 from conftest import settle
 
 from tinyserve import LLM, RequestOutput, SamplingParams
-from tinyserve.engine_thread import Update
+from tinyserve.engine import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
 from tinyserve.scheduling.sequence import Sequence
-from tinyserve.text.request import Request
+from tinyserve.text.request import RequestState
 
 TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
 
@@ -35,8 +35,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     yield model
     gc.collect()
     settle(model)
-    assert not model.engine.has_work() and not model.thread._mailboxes
-    assert model.engine.blocks.num_free == model.engine.blocks.num_blocks
+    assert not model.engine.has_work() and not model.thread._sinks
+    assert model.engine.scheduler.blocks.num_free == model.engine.scheduler.blocks.num_blocks
 
 
 def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
@@ -139,7 +139,7 @@ def test_bad_words_never_come(llm: LLM) -> None:
 def test_bad_words_are_spelled_as_vllm_spells_them(smollm2: Path) -> None:
     llm = LLM(smollm2, max_model_len=256, num_threads=1)
     encode = llm.tokenizer.encode
-    assert len(encode(" Paris")) == 1 and llm._maker.spellings(["  Paris", "\n"]) == [
+    assert len(encode(" Paris")) == 1 and llm._input_processor.spellings(["  Paris", "\n"]) == [
         encode("Paris"), encode(" Paris"), encode("\n"), encode(" \n"),
     ]  # fmt: skip
     prompt = "The capital of France is"
@@ -306,19 +306,19 @@ def test_chunks_join_to_the_answer(llm: LLM, text: str) -> None:
 
 
 def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
-    free = llm.engine.blocks.num_free
+    free = llm.engine.scheduler.blocks.num_free
     for chunk in llm.stream(TEXTS[0], greedy(50)):
-        assert llm.engine.blocks.num_free < free
+        assert llm.engine.scheduler.blocks.num_free < free
         if chunk.metrics.output_tokens == 3:
             break
     gc.collect()
     settle(llm)
-    assert llm.engine.blocks.num_free == free and not llm.engine.has_work()
+    assert llm.engine.scheduler.blocks.num_free == free and not llm.engine.has_work()
     stream = llm.stream(TEXTS[0], greedy(50))
     next(stream)
     stream.close()
     settle(llm)
-    assert llm.engine.blocks.num_free == free
+    assert llm.engine.scheduler.blocks.num_free == free
     assert llm.logits([1, 2]).shape == (2, VOCAB)
 
 
@@ -358,10 +358,10 @@ def test_logits_beside_a_stream(llm: LLM) -> None:
     stream = llm.stream(TEXTS[0], greedy(60))
     text = next(stream).text
     np.testing.assert_array_equal(llm.logits([1, 2, 3]), logits)
-    held = llm.thread.call(lambda: llm.engine.blocks.allocate(llm.engine.blocks.num_free - 3))
+    held = llm.thread.call(lambda: llm.engine.scheduler.blocks.allocate(llm.engine.scheduler.blocks.num_free - 3))
     with pytest.raises(RequestError, match=r"of 128 tokens needs 8 blocks of the cache, and \d are free\."):
         llm.logits([1] * 128)
-    llm.thread.call(lambda: llm.engine.blocks.free(held))
+    llm.thread.call(lambda: llm.engine.scheduler.blocks.free(held))
     assert text + "".join(map(str, stream)) == expected
 
 
@@ -553,7 +553,7 @@ def test_a_cache_for_fewer_than_run_at_once(folder_of: Callable[[str], Path], ll
     narrow = LLM(folder_of("llama"), dtype="float32", kv_cache_memory=4 * block, max_model_len=64)
     prompts = [checkpoints.token_ids(4 * i + 1, seed=i) for i in range(8)]
     assert answers(narrow.generate(prompts, greedy(20))) == answers(llm_of("llama").generate(prompts, greedy(20)))
-    assert narrow.engine.blocks.num_free == 4
+    assert narrow.engine.scheduler.blocks.num_free == 4
 
 
 def test_dummy_weights_speak_token_ids(folder_of: Callable[[str], Path]) -> None:
@@ -614,7 +614,7 @@ def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: s
     finally:
         llm.engine.runner.model = healthy
     settle(llm)
-    assert not llm.engine.has_work() and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
+    assert not llm.engine.has_work() and llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 
 
 def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., LLM]) -> None:
@@ -636,7 +636,7 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
     finally:
         llm.engine.runner.execute = execute  # type: ignore[method-assign]
     settle(llm)
-    assert llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(
@@ -653,7 +653,7 @@ def test_a_stop_string_that_comes_of_the_last_bytes(llm_of: Callable[..., LLM]) 
     """Bytes that never became a character are one when the answer ends, and may complete a stop string."""
     llm = llm_of("llama")
     sequence = Sequence(0, [1], SamplingParams(stop="\ufffd"))
-    request = Request(sequence, None, llm.tokenizer.detokenizer())
+    request = RequestState(sequence, None, llm.tokenizer.detokenizer())
     token = next(t for t in range(256) if llm.tokenizer.token_bytes(t) == b"\xe2")
     assert not request.take(Update(sequence, 1, token)) and not request.finished
     assert not request.take(Update(sequence, 2, token, finish_reason="length"))

@@ -1,6 +1,6 @@
 """An LLM for programs with an event loop: answers as async generators, under vLLM's names.
 
-Makes text in the event loop, of what the engine's thread sends there; neither ever waits for the other.
+Makes text in the event loop, of the updates that the engine's thread sends there; neither waits for the other.
 """
 
 import asyncio
@@ -14,15 +14,14 @@ from os import PathLike
 from threading import Event
 from typing import Any, Self
 
-from tinyserve.engine import EngineStats
-from tinyserve.engine_thread import Update
+from tinyserve.engine import EngineStats, Update
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM, Message
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.scheduling.sequence import Sequence
 from tinyserve.text.beam_search import BeamSearch, BeamSearchOutput
-from tinyserve.text.embedding import EmbeddingOutput
-from tinyserve.text.request import Request, RequestOutput, StreamChunk, output
+from tinyserve.text.pooling import EmbeddingOutput
+from tinyserve.text.request import RequestOutput, RequestState, StreamChunk, output
 from tinyserve.text.validation import Prompt
 
 OnPrefill = Callable[[int, int], None]
@@ -37,7 +36,7 @@ class AsyncEngine:
     def __init__(self, model: LLM | str | PathLike[str], **options: Any):
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._jobs: dict[object, _Job] = {}
-        self._office: _PostOffice | None = None
+        self._router: UpdateRouter | None = None
         # Texts are read one at a time: those that wait must not take the threads that make requests.
         self._readers = ThreadPoolExecutor(1, "tinyserve-texts")
 
@@ -64,8 +63,8 @@ class AsyncEngine:
         params = self.llm.resolve(sampling_params)
         if params.best_of is not None and params.best_of > params.n:
             raise RequestError(f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.")
-        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as news:
-            async for request in news:
+        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as updated:
+            async for request in updated:
                 yield request.chunk()
 
     async def complete(
@@ -78,9 +77,9 @@ class AsyncEngine:
     ) -> RequestOutput:
         """The answers to one prompt, when all are there; a cancelled task ends the request, too."""
         params = self.llm.resolve(sampling_params)
-        answers: dict[int, Request] = {}
-        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as news:
-            async for request in news:
+        answers: dict[int, RequestState] = {}
+        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as updated:
+            async for request in updated:
                 answers[request.index] = request
         return output([answers[i] for i in sorted(answers)], params.n, params.logprobs is not None)
 
@@ -111,8 +110,8 @@ class AsyncEngine:
         with self._job(request_id) as job:
             while search.beams:
                 submitted = await asyncio.to_thread(self._requests_of, search)
-                async with aclosing(self._run(submitted, job)) as news:
-                    async for _ in news:
+                async with aclosing(self._run(submitted, job)) as updated:
+                    async for _ in updated:
                         pass
                 if job.is_aborted:
                     search.abort()
@@ -156,29 +155,29 @@ class AsyncEngine:
         request_id: str | None,
         priority: int,
         on_prefill: OnPrefill | None,
-    ) -> AsyncGenerator[Request, None]:
+    ) -> AsyncGenerator[RequestState, None]:
         """Each answer to a prompt whenever there is more of it, and once when it has ended."""
         with self._job(request_id) as job:
             # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
             answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
-            async with aclosing(self._run([answers], job, on_prefill)) as news:
-                async for request in news:
+            async with aclosing(self._run([answers], job, on_prefill)) as updated:
+                async for request in updated:
                     yield request
 
     async def _run(
-        self, submitted: list[list[Request]], job: "_Job", on_prefill: OnPrefill | None = None
-    ) -> AsyncGenerator[Request, None]:
+        self, submitted: list[list[RequestState]], job: "_Job", on_prefill: OnPrefill | None = None
+    ) -> AsyncGenerator[RequestState, None]:
         """Have several prompts answered, and yield each answer whenever there is more of it, and when it has ended."""
         requests = {request.sequence: request for answers in submitted for request in answers}
-        office = self._open_office()
-        box = office.rent(list(requests))
+        router = self._router_of_this_loop()
+        updates = router.subscribe(list(requests))
         job.requests = list(requests.values())
         try:
-            self.llm.thread.submit([answers[0].sequence for answers in submitted], office)
+            self.llm.thread.submit([answers[0].sequence for answers in submitted], router)
             if job.is_aborted:  # while there was nothing to abort yet
                 self._cancel(job)
             while not all(request.finished for request in job.requests):
-                update = await box.get()
+                update = await updates.get()
                 request = requests[update.sequence]
                 if request.finished:
                     continue
@@ -186,13 +185,13 @@ class AsyncEngine:
                 request.raise_error()
                 if on_prefill is not None and request.is_reading:
                     on_prefill(request.num_computed, request.metrics.prompt_tokens)
-                if request.has_news():
+                if request.has_chunk():
                     yield request
         finally:
-            office.give_up(list(requests))
+            router.unsubscribe(list(requests))
             self._cancel(job)
 
-    def _requests_of(self, search: BeamSearch) -> list[list[Request]]:
+    def _requests_of(self, search: BeamSearch) -> list[list[RequestState]]:
         return [self.llm.make_request(beam.tokens, search.step) for beam in search.beams]
 
     @contextmanager
@@ -212,46 +211,48 @@ class AsyncEngine:
         for request in job.requests:
             self.llm.cancel(request)
 
-    def _open_office(self) -> "_PostOffice":
+    def _router_of_this_loop(self) -> "UpdateRouter":
         loop = asyncio.get_running_loop()
-        if self._office is None or self._office.loop is not loop:
-            self._office = _PostOffice(loop, self.llm)
-        return self._office
+        if self._router is None or self._router.loop is not loop:
+            self._router = UpdateRouter(loop, self.llm)
+        return self._router
 
 
 @dataclass(eq=False)
 class _Job:
     """What was asked for at once: requests, which others may follow."""
 
-    requests: list[Request] = field(default_factory=list)
+    requests: list[RequestState] = field(default_factory=list)
     is_aborted: bool = False
 
 
-class _PostOffice:
-    """Carries the news of a step over to the event loop in one go, and sorts them there."""
+class UpdateRouter:
+    """An `UpdateSink` that takes the updates of a step over to an event loop in one call, and sorts them there."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, llm: LLM):
         self.loop, self._llm = loop, llm
-        self._boxes: dict[Sequence, asyncio.Queue[Update]] = {}
+        self._subscribers: dict[Sequence, asyncio.Queue[Update]] = {}
 
-    def rent(self, sequences: list[Sequence]) -> "asyncio.Queue[Update]":
-        """One box for the news of all these."""
-        box: asyncio.Queue[Update] = asyncio.Queue()
-        self._boxes |= dict.fromkeys(sequences, box)
-        return box
+    def subscribe(self, sequences: list[Sequence]) -> "asyncio.Queue[Update]":
+        """A queue for the updates of all these."""
+        queue: asyncio.Queue[Update] = asyncio.Queue()
+        self._subscribers |= dict.fromkeys(sequences, queue)
+        return queue
 
-    def give_up(self, sequences: list[Sequence]) -> None:
+    def unsubscribe(self, sequences: list[Sequence]) -> None:
+        """Drop what comes of these."""
         for sequence in sequences:
-            self._boxes.pop(sequence, None)
+            self._subscribers.pop(sequence, None)
 
     def put(self, updates: list[Update]) -> None:
+        """Called in the engine's thread."""
         try:
-            self.loop.call_soon_threadsafe(self._sort, updates)
+            self.loop.call_soon_threadsafe(self._route, updates)
         except RuntimeError:  # the loop was closed with requests open: nobody will ever ask
             for update in updates:
                 self._llm.thread.finish(update.sequence, "abort")
 
-    def _sort(self, updates: list[Update]) -> None:
+    def _route(self, updates: list[Update]) -> None:
         for update in updates:
-            if update.sequence in self._boxes:
-                self._boxes[update.sequence].put_nowait(update)
+            if update.sequence in self._subscribers:
+                self._subscribers[update.sequence].put_nowait(update)

@@ -1,33 +1,35 @@
-"""Which sequences run in the next step, and when each one ends: list-and-deque code over token ids.
+"""The engine: schedule, execute, update; and the thread that steps it. Moves ints, and knows neither text nor arrays.
 
-Knows neither text nor arrays; a runner is handed in, and a fake one of a few dozen lines can be.
+What runs in a step is the scheduler's business; computing it is a runner's, which is handed in: a fake one is enough to
+test every rule. `EngineThread` is the only thread that runs an engine's kernels. Others send it commands, and get
+updates through their sinks as they are: text is made of them in other threads, while the next step runs.
 """
 
-from bisect import insort
-from collections import Counter, deque
+import ctypes
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
+from queue import SimpleQueue
+from threading import RLock, Thread, current_thread
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
-from tinyserve.errors import RequestError
+from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.scheduling.block_manager import BlockManager
-from tinyserve.scheduling.prefix_cache import NoPrefixCache, Prefix
-from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
-from tinyserve.scheduling.speculative import MOST_TOKENS, Speculation
+from tinyserve.scheduling.scheduler import CacheCopier, Scheduler
+from tinyserve.scheduling.sequence import Logprobs, Sampled, Scheduled, Sequence
+
+T = TypeVar("T")
 
 
-class Runner(Protocol):
-    """Computes scheduled tokens; what it samples is None where a prompt is not finished."""
+class Runner(CacheCopier, Protocol):
+    """Computes scheduled tokens."""
 
-    def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]: ...
-
-    def copy_block(self, source: int, target: int) -> None:
-        """Make a block hold what another does."""
-
-    def copy_state(self, source: int, target: int) -> None:
-        """Make a slot remember what another does."""
+    def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
+        """The tokens that follow each sequence: the accepted draft tokens and one more; none in mid-prompt."""
 
 
 class EngineStats(NamedTuple):
@@ -36,50 +38,25 @@ class EngineStats(NamedTuple):
     num_running: int
     num_waiting: int
     num_blocks: int
-    num_free_blocks: int  # what they remember counts as free
+    num_free_blocks: int  # those that only hold cached prefixes among them
     steps: int = 0
     step_seconds: float = 0.0
     requests: int = 0  # that ended
-    prompt_tokens: int = 0  # of requests that have begun, and how many of them were in the cache
+    prompt_tokens: int = 0  # of requests that have begun, and how many of them were in the prefix cache
     cached_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
-    guessed_tokens: int = 0  # by speculation, and how many of them the model would have chosen
-    right_tokens: int = 0
+    draft_tokens: int = 0  # that were checked, and how many of them the model would have chosen
+    accepted_tokens: int = 0
 
 
 class Engine:
-    """Continuous batching, by priority and then first come first served.
+    """Makes requests, steps them through scheduler and runner, takes in what was sampled, and ends them."""
 
-    Each step computes a token for every sequence that decodes, then as much prefill as the token budget holds. Blocks
-    are handed out as sequences grow; when they run out, the one that came last gives its own back and waits again.
-    """
-
-    def __init__(
-        self,
-        runner: Runner,
-        blocks: BlockManager,
-        eos_token_ids: frozenset[int],
-        max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        prefixes: NoPrefixCache | None = None,
-        speculation: Speculation | None = None,
-    ):
-        self.runner, self.blocks, self.eos_token_ids = runner, blocks, eos_token_ids
-        self.max_model_len = max_model_len
-        # Each that decodes gets a token in every step: forks could be more than the budget holds, and would stall all
-        # those behind them until they end.
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.prefixes = prefixes or NoPrefixCache(blocks)
-        self.speculation = speculation
-        self.waiting: list[Sequence] = []  # both by place in the queue
-        self.running: list[Sequence] = []
-        self.scheduled: list[Scheduled] = []  # in the last step
+    def __init__(self, runner: Runner, scheduler: Scheduler, eos_token_ids: frozenset[int]):
+        self.runner, self.scheduler, self.eos_token_ids = runner, scheduler, eos_token_ids
         self.totals: Counter[str] = Counter()
         self.step_seconds = 0.0
-        self._free_slots = deque(range(max_num_seqs))
         self._ids = count()
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
@@ -91,66 +68,59 @@ class Engine:
     def make(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
         """A request that can be served, not yet queued; any thread may call this. Raises RequestError for any other.
 
-        With `params.n` or `best_of` above 1 the other answers are the sequence's `forks`.
+        With `params.n` or `best_of` above 1 the other answers are the sequence's `siblings`.
         """
+        max_model_len, blocks = self.scheduler.max_model_len, self.scheduler.blocks
         if not prompt_token_ids:
             raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.", "prompt")
-        if len(prompt_token_ids) >= self.max_model_len:
+        if len(prompt_token_ids) >= max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
-                f"{self.max_model_len}, the answer included: shorten the prompt.",
+                f"{max_model_len}, the answer included: shorten the prompt.",
                 "prompt",
             )
-        needed = min(len(prompt_token_ids) + params.max_tokens, self.max_model_len)
-        if self.blocks.blocks_for(needed) > self.blocks.num_blocks:
+        needed = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
+        if blocks.blocks_for(needed) > blocks.num_blocks:
             raise RequestError(
                 f"The request can come to {needed} tokens and the cache holds "
-                f"{self.blocks.num_blocks * self.blocks.block_size}: lower max_tokens, or raise kv_cache_memory.",
+                f"{blocks.num_blocks * blocks.block_size}: lower max_tokens, or raise kv_cache_memory.",
                 "max_tokens",
             )
-        first, *forks = (
+        first, *siblings = (
             Sequence(next(self._ids), list(prompt_token_ids), _params_of_answer(params, i), priority)
             for i in range(params.best_of or params.n)
         )
-        first.forks = forks
+        first.siblings = siblings
         return first
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a request that was made."""
-        self._wait(sequence)
+        self.scheduler.add(sequence)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return self.scheduler.has_work()
 
     def step(self) -> list[Sequence]:
         """Run one batch; returns the sequences that gained a token or failed, finished ones among them.
 
-        Nothing is `scheduled`, and nothing happens, where none of them finds blocks: others than they have some.
+        Nothing is scheduled, and nothing happens, where texts that are only read have the blocks.
         """
         start = perf_counter()
-        self.scheduled = []
-        self._schedule()
-        if not self.scheduled:
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
             return []
-        rows = sum(num_tokens + len(sequence.draft) for sequence, num_tokens in self.scheduled)
-        grown = []
         try:
-            results = self.runner.execute(self.scheduled)
-            for (sequence, num_tokens), sampled in zip(self.scheduled, results, strict=True):
-                if sampled is not None:
-                    grown.append(sequence)
-                self._advance(sequence, num_tokens, sampled)
+            sampled = self.runner.execute(scheduled)
+            for work, tokens in zip(scheduled, sampled, strict=True):
+                self._update(work, tokens)
         except BaseException:
-            # A state may have moved on, and cannot go back: whoever tries again reads everything from the start.
-            for sequence, _ in self.scheduled:
-                if sequence.is_running:
-                    self._requeue(sequence, keep_state=False)
+            self.scheduler.recompute(scheduled)
             raise
+        seconds = perf_counter() - start
+        self.scheduler.record_step(seconds)
         self.totals["steps"] += 1
-        self.step_seconds += (seconds := perf_counter() - start)
-        if self.speculation is not None:
-            self.speculation.measure(rows, seconds)
-        return grown
+        self.step_seconds += seconds
+        return [work.sequence for work, tokens in zip(scheduled, sampled, strict=True) if tokens]
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence, wherever it is, and give back its blocks and its slot; ending one twice does nothing."""
@@ -158,240 +128,233 @@ class Engine:
             return
         sequence.finish_reason = reason
         self.totals["requests"] += 1
-        if sequence.is_running:
-            self._stop_running(sequence, keep_state=reason != "error")
-        elif sequence in self.waiting:  # else it is a fork, and is left out when its time comes
-            self.waiting.remove(sequence)
-        self._queue_forks(sequence)
-
-    def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks: it waits in its old place, to be computed again where nothing is left."""
-        sequence.metrics.preemptions += 1
-        self.totals["preemptions"] += 1
-        self._requeue(sequence, keep_state=True)
+        self.scheduler.remove(sequence, keep_state=reason != "error")
 
     def stats(self) -> EngineStats:
         """What it is doing; any thread may ask, and gets counts that may be a step apart."""
+        scheduler = self.scheduler
         return EngineStats(
-            len(self.running), len(self.waiting), self.blocks.num_blocks, self.blocks.num_free,
-            step_seconds=self.step_seconds, **self.totals,
+            len(scheduler.running), len(scheduler.waiting), scheduler.blocks.num_blocks, scheduler.blocks.num_free,
+            step_seconds=self.step_seconds, prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens, preemptions=scheduler.num_preemptions, **self.totals,
         )  # fmt: skip
 
-    # --- one step -----------------------------------------------------------------------------------------------
-
-    def _schedule(self) -> None:
-        for sequence in list(self.running):
-            if sequence.forks:
-                self._fork_when_ready(sequence)
-        preemptions = self.totals["preemptions"]
-        # Those that decode come first, so that a long prompt stalls nobody, and guesses when all of them have a token.
-        running = sorted(self.running, key=lambda sequence: _tokens_to_go(sequence) > 1)
-        budget = self._take([sequence for sequence in running if _is_decoding(sequence)], self.max_num_batched_tokens)
-        if self.speculation is not None:
-            newcomers = min(len(self.waiting), self.max_num_seqs - len(self.running))
-            others = len(self.running) - len(self.scheduled) + newcomers  # a guess does not take the token of one
-            budget -= self.speculation.add_guesses(self.scheduled, len(self.running), budget - others)
-        budget = self._take([sequence for sequence in self.running if not _is_decoding(sequence)], budget)
-        # Where blocks have run out, a newcomer would only take those of the next in need.
-        is_full = self.totals["preemptions"] > preemptions
-        while budget and not is_full and self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break
-            self._fork_when_ready(sequence)
-            num_tokens = self._chunk(sequence, budget)
-            budget -= num_tokens
-            self.scheduled.append(Scheduled(sequence, num_tokens))
-
-    def _take(self, sequences: list[Sequence], budget: int) -> int:
-        """Schedule what comes next of those that run; returns how many tokens the budget has left."""
-        for sequence in sequences:
-            if budget == 0:
-                break
-            num_tokens = self._chunk(sequence, budget)
-            if sequence.is_running and self._grow(sequence, num_tokens):
-                self.scheduled.append(Scheduled(sequence, num_tokens))
-                budget -= num_tokens
-        return budget
-
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many of a sequence's tokens come next; forks and those who reuse states wait at places of their own."""
-        done, end = sequence.num_computed, len(sequence.token_ids)
-        if sequence.forks:
-            end = len(sequence.prompt_token_ids) - 1
-        if done < sequence.split_at:
-            end = min(end, sequence.split_at)
-        return min(end - done, budget)
-
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give a sequence the blocks for its next tokens, by preempting the last; False where that is itself."""
-        needed = self.blocks.blocks_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
-        if needed <= 0:
-            return True
-        while needed > self.blocks.num_free:
-            last = self.running[-1]
-            self.preempt(last)
-            if last is sequence:
-                return False
-        sequence.block_table += self.blocks.allocate(needed)
-        return True
-
-    def _admit(self, sequence: Sequence) -> bool:
-        if self.running and self._reserve() >= self.blocks.num_free:
-            return False  # before anything is looked up: this may be asked at every step
-        if self._start(sequence, self._prefix(sequence)):
-            self.waiting.remove(sequence)
-            return True
-        if self.running:
-            return False
-        # A block to be copied and its copy may be one more than there are: all of it is computed then.
-        if not self._start(sequence, Prefix()):
-            return False  # a text that is being read has the others
-        self.waiting.remove(sequence)
-        return True
-
-    def _prefix(self, sequence: Sequence) -> Prefix:
-        """What need not be computed: nothing, as long as the prompt's own logits are asked for."""
-        asks = sequence.params.prompt_logprobs is not None
-        if asks and len(sequence.prompt_logprobs) < len(sequence.prompt_token_ids):
-            return Prefix()
-        return self.prefixes.reusable_prefix(sequence.token_ids)
-
-    def _reserve(self) -> int:
-        """Blocks that a newcomer leaves to those who run, or it would be the next that is preempted."""
-        return len(self.running) // 4
-
-    def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
-        """Let a sequence run from the end of `prefix`; False where not all its tokens find blocks."""
-        tail = [] if prefix.tail is None else [prefix.tail]
-        shared = [*prefix.blocks]
-        self.blocks.share(shared + tail)
-        needed = self.blocks.blocks_for(len(sequence.token_ids)) - len(shared)
-        if needed + self._reserve() > self.blocks.num_free:
-            self.blocks.free(shared + tail)
-            return False
-        table, slot = shared + self.blocks.allocate(needed), self._free_slots.popleft()
-        try:
-            if prefix.tail is not None:
-                self.runner.copy_block(prefix.tail, table[len(shared)])
-            if prefix.state_slot is not None:
-                self.runner.copy_state(prefix.state_slot, slot)
-        except BaseException:
-            self.blocks.free(table)
-            self._free_slots.append(slot)
-            raise
-        finally:
-            self.blocks.free(tail)
-        sequence.block_table, sequence.state_slot, sequence.num_computed = table, slot, prefix.num_tokens
-        sequence.num_recorded, sequence.key = len(shared), prefix.key
-        sequence.split_at, sequence.last_snapshot = prefix.split_at, prefix.num_tokens
-        if sequence.metrics.first_scheduled is None:
-            sequence.metrics.first_scheduled = perf_counter()
-            sequence.metrics.cached_tokens = prefix.num_tokens
-            self.totals.update(prompt_tokens=sequence.metrics.prompt_tokens, cached_tokens=prefix.num_tokens)
-        insort(self.running, sequence, key=_place)
-        return True
-
-    def _fork_when_ready(self, sequence: Sequence) -> None:
-        """Where all but the last token of a prompt is computed, its other answers go on from there.
-
-        Each computes the last token itself, since a state cannot be wound back to it.
-        """
-        done, size = sequence.num_computed, self.blocks.block_size
-        if not sequence.forks or done < len(sequence.prompt_token_ids) - 1:
-            return
-        table, full = sequence.block_table, done // size
-        tail = table[full] if done % size else None
-        prefix = Prefix(done, tuple(table[:full]), sequence.key, tail, sequence.state_slot)
-        while sequence.forks:  # one by one, so that none is lost where a copy fails
-            fork = sequence.forks[0]
-            if fork.finish_reason is None and not (len(self.running) < self.max_num_seqs and self._start(fork, prefix)):
-                self._wait(fork)
-            del sequence.forks[0]
-
-    def _advance(self, sequence: Sequence, num_tokens: int, sampled: Sampled | None) -> None:
-        """Take in what a step has computed of a sequence."""
-        if sampled is not None and sampled.error is not None:
-            sequence.error = sampled.error
-            self.blocks.forget(sequence.block_table)  # earlier chunks may be what is wrong: nobody goes on from them
+    def _update(self, work: Scheduled, sampled: list[Sampled]) -> None:
+        """Take in what a step has computed of a sequence: its accepted draft tokens and one more, up to its end."""
+        sequence = work.sequence
+        if sampled and sampled[0].error is not None:
+            sequence.error = sampled[0].error
+            # Earlier chunks may be what is wrong: nobody goes on from them.
+            self.scheduler.blocks.evict(sequence.cache.block_table)
             self.finish(sequence, "error")
             return
-        if sequence.draft and sampled is not None:
-            self._check_guesses(sequence, num_tokens, sampled)
-            return
-        sequence.num_computed += num_tokens
-        self.prefixes.record(sequence, self.runner.copy_state)
-        if sampled is not None and (reason := self._append(sequence, sampled)):
-            self.finish(sequence, reason)
-
-    def _check_guesses(self, sequence: Sequence, num_tokens: int, sampled: Sampled) -> None:
-        """Keep what the model has chosen as guessed, and the token after it; a state that went farther goes back."""
-        assert self.speculation is not None
-        guessed, length, reason = len(sequence.draft), len(sequence.token_ids), None
-        for one in (sampled, *sampled.then):
-            if reason := self._append(sequence, one):
+        reason, length = None, sequence.num_output
+        for one in sampled:
+            sequence.append(one.token_id, one.logprobs)
+            if reason := self._finish_reason(sequence):
                 break
-        right = min(len(sampled.then), len(sequence.token_ids) - length)  # the last of them may have ended it
-        self.speculation.learn(sequence, guessed, right)
-        self.totals.update(guessed_tokens=guessed, right_tokens=right)
-        if sequence.spare_slot is not None and right < guessed:
-            self.runner.copy_state(sequence.spare_slot, sequence.state_slot)  # the next step comes here again
-        else:
-            sequence.num_computed += num_tokens + right
-        sequence.draft, sequence.spare_slot = [], None
-        self.prefixes.record(sequence, self.runner.copy_state)
+        num_new, num_draft_tokens = sequence.num_output - length, len(work.draft_tokens)
+        num_accepted_tokens = min(max(0, len(sampled) - 1), num_new)  # an accepted one may have ended it
+        self.totals["output_tokens"] += num_new
+        if num_draft_tokens:
+            self.totals.update(draft_tokens=num_draft_tokens, accepted_tokens=num_accepted_tokens)
+        self.scheduler.update(work, num_accepted_tokens)
         if reason is not None:
             self.finish(sequence, reason)
-
-    def _append(self, sequence: Sequence, sampled: Sampled) -> str | None:
-        """Take in a token; returns why the sequence ends with it, if it does."""
-        sequence.append(sampled.token_id, sampled.logprobs)
-        self.totals["output_tokens"] += 1
-        return self._finish_reason(sequence)
 
     def _finish_reason(self, sequence: Sequence) -> str | None:
         token, params, length = sequence.token_ids[-1], sequence.params, len(sequence.token_ids)
         if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
             return "stop"
-        if length - len(sequence.prompt_token_ids) >= params.max_tokens or length >= self.max_model_len:
+        if sequence.num_output >= params.max_tokens or length >= self.scheduler.max_model_len:
             return "length"
         return None
 
-    # --- comings and goings -------------------------------------------------------------------------------------
 
-    def _wait(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=_place)
+class Update(NamedTuple):
+    """What a step has brought one sequence; one with a `finish_reason` is the last."""
 
-    def _requeue(self, sequence: Sequence, keep_state: bool) -> None:
-        self._stop_running(sequence, keep_state)
-        self._wait(sequence)
-
-    def _stop_running(self, sequence: Sequence, keep_state: bool) -> None:
-        self.running.remove(sequence)
-        if self.speculation is not None:
-            self.speculation.forget(sequence)
-        self._free_slots.append(self.prefixes.keep_state(sequence) if keep_state else sequence.state_slot)
-        self.blocks.free(sequence.block_table)
-        sequence.stop_running()
-
-    def _queue_forks(self, sequence: Sequence) -> None:
-        for fork in sequence.forks:
-            if fork.finish_reason is None:
-                self._wait(fork)
-        sequence.forks = []
+    sequence: Sequence
+    num_computed: int = 0  # tokens that are in the cache: how far a prompt is read
+    token_id: int | None = None
+    time: float = 0.0  # of the token, by `perf_counter`
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    error: BaseException | None = None  # where `finish_reason` is "error"
 
 
-def _place(sequence: Sequence) -> tuple[int, int]:
-    return sequence.place
+class UpdateSink(Protocol):
+    """Where updates go: one call a step, in the engine's thread, which must neither wait nor raise."""
+
+    def put(self, updates: list[Update], /) -> None: ...
 
 
-def _tokens_to_go(sequence: Sequence) -> int:
-    return len(sequence.token_ids) - sequence.num_computed
+class _Closing(BaseException):
+    """Thrown into a step that nobody waits for any more."""
 
 
-def _is_decoding(sequence: Sequence) -> bool:
-    """Whether it has one token to go, or those of a step whose guesses were wrong, when its state went back."""
-    return _tokens_to_go(sequence) <= 1 + (MOST_TOKENS if sequence.num_output else 0)
+class EngineThread:
+    """An engine at work. Any thread may call any method; only `call` and `close` wait for a step to end."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._sinks: dict[Sequence, UpdateSink] = {}  # of sequences that have not ended
+        self._calls: set[Future[None]] = set()  # that have no result yet
+        # For commands and sinks: those before the engine's death get an error as their last update, those after it are
+        # refused. Reentrant, as a stream may be garbage-collected, and is cancelled then, in a thread that has it.
+        self._lock = RLock()
+        self._thread: Thread | None = None
+        self._is_closed = False
+        self.dead_error: BaseException | None = None
+
+    def submit(self, sequences: SequenceOf[Sequence], sink: UpdateSink) -> None:
+        """Queue sequences that `Engine.make` made; raises EngineDeadError."""
+
+        def submit() -> None:
+            for sequence in sequences:
+                self._engine.submit(sequence)
+
+        with self._lock:
+            self._start()
+            for sequence in sequences:
+                self._sinks |= dict.fromkeys((sequence, *sequence.siblings), sink)
+            self._commands.put(submit)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence before the next step; ending one twice, or in a dead engine, does nothing."""
+        with self._lock:
+            if sequence in self._sinks and self._can_work():
+                self._commands.put(lambda: self._end(sequence, reason))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function between two steps, and return what it returns; raises what it raises, or EngineDeadError."""
+        results: list[T] = []
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                results.append(function())
+            except Exception as error:
+                self._calls.discard(done)
+                done.set_exception(error)
+            else:
+                self._calls.discard(done)
+                done.set_result(None)
+
+        with self._lock:
+            self._start()
+            self._calls.add(done)
+            self._commands.put(run)
+        done.result()
+        return results[0]
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the thread, in the middle of a step if need be; who waits for updates gets an EngineDeadError."""
+        with self._lock:
+            self._is_closed = True
+            thread = self._thread
+            self._commands.put(lambda: None)  # wakes it
+        if thread is None or thread is current_thread():
+            return
+        thread.join(0.05)
+        if thread.is_alive():
+            # As Ctrl-C ends a step in the main thread: with the kernel that runs, not with the step.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Closing))
+            thread.join(5)  # not for ever: it may wait for kernels that the caller's own thread holds
+
+    def _can_work(self) -> bool:
+        return self.dead_error is None and not self._is_closed
+
+    def _start(self) -> None:
+        """Have a thread that runs commands. Call it with the lock, and send them before it is given back."""
+        if not self._can_work():
+            raise self.dead_error or _dead(None)
+        if self._thread is None or not self._thread.is_alive():  # not yet, or not in this child of a fork
+            self._thread = Thread(target=self._run, name="tinyserve-engine", daemon=True)
+            self._thread.start()
+
+    # --- in the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closed:
+                if self._commands.empty() and self._engine.has_work():
+                    self._step()
+                    if not self._engine.scheduler.scheduled:  # texts that are read have the blocks: a command comes
+                        self._commands.get()()
+                else:
+                    self._commands.get()()
+            self._die(None)
+        except _Closing:
+            self._die(None)
+        except BaseException as error:  # a mistake in the engine, not in what it runs
+            self._die(error)
+
+    def _step(self) -> None:
+        try:
+            grown = self._engine.step()
+        except Exception as error:  # those that were scheduled fail, and the others go on
+            scheduler = self._engine.scheduler
+            scheduled = [work.sequence for work in scheduler.scheduled]
+            self._fail(scheduled or [*scheduler.running, *scheduler.waiting], error)
+            return
+        scheduled = [work.sequence for work in self._engine.scheduler.scheduled]
+        in_prefill = [s for s in scheduled if 0 < s.cache.num_computed < len(s.prompt_token_ids)]
+        updates = [update for sequence in grown for update in _updates_of(sequence)]
+        self._deliver(updates + [Update(sequence, sequence.cache.num_computed) for sequence in in_prefill])
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        if sequence.finish_reason is None:
+            self._engine.finish(sequence, reason)
+            self._deliver([Update(sequence, finish_reason=reason)])
+
+    def _fail(self, sequences: SequenceOf[Sequence], error: BaseException) -> None:
+        for sequence in sequences:
+            self._engine.finish(sequence, "error")
+        self._deliver([Update(sequence, finish_reason="error", error=error) for sequence in sequences])
+
+    def _deliver(self, updates: list[Update]) -> None:
+        by_sink: dict[UpdateSink, list[Update]] = {}
+        for update in updates:
+            sink = self._sinks.get(update.sequence)
+            if sink is not None:
+                by_sink.setdefault(sink, []).append(update)
+            if update.finish_reason is not None:
+                self._sinks.pop(update.sequence, None)
+        for sink, its_updates in by_sink.items():
+            sink.put(its_updates)
+
+    def _die(self, error: BaseException | None) -> None:
+        with self._lock:
+            self.dead_error = _dead(error)
+            for call in self._calls:
+                call.set_exception(self.dead_error)
+            self._calls.clear()
+            self._deliver([Update(s, finish_reason="error", error=self.dead_error) for s in self._sinks])
+
+
+def _updates_of(sequence: Sequence) -> list[Update]:
+    """One update for each new token, or for why there is none."""
+    computed, reason = sequence.cache.num_computed, sequence.finish_reason
+    if sequence.error:
+        return [Update(sequence, computed, finish_reason=reason, error=TinyserveError(sequence.error))]
+    first, sequence.num_delivered = sequence.num_delivered, sequence.num_output
+    tokens = sequence.output_token_ids[first:]
+    logprobs: SequenceOf[Logprobs | None] = sequence.logprobs[first:] or [None] * len(tokens)
+    times = sequence.metrics.token_times[first:]
+    ends = [None] * (len(tokens) - 1) + [reason]
+    return [Update(sequence, computed, *one) for one in zip(tokens, times, logprobs, ends, strict=True)]
+
+
+def _dead(error: BaseException | None) -> EngineDeadError:
+    dead = EngineDeadError(f"The engine has stopped: {error!r}." if error else "The engine was closed.")
+    dead.__cause__ = error
+    return dead
 
 
 def _params_of_answer(params: SamplingParams, index: int) -> SamplingParams:

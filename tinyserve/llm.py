@@ -1,36 +1,34 @@
-"""The user's API: text in, text out. The only floor that knows text and ids both.
+"""The user's API: text in, text out.
 
 Builds the runner and the engine and hands them down; knows nothing of kernels, files or the network beyond whom to ask.
 """
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
 from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.engine import EngineStats
+from tinyserve.engine import EngineStats, EngineThread, Update
 from tinyserve.engine_options import EngineOptions, takes_engine_options
-from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.progress import announcer
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.text.answer_bar import AnswerBar
 from tinyserve.text.beam_search import BeamSearchOutput, beam_search
 from tinyserve.text.chat import ChatFormat, ChatRequest, ToolOptions
-from tinyserve.text.embedding import EmbeddingOutput, mean_of, sum_of
-from tinyserve.text.input_processor import RequestMaker
-from tinyserve.text.pooling import TextReader
-from tinyserve.text.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
+from tinyserve.text.input_processor import InputProcessor
+from tinyserve.text.pooling import EmbeddingOutput, PoolingRunner, mean_pool, sum_pool
+from tinyserve.text.request import CompletionOutput, RequestOutput, RequestState, StreamChunk, outputs_of
 from tinyserve.text.validation import Prompt, as_params, as_priorities, as_prompts
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "StreamChunk"]
+__all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "Stream", "StreamChunk"]
 
 Message = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -76,11 +74,11 @@ class LLM:
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.generation_config, self.end_tokens = files.generation, files.end_tokens
-        self._maker = RequestMaker(
+        self._input_processor = InputProcessor(
             self.name, self.tokenizer, self.config.vocab_size, self.engine, loaded.runners, given.seed
         )
         self.thread = EngineThread(self.engine)
-        self._reader = TextReader(self.thread, self.engine, loaded.runner)
+        self._pooling = PoolingRunner(self.thread, self.engine.scheduler, loaded.runner)
         weakref.finalize(self, self.thread.close)  # also when the interpreter ends
         logger.info("%s: cache of %s", self.name, self.cache_plan)
 
@@ -121,12 +119,12 @@ class LLM:
         priorities = as_priorities(priority, len(batch))
         submitted = [self.make_request(*one) for one in zip(batch, params, priorities, strict=True)]
         requests = {request.sequence: request for answers in submitted for request in answers}
-        news: SimpleQueue[list[Update]] = SimpleQueue()
+        updates: SimpleQueue[list[Update]] = SimpleQueue()
         try:
-            self.thread.submit([answers[0].sequence for answers in submitted], news)
+            self.thread.submit([answers[0].sequence for answers in submitted], updates)
             with AnswerBar(len(requests), progress_bar) as bar:
                 while bar.answered < len(requests):
-                    for update in news.get():
+                    for update in updates.get():
                         request = requests[update.sequence]
                         if not request.finished:  # a stop string may have ended it, and the engine gone on
                             self.take(request, update)
@@ -143,10 +141,10 @@ class LLM:
 
         Prompts, `progress_bar` and errors are those of `generate`.
         """
-        return beam_search(self, as_prompts(prompts), params, self.engine.max_num_seqs, progress_bar)
+        return beam_search(self, as_prompts(prompts), params, self.engine.scheduler.max_num_seqs, progress_bar)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Complete one prompt, yielding each piece of the answer as soon as it is certain.
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "Stream":
+        """Complete one prompt: an iterator of the pieces of its answer, each as soon as it is certain.
 
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
@@ -156,11 +154,7 @@ class LLM:
             if (count := getattr(params, name) or 1) > 1:
                 raise RequestError(f"A stream is one answer, and {name} is {count}: use generate, or several streams.")
         (request,) = self.make_request(prompt, params)
-        news: SimpleQueue[list[Update]] = SimpleQueue()
-        self.thread.submit([request.sequence], news)
-        stream = self._stream(request, news)
-        next(stream)  # up to its `try`: a stream that nobody reads is cancelled too
-        return stream
+        return Stream(self, request)
 
     def chat(
         self,
@@ -182,7 +176,7 @@ class LLM:
 
     def stream_chat(
         self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[StreamChunk]:
+    ) -> "Stream":
         """The same for one conversation, as a stream."""
         return self.stream(*self.chat_request(messages, sampling_params, **options))
 
@@ -238,15 +232,15 @@ class LLM:
         """The logits (tokens, vocab) float32 of every position of one prefill, or of the `last`, for evaluation."""
         import numpy as np
 
-        ids = self._maker.token_ids(token_ids)
+        ids = self._input_processor.token_ids(token_ids)
         unwanted = 0 if last is None else len(ids) - last  # positions to come that nobody asks for
 
-        def of(hidden: np.ndarray) -> np.ndarray:
+        def wanted_logits(hidden: np.ndarray) -> np.ndarray:
             nonlocal unwanted
             first, unwanted = max(0, unwanted), unwanted - len(hidden)
             return self.model.logits(hidden[first:])
 
-        return np.concatenate(self._reader.read(ids, of))
+        return np.concatenate(self._pooling.run(ids, wanted_logits))
 
     def embed(
         self,
@@ -263,22 +257,22 @@ class LLM:
         if not isinstance(normalize, bool):
             raise RequestError(f"normalize is {normalize!r:.60}; it must be True or False.")
         batch = as_prompts(prompts)
-        texts = [self._reader.checked(self._maker.token_ids(prompt)) for prompt in batch]
+        texts = [self._pooling.checked(self._input_processor.token_ids(prompt)) for prompt in batch]
         outputs = []
         for prompt, ids in zip(batch, texts, strict=True):
-            sums = self._reader.read(ids, lambda hidden: sum_of(self.model.normed(hidden)), is_cancelled)
+            sums = self._pooling.run(ids, lambda hidden: sum_pool(self.model.normed(hidden)), is_cancelled)
             text = prompt if isinstance(prompt, str) else None
-            outputs.append(EmbeddingOutput(text, ids, mean_of(sums, len(ids), normalize)))
+            outputs.append(EmbeddingOutput(text, ids, mean_pool(sums, len(ids), normalize)))
         return outputs
 
-    def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+    def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
         """The answers to be of one prompt, not yet queued: `thread.submit` takes the first's sequence.
 
         Raises RequestError for a prompt that cannot be served.
         """
-        return self._maker.make(prompt, params, priority)
+        return self._input_processor.make(prompt, params, priority)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: RequestState) -> None:
         """End a request that has not ended: its blocks are free before the next step."""
         if not request.finished:
             self.thread.finish(request.sequence, "abort")
@@ -291,21 +285,45 @@ class LLM:
         """End the engine and its thread; requests that are open fail with EngineDeadError, as do later ones."""
         self.thread.close()
 
-    def take(self, request: Request, update: Update) -> None:
-        """Let a request take in its news, and the engine know where a stop string has ended it."""
+    def take(self, request: RequestState, update: Update) -> None:
+        """Let a request take in an update, and the engine know where a stop string has ended it."""
         if request.take(update):
             self.thread.finish(request.sequence, "stop")
         if request.is_reading:
             self._progress("prefill", request.num_computed, request.metrics.prompt_tokens)
 
-    def _stream(self, request: Request, news: "SimpleQueue[list[Update]]") -> Iterator[StreamChunk]:
+
+class Stream:
+    """The pieces of one answer; one that is not read to its end is cancelled by `close`, or when it is collected."""
+
+    def __init__(self, llm: LLM, request: RequestState):
+        """Queue the request; raises EngineDeadError."""
+        self._llm, self._request = llm, request
+        self._updates: SimpleQueue[list[Update]] = SimpleQueue()
+        self._is_closed = False
+        llm.thread.submit([request.sequence], self._updates)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> StreamChunk:
+        """Wait for the next piece; raises why the request failed."""
         try:
-            yield request.chunk()  # for `stream`, which drops it
-            while not request.finished:
-                for update in news.get():
-                    self.take(request, update)
-                request.raise_error()
-                if request.has_news():
-                    yield request.chunk()
-        finally:
-            self.cancel(request)
+            while not self._is_closed and not self._request.finished:
+                for update in self._updates.get():
+                    self._llm.take(self._request, update)
+                self._request.raise_error()
+                if self._request.has_chunk():
+                    return self._request.chunk()
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the request before the engine's next step, if it has not ended; nothing comes any more."""
+        self._is_closed = True
+        self._llm.cancel(self._request)
+
+    def __del__(self) -> None:
+        self.close()

@@ -23,8 +23,9 @@ from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config,
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
+from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.speculative import (
-    MOST_SEQUENCES,
+    MAX_DRAFTING_SEQS,
     NgramProposer,
     Proposer,
     Speculation,
@@ -200,7 +201,7 @@ def load_engine(
         )  # its cache has an "auto" of its own
     needs = _cache_needs(files, options)
     if speculative:
-        needs = replace(needs, num_rollback_slots=min(MOST_SEQUENCES, options.max_num_seqs))
+        needs = replace(needs, num_rollback_slots=min(MAX_DRAFTING_SEQS, options.max_num_seqs))
     plan = plan_cache(needs, options.max_model_len, options.kv_cache_memory, draft.needs if draft else None)
     if reserve is not None:
         reserve(needs.weight_nbytes + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
@@ -238,18 +239,16 @@ def build_engine(
         f"{files.config.model_type}-{options.dtype}-{options.kv_cache_dtype}", lambda: progress("wait", 0, 0)
     )
     blocks = BlockManager(plan.num_blocks, plan.block_size)
-    prefixes = NoPrefixCache(blocks)
+    prefix_cache = NoPrefixCache(blocks)
     if options.enable_prefix_caching:
-        prefixes = StatePrefixCache(blocks, plan.snapshot_slots) if plan.state_nbytes else BlockPrefixCache(blocks)
+        prefix_cache = StatePrefixCache(blocks, plan.snapshot_slots) if plan.state_nbytes else BlockPrefixCache(blocks)
     speculation = None
     if proposer is not None:
-        slots = plan.rollback_slots if plan.state_nbytes else None
-        speculation = Speculation(proposer, blocks, plan.max_model_len, runner.copy_state, slots)
-    engine = Engine(
-        runner, blocks, files.eos_token_ids, plan.max_model_len, plan.max_num_seqs, options.max_num_batched_tokens,
-        prefixes, speculation,
-    )  # fmt: skip
-    return engine, runner
+        speculation = Speculation(proposer, plan.rollback_slots if plan.state_nbytes else None)
+    scheduler = Scheduler(
+        runner, blocks, plan.max_model_len, plan.max_num_seqs, options.max_num_batched_tokens, prefix_cache, speculation
+    )
+    return Engine(runner, scheduler, files.eos_token_ids), runner
 
 
 def _cache_needs(files: ModelFiles, options: EngineOptions) -> CacheNeeds:
@@ -297,7 +296,7 @@ def open_draft(config: SpeculativeConfig, target: ModelFiles, options: EngineOpt
     own = replace(
         options,
         dtype=config.dtype or ("auto" if files.packed_dtype else options.dtype),
-        max_num_seqs=min(MOST_SEQUENCES, options.max_num_seqs),
+        max_num_seqs=min(MAX_DRAFTING_SEQS, options.max_num_seqs),
         enable_prefix_caching=True,  # it goes on from what it has computed of a text
         speculative_config=None,
     ).resolved(files.packed_dtype)

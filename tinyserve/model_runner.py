@@ -1,11 +1,12 @@
 """From scheduled sequences to sampled tokens: builds the batch, runs the model, has it sampled. Owns the cache.
 
-The highest floor that knows arrays. It does not choose what runs, and has never heard of text.
+The highest layer that knows arrays. It does not choose what runs, and has never heard of text.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from tinyserve.models.batch import Batch
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.sampler import Sampler, logprobs_of
-from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
+from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
 
 Array = np.ndarray
@@ -40,38 +41,38 @@ class ModelRunner:
         self.sampler = Sampler(eos_token_ids)
         self.masks: Masks | None = None  # for sequences that have a grammar
 
-    def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
-        """Compute each sequence's next `num_tokens` tokens; a token is sampled where its newest one is reached."""
-        complete = [i for i, (seq, num) in enumerate(scheduled) if seq.num_computed + num == len(seq.token_ids)]
-        matchers = [scheduled[i].sequence.matcher for i in complete]
-        filler = self.masks if any(matchers) else None
-        if filler is not None:
-            filler.start(matchers, [scheduled[i].sequence.draft for i in complete])  # while the model works
+    def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
+        """Compute what is scheduled. For each sequence the tokens that follow: none in the middle of its prompt, else
+        the accepted draft tokens, as if each had been sampled after those before it, and one more.
+        """
+        complete = [work for work in scheduled if work.is_complete]
+        filler = self.masks if any(work.sequence.matcher for work in complete) else None
+        if filler is not None:  # while the model works
+            filler.start([work.sequence.matcher for work in complete], [work.draft_tokens for work in complete])
         with _jit.one_at_a_time(self.num_threads):
-            batch = self._batch(scheduled)
+            batch = self._batch([(work.token_ids, work.sequence.cache) for work in scheduled])
             hidden = self.model(batch, self.cache)  # (tokens, hidden)
-            for (sequence, num_tokens), first in zip(scheduled, batch.starts, strict=False):
-                if sequence.params.prompt_logprobs is not None:
-                    self._read_prompt(sequence, hidden[first : first + num_tokens])
-            # What follows a sequence's last token, and each guess behind it.
-            places = [(i, ahead) for i in complete for ahead in range(len(scheduled[i].sequence.draft) + 1)]
-            rows = [batch.starts[i] + scheduled[i].num_tokens - 1 + ahead for i, ahead in places]
-            logits = self.model.logits(hidden[rows])  # (places, vocab)
-            sequences = [scheduled[i].sequence for i, _ in places]
-            filled: Iterable[Array] = filler.wait() if filler is not None else []
-            masks = [mask if s.matcher else None for mask, s in zip(filled, sequences, strict=False)]
-            sampled = self.sampler.sample(sequences, logits, masks, [ahead for _, ahead in places])
-        results: list[Sampled | None] = [None] * len(scheduled)
-        chosen = iter(sampled)
-        for i, matcher in zip(complete, matchers, strict=True):
-            draft = scheduled[i].sequence.draft
-            result = _followed(draft, [next(chosen) for _ in range(len(draft) + 1)])
-            results[i] = result if matcher is None else _obeyed(matcher, result)
+            for work, first in zip(scheduled, batch.starts[:-1], strict=True):
+                if work.sequence.params.prompt_logprobs is not None:
+                    self._read_prompt(work.sequence, hidden[first : first + work.num_tokens])
+            places = _places_to_sample(scheduled, batch.starts)
+            logits = self.model.logits(hidden[[place.row for place in places]])  # (places, vocab)
+            sequences, masks = [place.sequence for place in places], list[Array | None]()
+            if filler is not None:
+                filled = zip(sequences, filler.wait(), strict=True)
+                masks = [mask if sequence.matcher else None for sequence, mask in filled]
+            sampled = self.sampler.sample(sequences, logits, masks, [place.draft_tokens for place in places])
+        results, end = list[list[Sampled]](), 0
+        for work in scheduled:
+            first, end = end, end + (len(work.draft_tokens) + 1 if work.is_complete else 0)
+            tokens = accept_draft(work.draft_tokens, sampled[first:end])
+            matcher = work.sequence.matcher
+            results.append(tokens if matcher is None else advance_grammar(matcher, tokens))
         return results
 
     def _read_prompt(self, sequence: Sequence, hidden: Array) -> None:
         """Log-probabilities of the prompt's tokens that follow these, if they are not known; hidden (tokens, H)."""
-        prompt, known, start = sequence.prompt_token_ids, sequence.prompt_logprobs, sequence.num_computed
+        prompt, known, start = sequence.prompt_token_ids, sequence.prompt_logprobs, sequence.cache.num_computed
         end = min(start + len(hidden), len(prompt) - 1)
         for first in range(max(start, len(known) - 1), end, _ROWS):
             last = min(first + _ROWS, end)
@@ -85,17 +86,19 @@ class ModelRunner:
     def copy_state(self, source: int, target: int) -> None:
         self.cache.copy_slot(source, target)
 
-    def scratch(self, token_ids: list[int], blocks: list[int]) -> "Scratch":
-        """A text to be read in blocks that no sequence holds; one at a time, as all have one state."""
-        return Scratch(token_ids, blocks, state_slot=self.plan.scratch_slot)
+    @property
+    def scratch_slot(self) -> int:
+        """The state slot of a text that is only read; one at a time."""
+        return self.plan.scratch_slot
 
-    def read(self, text: "Scratch", chunk: int, of: Callable[[Array], T]) -> T:
-        """What `of` makes of the hidden states (tokens, hidden) of a text's next tokens, `chunk` of them at most."""
-        num_tokens = min(chunk, len(text.token_ids) - text.num_computed)
+    def prefill(self, sequence: PrefillOnlySequence, max_tokens: int, reduce: Callable[[Array], T]) -> T:
+        """What `reduce` makes of the hidden states (tokens, hidden) of a text's next tokens, at most so many."""
+        start = sequence.cache.num_computed
+        token_ids = sequence.token_ids[start : start + max_tokens]
         with _jit.one_at_a_time(self.num_threads):
-            made = of(self.model(self._batch([(text, num_tokens)]), self.cache))
-        text.num_computed += num_tokens
-        return made
+            reduced = reduce(self.model(self._batch([(token_ids, sequence.cache)]), self.cache))
+        sequence.cache.num_computed += len(token_ids)
+        return reduced
 
     def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
         """Run two tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
@@ -114,69 +117,77 @@ class ModelRunner:
                 waiting()
                 lock.acquire()
             try:
-                self.sampler.run_kernels(self.read(self.scratch([0, 0], blocks=[0]), 2, self.model.logits))
+                text = PrefillOnlySequence([0, 0], CacheState([0], self.scratch_slot))
+                self.sampler.run_kernels(self.prefill(text, 2, self.model.logits))
                 ready.touch()
             finally:
                 lock.release()
 
-    def _batch(self, work: "Iterable[tuple[_Tokens, int]]") -> Batch:
-        work, block_size = list(work), self.cache.block_size
-        for sequence, _ in work:
-            if sequence.num_computed == 0:
-                self.cache.reset_slot(sequence.state_slot)
-        starts, counts = np.array([(s.num_computed, num_tokens + len(s.draft)) for s, num_tokens in work]).T
+    def _batch(self, work: list[tuple[list[int], CacheState]]) -> Batch:
+        """New tokens of some sequences, each with where they go in the cache: behind its `num_computed`."""
+        caches, block_size = [cache for _, cache in work], self.cache.block_size
+        for cache in caches:
+            if cache.num_computed == 0:
+                self.cache.reset_slot(cache.state_slot)
+        starts = np.array([cache.num_computed for cache in caches])
+        counts = np.array([len(token_ids) for token_ids, _ in work])
         rows = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
-        parts = (s.token_ids[s.num_computed : s.num_computed + n] + s.draft for s, n in work)
-        token_ids = np.fromiter(chain.from_iterable(parts), np.int64, rows[-1])
+        token_ids = np.fromiter(chain.from_iterable(token_ids for token_ids, _ in work), np.int64, rows[-1])
         sequence_of = np.repeat(np.arange(len(work)), counts)
         positions = np.arange(rows[-1]) + (starts - rows[:-1])[sequence_of]
-        width = max(len(sequence.block_table) for sequence, _ in work)
+        width = max(len(cache.block_table) for cache in caches)
         padding = [0] * width
-        tables = np.array([(s.block_table + padding)[:width] for s, _ in work], np.int32)
-        slots = tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        state_slots = np.array([sequence.state_slot for sequence, _ in work])
-        return Batch(token_ids, positions, slots, sequence_of, tables, rows, state_slots)
+        tables = np.array([(cache.block_table + padding)[:width] for cache in caches], np.int32)
+        slot_mapping = tables[sequence_of, positions // block_size].astype(np.int64) * block_size
+        slot_mapping += positions % block_size
+        state_indices = np.array([cache.state_slot for cache in caches])
+        return Batch(token_ids, positions, slot_mapping, sequence_of, tables, rows, state_indices)
 
 
 class Masks(Protocol):
-    """Finds out which tokens come next, in a thread of its own."""
+    """Fills the bit masks of grammars, in a thread of its own."""
 
-    def start(self, matchers: list[Any], drafts: list[list[int]]) -> None:
-        """Begin; a matcher may be None, and has guesses behind its place."""
+    def start(self, matchers: list[Any], drafts: SequenceOf[SequenceOf[int]]) -> None:
+        """Begin; a matcher may be None, and has draft tokens behind its place."""
 
     def wait(self) -> Array:
-        """The masks (places, words) uint32 of the last `start`: each matcher's own, and one behind each guess."""
+        """The masks (places, words) uint32 of the last `start`: each matcher's own, and one behind each draft token."""
 
 
-def _followed(draft: list[int], sampled: list[Sampled]) -> Sampled:
-    """The first token, and those after it as long as the guesses were right."""
-    right = 0
-    while right < len(draft) and sampled[right].token_id == draft[right] and sampled[right + 1].error is None:
-        right += 1
-    return sampled[0]._replace(then=tuple(sampled[1 : right + 1])) if right else sampled[0]
+class _Place(NamedTuple):
+    """A place that is sampled from: behind a sequence's last token, or behind some of its draft tokens."""
+
+    sequence: Sequence
+    row: int  # of the batch: the token before it
+    draft_tokens: SequenceOf[int]
 
 
-def _obeyed(matcher: Any, sampled: Sampled) -> Sampled:
-    """The tokens, taken in by their grammar, as far as it goes; or why there is none."""
-    for right, one in enumerate((sampled, *sampled.then)):
-        if one.error is None:
-            matcher.advance(one.token_id)
-        if matcher.error is not None:  # the next step comes here again where there are tokens before
-            return sampled._replace(then=sampled.then[: right - 1]) if right else Sampled(-1, error=matcher.error)
+def _places_to_sample(scheduled: list[Scheduled], starts: Array) -> list[_Place]:
+    return [
+        _Place(work.sequence, start + work.num_tokens - 1 + i, work.draft_tokens[:i])
+        for work, start in zip(scheduled, starts[:-1], strict=True)
+        if work.is_complete
+        for i in range(len(work.draft_tokens) + 1)
+    ]
+
+
+def accept_draft(draft_tokens: SequenceOf[int], sampled: list[Sampled]) -> list[Sampled]:
+    """The tokens before the first rejection and the one sampled there; of what was sampled behind each draft token.
+
+    A draft token is accepted where it is what was sampled in its place (greedily, or with the request's own random
+    numbers), which keeps every answer as it would be without it.
+    """
+    for i, draft_token in enumerate(draft_tokens):
+        if sampled[i].token_id != draft_token or sampled[i + 1].error is not None:
+            return sampled[: i + 1]
     return sampled
 
 
-class _Tokens(Protocol):
-    token_ids: list[int]
-    num_computed: int
-    block_table: list[int]
-    state_slot: int
-    draft: list[int]
-
-
-class Scratch:
-    """The part of a sequence that a batch is made from."""
-
-    def __init__(self, token_ids: list[int], block_table: list[int], state_slot: int):
-        self.token_ids, self.block_table, self.state_slot, self.num_computed = token_ids, block_table, state_slot, 0
-        self.draft: list[int] = []
+def advance_grammar(matcher: Any, sampled: list[Sampled]) -> list[Sampled]:
+    """The tokens, taken in by their grammar, as far as it goes; or why there is none."""
+    for i, one in enumerate(sampled):
+        if one.error is None:
+            matcher.advance(one.token_id)
+        if matcher.error is not None:  # where there are tokens before, the next step comes here again
+            return sampled[:i] or [Sampled(-1, error=matcher.error)]
+    return sampled

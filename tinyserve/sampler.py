@@ -36,20 +36,20 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         logits: Array,
         masks: SequenceOf[Array | None] = (),
-        ahead: SequenceOf[int] = (),
+        drafts: SequenceOf[SequenceOf[int]] = (),
     ) -> list[Sampled]:
         """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
 
         masks: none, or for each row None or the tokens that its grammar allows, bits in words of uint32 (as `allow`
-        takes them). ahead: how many of the sequence's guesses stand before each row's token, none by default; all is
-        done as if they had been said. Log-probabilities are of the logits as they came.
+        takes them). drafts: the draft tokens that stand before each row's token, none by default; all is done as if
+        they had been sampled. Log-probabilities are of the logits as they came.
         """
         params = [sequence.params for sequence in sequences]
-        ahead = ahead or [0] * len(params)
+        drafts = drafts or [()] * len(params)
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
-        self._process(sequences, logits, masks, ahead)
-        token_ids = sample(logits, settings_of(sequences, ahead))
+        self._process(sequences, logits, masks, drafts)
+        token_ids = sample(logits, settings_of(sequences, drafts))
         results = [Sampled(token) for token in token_ids.tolist()]
         for row in np.flatnonzero(token_ids < 0).tolist():
             forbids = params[row].changes_logits or (masks and masks[row] is not None)
@@ -74,7 +74,7 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         logits: Array,
         masks: SequenceOf[Array | None],
-        ahead: SequenceOf[int],
+        drafts: SequenceOf[SequenceOf[int]],
     ) -> None:
         masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
         if masked:
@@ -85,10 +85,10 @@ class Sampler:
                 if processors is None:
                     processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
-                processors(logits[row], sequence, ahead[row])
+                processors(logits[row], sequence, drafts[row])
 
 
-def settings_of(sequences: SequenceOf[Sequence], ahead: SequenceOf[int]) -> Array:
+def settings_of(sequences: SequenceOf[Sequence], drafts: SequenceOf[SequenceOf[int]]) -> Array:
     """What `sample` is asked for, a row of SETTINGS each; zeros but for the temperature where all are greedy."""
     settings = np.zeros(len(sequences), SETTINGS)
     settings["temperature"] = [sequence.params.temperature for sequence in sequences]
@@ -97,8 +97,8 @@ def settings_of(sequences: SequenceOf[Sequence], ahead: SequenceOf[int]) -> Arra
             # A whole number has no bound, a float64 has.
             settings[name] = [min(getattr(sequence.params, name), 1e300) for sequence in sequences]
         settings["uniform"] = [
-            uniform(sequence.seed, sequence.num_output + guesses)
-            for sequence, guesses in zip(sequences, ahead, strict=True)
+            uniform(sequence.seed, sequence.num_output + len(draft))
+            for sequence, draft in zip(sequences, drafts, strict=True)
         ]
     return settings
 
@@ -127,9 +127,9 @@ class _Processors:
         # Beyond this a logit of a billion would be an infinity.
         self.repetition = np.float32(min(1e29, max(1e-29, params.repetition_penalty)))
 
-    def __call__(self, row: Array, sequence: Sequence, ahead: int) -> None:
-        """Change a row (vocab,) of logits, behind so many guesses."""
-        said = sequence.output_token_ids + sequence.draft[:ahead]
+    def __call__(self, row: Array, sequence: Sequence, draft: SequenceOf[int]) -> None:
+        """Change a row (vocab,) of logits, behind these draft tokens."""
+        said = [*sequence.output_token_ids, *draft]
         for name in PROCESSORS:
             getattr(self, name)(row, said)
 

@@ -28,7 +28,7 @@ class StepClock:
         return getattr(self._model, name)
 
     def __call__(self, batch: Any, cache: Any) -> Any:
-        step = Step(len(batch.token_ids), len(batch.state_slots), perf_counter(), 0.0)
+        step = Step(len(batch.token_ids), len(batch.state_indices), perf_counter(), 0.0)
         hidden = self._model(batch, cache)
         step.ended = perf_counter()
         self.steps.append(step)

@@ -162,7 +162,7 @@ def test_logits_that_are_not_numbers(name: str, dtype: str, kept: str, overflowi
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[WORD, i, *BAD, *BAD[:30]]], GREEDY)
         assert answers(llm.generate(GOOD, GREEDY)) == alone
-    assert not llm.engine.has_work() and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
+    assert not llm.engine.has_work() and llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 
 
 def test_who_did_not_fail_has_answers(overflowing: Callable[[str], Path]) -> None:

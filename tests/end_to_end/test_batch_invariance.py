@@ -49,7 +49,7 @@ def cached(outputs: list[RequestOutput]) -> list[int]:
     return [output.metrics.cached_tokens for output in outputs]
 
 
-def test_the_default_model_among_31_others(smollm2: Path) -> None:
+def test_batch_invariance_of_the_default_model(smollm2: Path) -> None:
     def build(**options: Any) -> LLM:
         return LLM(smollm2, dtype="int8", max_num_seqs=COUNT, **options)
 
@@ -75,7 +75,7 @@ def test_the_default_model_among_31_others(smollm2: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "kept"), [*((dtype, "auto") for dtype in DTYPES), ("float32", "int8"), ("w8a8", "int8")]
 )
-def test_a_hybrid_among_31_others(dtype: str, kept: str, folder_of: Callable[[str], Path]) -> None:
+def test_batch_invariance_of_a_hybrid(dtype: str, kept: str, folder_of: Callable[[str], Path]) -> None:
     """With three answers to some of the prompts, each of which is a request of its own."""
 
     def build(**options: Any) -> LLM:

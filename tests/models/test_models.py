@@ -210,7 +210,7 @@ def test_chunks_change_no_bit(name: str, dtype: str, folder_of: Callable[[str], 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_company_changes_no_bit(
+def test_batch_invariance_of_each_family(
     name: str, dtype: str, llm_of: Callable[..., LLM], folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of five unequal prompts gets the same logits alone, among the others, and in small scattered chunks."""

@@ -1,8 +1,8 @@
-"""Who holds which block, and what is remembered of a text until somebody else needs its block."""
+"""Reference counts of blocks, and cached prefixes until LRU eviction."""
 
 import pytest
 
-from tinyserve.scheduling.block_manager import ROOT, BlockManager
+from tinyserve.scheduling.block_manager import ROOT_PREFIX, BlockManager
 
 pytestmark = pytest.mark.fast
 
@@ -26,68 +26,68 @@ def test_a_double_free_raises() -> None:
     assert blocks.num_free == 4
 
 
-def test_a_shared_block_is_free_when_all_have_given_it_up() -> None:
+def test_reference_counts_of_a_shared_block() -> None:
     blocks = BlockManager(1, 16)
     held = blocks.allocate(1)
-    blocks.share(held)
+    blocks.incref(held)
     blocks.free(held)
-    assert blocks.num_free == 0 and blocks.holders(held[0]) == 1
+    assert blocks.num_free == 0 and blocks.ref_count(held[0]) == 1
     blocks.free(held)
     assert blocks.num_free == 1
     with pytest.raises(KeyError):
-        blocks.share(held)  # nobody holds it and it remembers nothing
+        blocks.incref(held)  # free, with no cached prefix
 
 
-def test_a_text_is_found_until_its_block_is_needed() -> None:
-    forgotten: list[int] = []
+def test_a_prefix_is_cached_until_its_block_is_evicted() -> None:
+    evicted: list[int] = []
     blocks = BlockManager(3, 2)
-    blocks.on_forget = forgotten.append
+    blocks.on_evict = evicted.append
     table = blocks.allocate(2)
-    first = blocks.remember(table[0], ROOT, (1, 2))
-    second = blocks.remember(table[1], first.key, (3, 4))
-    assert blocks.find(ROOT, (1, 2)) == first and blocks.find(first.key, (3, 4)) == second
-    assert blocks.find(ROOT, (3, 4)) is None
+    first = blocks.register(table[0], ROOT_PREFIX, (1, 2))
+    second = blocks.register(table[1], first.prefix_id, (3, 4))
+    assert blocks.find(ROOT_PREFIX, (1, 2)) == first and blocks.find(first.prefix_id, (3, 4)) == second
+    assert blocks.find(ROOT_PREFIX, (3, 4)) is None
     blocks.free(table)
-    assert blocks.num_free == 3 and not forgotten
-    blocks.allocate(1)  # the blank one
-    assert not forgotten
-    assert blocks.allocate(1) == [table[1]]  # an ending goes before its beginning
-    assert forgotten == [second.key]
-    assert blocks.find(ROOT, (1, 2)) == first and blocks.find(first.key, (3, 4)) is None
-    blocks.share([first.block])
+    assert blocks.num_free == 3 and not evicted
+    blocks.allocate(1)  # the one without a prefix
+    assert not evicted
+    assert blocks.allocate(1) == [table[1]]  # the end of a prefix goes before its beginning
+    assert evicted == [second.prefix_id]
+    assert blocks.find(ROOT_PREFIX, (1, 2)) == first and blocks.find(first.prefix_id, (3, 4)) is None
+    blocks.incref([first.block])
     assert blocks.num_free == 0
     blocks.free([first.block])
-    assert blocks.allocate(1) == [first.block] and forgotten == [second.key, first.key]
-    again = blocks.remember(first.block, ROOT, (1, 2))
-    assert again.key not in forgotten, "a key is given out once"
+    assert blocks.allocate(1) == [first.block] and evicted == [second.prefix_id, first.prefix_id]
+    again = blocks.register(first.block, ROOT_PREFIX, (1, 2))
+    assert again.prefix_id not in evicted, "an id is given out once"
 
 
-def test_the_least_recently_used_is_forgotten_first() -> None:
+def test_lru_eviction() -> None:
     blocks = BlockManager(3, 1)
     held = blocks.allocate(3)
     for block in held:
-        blocks.remember(block, ROOT, (block,))
+        blocks.register(block, ROOT_PREFIX, (block,))
         blocks.free([block])
-    blocks.share([0])
+    blocks.incref([0])
     blocks.free([0])
     assert [blocks.allocate(1)[0] for _ in range(3)] == [1, 2, 0]
 
 
-def test_a_text_that_is_known_keeps_its_block() -> None:
+def test_registering_a_cached_prefix_keeps_its_block() -> None:
     blocks = BlockManager(2, 2)
     one, other = blocks.allocate(2)
-    known = blocks.remember(one, ROOT, (1, 2))
-    assert blocks.remember(other, ROOT, (1, 2)) == known
+    known = blocks.register(one, ROOT_PREFIX, (1, 2))
+    assert blocks.register(other, ROOT_PREFIX, (1, 2)) == known
     blocks.free([other])
-    assert blocks.allocate(1) == [other] and blocks.find(ROOT, (1, 2)) == known
+    assert blocks.allocate(1) == [other] and blocks.find(ROOT_PREFIX, (1, 2)) == known
 
 
-def test_a_block_knows_every_beginning_it_was_noted_for() -> None:
-    forgotten: list[int] = []
+def test_a_partial_block_is_found_by_each_registered_beginning() -> None:
+    evicted: list[int] = []
     blocks = BlockManager(1, 4)
-    blocks.on_forget = forgotten.append
+    blocks.on_evict = evicted.append
     held = blocks.allocate(1)
-    keys = [blocks.remember(held[0], ROOT, tokens).key for tokens in ((1,), (1, 2), (1, 2, 3, 4))]
+    ids = [blocks.register(held[0], ROOT_PREFIX, tokens).prefix_id for tokens in ((1,), (1, 2), (1, 2, 3, 4))]
     blocks.free(held)
     blocks.allocate(1)
-    assert forgotten == keys and blocks.find(ROOT, (1, 2)) is None
+    assert evicted == ids and blocks.find(ROOT_PREFIX, (1, 2)) is None

@@ -1,4 +1,4 @@
-"""What is taken over, computed again or preempted changes no bit: tiny models of every family, in every dtype."""
+"""Prefix caching, preemption and siblings change no bit: tiny models of every family, in every dtype."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +29,13 @@ PROMPTS = [
 
 def squeezed(llm: LLM, blocks: int) -> LLM:
     """The same with this many blocks to give: somebody holds all others."""
-    llm.engine.blocks.allocate(llm.engine.blocks.num_free - blocks)
+    llm.engine.scheduler.blocks.allocate(llm.engine.scheduler.blocks.num_free - blocks)
     return llm
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_reuse_changes_no_bit(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
+def test_prefix_cache_and_preemption_change_no_bit(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
     def build(**options: Any) -> LLM:
         return LLM(folder_of(name), dtype=dtype, **options)
 
@@ -65,7 +65,7 @@ def test_reuse_changes_no_bit(name: str, dtype: str, folder_of: Callable[[str], 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_whoever_goes_on_computes_what_is_new(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
+def test_prefix_cache_computes_only_what_is_new(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
     """To the token, wherever in a block the one before has stopped; and to the bit."""
     llm = LLM(folder_of(name), dtype=dtype, num_threads=1)
     plain = LLM(folder_of(name), dtype=dtype, num_threads=1, enable_prefix_caching=False)
@@ -83,7 +83,7 @@ def test_whoever_goes_on_computes_what_is_new(name: str, dtype: str, folder_of: 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
 @pytest.mark.parametrize("caching", [True, False])
-def test_two_hundred_requests_through_room_for_ten(
+def test_preemption_of_two_hundred_requests_in_room_for_ten(
     name: str, caching: bool, folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]
 ) -> None:
     alone = LLM(folder_of(name), dtype="float32", enable_prefix_caching=False, max_num_seqs=1, num_threads=1)
@@ -98,11 +98,11 @@ def test_two_hundred_requests_through_room_for_ten(
     expected = [alone.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     assert answers(outputs) == answers(expected)
     assert sum(output.metrics.preemptions for output in outputs) > 10
-    assert llm.engine.blocks.num_free == 30 and not llm.engine.has_work()
+    assert llm.engine.scheduler.blocks.num_free == 30 and not llm.engine.has_work()
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
-def test_a_chat_computes_its_new_messages(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_prefix_cache_of_a_chat(name: str, folder_of: Callable[[str], Path]) -> None:
     """Six turns: each computes the end of the answer before and its own message, and no more than a block besides."""
     raw = checkpoints.CONFIGS[name] | {"max_position_embeddings": 512}
     folder = checkpoints.write_folder(folder_of(name).parent / f"long-{name}", raw)
@@ -122,7 +122,7 @@ def test_a_chat_computes_its_new_messages(name: str, folder_of: Callable[[str], 
     assert sum(computed) < len(history)
 
 
-def test_a_conversation_in_the_models_own_template(folder_of: Callable[[str], Path]) -> None:
+def test_prefix_cache_of_a_chat_template(folder_of: Callable[[str], Path]) -> None:
     """Where the template writes an answer otherwise than it was given, others go on from the prompt's end."""
     llm = LLM(folder_of("granite-hybrid"), dtype="float32", max_num_seqs=1)
     messages = [{"role": "user", "content": "Hello"}]
@@ -132,7 +132,7 @@ def test_a_conversation_in_the_models_own_template(folder_of: Callable[[str], Pa
     assert second.metrics.cached_tokens == first.metrics.prompt_tokens
 
 
-def test_answers_to_one_prompt(folder_of: Callable[[str], Path]) -> None:
+def test_siblings_are_answers_to_one_prompt(folder_of: Callable[[str], Path]) -> None:
     """Each is what a request of its own with its seed gives, however many fit at once."""
     for name in ("llama-grouped", "granite-hybrid"):
         llm = LLM(folder_of(name), dtype="float32", enable_prefix_caching=False, max_num_seqs=2)

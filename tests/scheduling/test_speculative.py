@@ -1,4 +1,4 @@
-"""Guesses change nothing but the number of steps: the same bits for every family, whether right or wrong."""
+"""Speculative decoding changes nothing but the number of steps: the same bits for every family, accepted or not."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import checkpoints
 import pytest
 from conftest import DTYPES, answers, cache_bytes
-from guesses import NGRAM, Spoiled, assert_all_is_free
+from drafts import NGRAM, Spoiled, assert_all_is_free
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +16,8 @@ from tinyserve import LLM, SamplingParams, StructuredOutputs
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UserError
 from tinyserve.scheduling.sequence import Sequence
-from tinyserve.scheduling.speculative import Average, NgramProposer, SpeculativeConfig, StepTimes, most_useful
+from tinyserve.scheduling.speculative import NgramProposer, SpeculativeConfig
+from tinyserve.scheduling.step_cost import StepCostModel
 
 FAMILIES = ["gpt2", "llama-grouped", "falcon-7b", "falcon-rw", "granite-moe", "granite-hybrid", "granite-hybrid-moe"]
 REPEATING = checkpoints.token_ids(7, seed=1) * 3
@@ -29,7 +30,7 @@ def sequence_of(tokens: list[int]) -> Sequence:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_guesses_change_no_bit(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
+def test_speculative_decoding_changes_no_bit(name: str, dtype: str, folder_of: Callable[[str], Path]) -> None:
     """Greedy and drawn, alone and together, in small chunks, with a cache that runs out, and over cached prefixes."""
     params = [
         SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, logprobs=3),
@@ -39,7 +40,7 @@ def test_guesses_change_no_bit(name: str, dtype: str, folder_of: Callable[[str],
     ]
     plain = LLM(folder_of(name), dtype=dtype, num_threads=1, enable_prefix_caching=False)
     expected = answers([plain.generate([p], one)[0] for p, one in zip(PROMPTS, params, strict=True)])
-    guessed = right = 0
+    draft_tokens = accepted_tokens = 0
     for options in ({"num_threads": 1}, {"num_threads": 2, "max_num_batched_tokens": 24, "max_num_seqs": 3}):
         llm = LLM(folder_of(name), dtype=dtype, speculative_config=NGRAM, **options)
         Spoiled(llm)
@@ -47,9 +48,9 @@ def test_guesses_change_no_bit(name: str, dtype: str, folder_of: Callable[[str],
             assert answers([llm.generate([p], one)[0] for p, one in zip(PROMPTS, params, strict=True)]) == expected
             assert answers(llm.generate(PROMPTS, params)) == expected
         stats = llm.stats()
-        guessed, right = guessed + stats.guessed_tokens, right + stats.right_tokens
+        draft_tokens, accepted_tokens = draft_tokens + stats.draft_tokens, accepted_tokens + stats.accepted_tokens
         assert_all_is_free(llm)
-    assert 0 < right < guessed
+    assert 0 < accepted_tokens < draft_tokens
 
 
 CHANGED = [
@@ -64,7 +65,7 @@ CHANGED = [
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
-def test_each_place_is_processed_as_if_the_guesses_before_it_had_been_said(
+def test_logits_behind_draft_tokens_are_processed_as_if_they_had_been_sampled(
     name: str, folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]
 ) -> None:
     llm = LLM(folder_of(name), dtype="float32", num_threads=1, max_num_seqs=6, speculative_config=NGRAM)
@@ -75,7 +76,7 @@ def test_each_place_is_processed_as_if_the_guesses_before_it_had_been_said(
         ]
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(params))]
         assert answers(llm.generate(prompts, params)) == answers(llm_of(name).generate(prompts, params))
-    assert llm.stats().right_tokens > 20 and len(spoiled.places) > 3
+    assert llm.stats().accepted_tokens > 20 and len(spoiled.places) > 3
     assert_all_is_free(llm)
 
 
@@ -88,10 +89,8 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-hybrid"])
-def test_a_structure_gives_the_same_tokens(
-    name: str, folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]
-) -> None:
-    """Each place has the mask behind the guesses before it; beside others, and several answers to a prompt."""
+def test_grammars_give_the_same_tokens(name: str, folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]) -> None:
+    """Each place has the mask behind the draft tokens before it; beside others, and several answers to a prompt."""
     llm = LLM(folder_of(name), dtype="float32", num_threads=1, max_num_seqs=6, speculative_config=NGRAM)
     spoiled = Spoiled(llm)
     prompts = [list(b'{"aaaa": true}' + b"((((x)))) abc-12-12-12-12! perhaps perhaps") for _ in STRUCTURES]
@@ -105,12 +104,12 @@ def test_a_structure_gives_the_same_tokens(
         ]  # fmt: skip
         outputs = llm.generate(prompts, params)
         assert answers(outputs) == answers(llm_of(name).generate(prompts, params))
-    assert llm.stats().right_tokens > 20 and len(spoiled.places) > 2
+    assert llm.stats().accepted_tokens > 20 and len(spoiled.places) > 2
     assert_all_is_free(llm)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-hybrid"])
-def test_what_a_structure_demands_is_guessed(
+def test_forced_tokens_of_a_grammar_are_drafted(
     name: str, folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]
 ) -> None:
     """Nothing of it was said before; and where the model says it in other tokens, it is given up."""
@@ -125,15 +124,15 @@ def test_what_a_structure_demands_is_guessed(
         assert answers(outputs) == answers(llm_of(name).generate(PROMPTS[:2], params))
         after = llm.stats()
         assert outputs[0].outputs[0].text == text
-        right = after.right_tokens - before.right_tokens
+        accepted = after.accepted_tokens - before.accepted_tokens
         if not is_spelt_otherwise:
-            assert right == after.guessed_tokens - before.guessed_tokens >= len(long)
+            assert accepted == after.draft_tokens - before.draft_tokens >= len(long)
             assert after.steps - before.steps < len(long) // 2
-    assert not llm.engine.speculation._demanded  # type: ignore[union-attr]
+    assert not llm.engine.scheduler.speculation._forced_acceptance  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
-def test_guesses_beside_preemption(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_speculative_decoding_beside_preemption(name: str, folder_of: Callable[[str], Path]) -> None:
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
     plain = LLM(folder_of(name), dtype="float32", num_threads=1)
     small = LLM(folder_of(name), dtype="float32", num_threads=1, max_model_len=112, speculative_config=NGRAM,
@@ -141,12 +140,12 @@ def test_guesses_beside_preemption(name: str, folder_of: Callable[[str], Path]) 
     Spoiled(small)
     outputs = small.generate(PROMPTS, params)
     assert answers(outputs) == answers(plain.generate(PROMPTS, params))
-    assert sum(output.metrics.preemptions for output in outputs) > 0 and small.stats().right_tokens > 0
+    assert sum(output.metrics.preemptions for output in outputs) > 0 and small.stats().accepted_tokens > 0
     assert_all_is_free(small)
 
 
-def test_states_of_a_real_shape_go_back(tmp_path: Path) -> None:
-    """Four layers as wide as granite-350m's: the states of 48 heads, behind guesses that are wrong at any place."""
+def test_rollback_of_states_of_a_real_shape(tmp_path: Path) -> None:
+    """Four layers as wide as granite-350m's: the states of 48 heads, behind rejections at any place."""
     raw = dict(presets.get("granite-350m").raw_config)
     raw |= {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "attention", "mamba"], "vocab_size": 512}
     raw |= {name: 1 for name in raw if name.endswith("_token_id")}
@@ -159,7 +158,7 @@ def test_states_of_a_real_shape_go_back(tmp_path: Path) -> None:
     spoiled = Spoiled(llm)
     expected = answers(LLM(folder, **options).generate(PROMPTS[:2], params))
     assert answers(llm.generate(PROMPTS[:2], params)) == expected
-    assert llm.stats().right_tokens > 20 and len(spoiled.places) > 3
+    assert llm.stats().accepted_tokens > 20 and len(spoiled.places) > 3
 
 
 def test_a_stream_gets_one_token_a_chunk(folder_of: Callable[[str], Path]) -> None:
@@ -171,43 +170,43 @@ def test_a_stream_gets_one_token_a_chunk(folder_of: Callable[[str], Path]) -> No
         0
     ].token_ids
     assert len(chunks[-1].metrics.token_times) == 50
-    assert llm.stats().right_tokens > 0
+    assert llm.stats().accepted_tokens > 0
 
 
 # --- prompt lookup ------------------------------------------------------------------------------------------------
 
 
 def free(**options: Any) -> NgramProposer:
-    """A proposer for a model to which a guess costs nothing."""
+    """A proposer for a model to which a draft token costs nothing."""
     proposer = NgramProposer(**options)
-    proposer.times = FreeRows()
+    proposer.step_cost = FreeTokens()
     return proposer
 
 
-class FreeRows(StepTimes):
-    def seconds(self, rows: float) -> float:
+class FreeTokens(StepCostModel):
+    def predict(self, num_tokens: int) -> float:
         return 1.0
 
 
 def test_it_goes_on_as_the_text_did() -> None:
-    def guesses(tokens: list[int], room: int) -> list[int]:
-        [draft] = free(num_tokens=16, longest=3, shortest=2).propose([sequence_of(tokens)], [room])
+    def draft(tokens: list[int], most: int) -> list[int]:
+        [draft] = free(num_tokens=16, max_ngram=3, min_ngram=2).propose([sequence_of(tokens)], [most])
         return draft
 
-    assert guesses([1, 2, 3, 4, 5, 1, 2], 4) == [3, 4, 5, 1]
-    assert guesses([1, 2, 3, 4, 5, 1, 2], 2) == [3, 4]
-    assert guesses([1, 2, 1, 2], 7) == [1, 2, 1, 2, 1, 2, 1], "round and round"
-    assert guesses([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 1) == [9], "the longest match"
-    assert guesses([1, 2, 7, 1, 2, 8, 1, 2], 1) == [8], "the latest one"
-    assert guesses([1, 2, 3], 5) == guesses([4], 5) == guesses([1, 1], 5) == []
-    assert len(guesses([1, 2] * 20, 99)) == 16
+    assert draft([1, 2, 3, 4, 5, 1, 2], 4) == [3, 4, 5, 1]
+    assert draft([1, 2, 3, 4, 5, 1, 2], 2) == [3, 4]
+    assert draft([1, 2, 1, 2], 7) == [1, 2, 1, 2, 1, 2, 1], "round and round"
+    assert draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 1) == [9], "the longest match"
+    assert draft([1, 2, 7, 1, 2, 8, 1, 2], 1) == [8], "the latest one"
+    assert draft([1, 2, 3], 5) == draft([4], 5) == draft([1, 1], 5) == []
+    assert len(draft([1, 2] * 20, 99)) == 16
 
 
-def test_it_learns_from_what_it_would_have_guessed() -> None:
+def test_acceptance_of_drafts_that_were_never_tried() -> None:
     """Where a text never goes on as before, nothing is tried, and nothing was tried to find out."""
     proposer = NgramProposer()
     for rows in (1, 5, 9, 1):
-        proposer.measure(rows, 10.0 + rows)
+        proposer.record_step(rows, 10.0 + rows)
     same, other = sequence_of([1, 2, 3, 4, 5]), sequence_of([1, 2, 3, 4, 5])
     lengths: list[tuple[int, int]] = []
     for i in range(40):
@@ -218,8 +217,8 @@ def test_it_learns_from_what_it_would_have_guessed() -> None:
     assert lengths[-1][0] == 11
     wrong = [count for _, count in lengths[1::3]]  # behind 1, 2
     assert sum(wrong[:4]) > 0 == sum(wrong[6:])
-    proposer.forget(same)
-    assert proposer._texts.keys() == {other}
+    proposer.remove(same)
+    assert proposer._indices.keys() == {other}
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 39))
@@ -230,73 +229,9 @@ def test_a_text_that_grows_is_read_like_a_whole_one(tokens: list[int], cut: int)
     sequence.token_ids = list(tokens)
     other = sequence_of(tokens)
     [there], [here] = whole.propose([other], [9]), parts.propose([sequence], [9])
-    assert parts._texts[sequence].ends == whole._texts[other].ends
+    assert parts._indices[sequence].ends == whole._indices[other].ends
     shorter = min(len(here), len(there))
     assert here[:shorter] == there[:shorter]
-
-
-# --- whether it pays ----------------------------------------------------------------------------------------------
-
-
-def test_as_many_guesses_as_pay() -> None:
-    def most(chances: list[float], cost: float) -> int:
-        return most_useful(chances, [cost * (i + 1) for i in range(99)])
-
-    assert most([], 0.1) == 0
-    assert most([0.1] * 9, 0.15) == 0, "one in ten does not pay for a seventh of a step"
-    assert most([0.2] * 9, 0.15) == 1
-    assert most([1.0] * 9, 0.99) == 9 and most([1.0] * 9, 1.0) == 0
-    assert most([0.9] * 40, 0.05) > most([0.9] * 40, 0.2) > most([0.6] * 40, 0.2) > 0
-    assert most([0.05, 1.0, 1.0, 1.0], 0.01) == 4, "what comes later may pay for the first"
-    assert most_useful([0.4] * 3, [0.25, 0.25, 0.9]) == 2, "the second costs nothing"
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 2)), max_size=8))
-def test_no_other_number_of_guesses_pays_more(guesses: list[tuple[float, float]]) -> None:
-    chances, costs = [chance for chance, _ in guesses], [cost for _, cost in guesses]
-
-    def rate(count: int) -> float:
-        tokens = likely = 1.0
-        for chance in chances[:count]:
-            likely *= chance
-            tokens += likely
-        return tokens / (1 + (costs[count - 1] if count else 0))
-
-    best = rate(most_useful(chances, costs))
-    assert all(rate(count) <= best * (1 + 1e-9) for count in range(len(chances) + 1))
-
-
-def test_a_chance_follows_what_happens() -> None:
-    chance = Average(0.5)
-    assert chance.value == 0.5
-    for _ in range(100):
-        chance.note(True)
-    assert chance.value > 0.95
-    for _ in range(30):
-        chance.note(False)
-    assert chance.value < 0.3
-
-
-def test_times_of_steps_are_a_line() -> None:
-    times = StepTimes()
-    assert times.seconds(1) == 0
-    times.note(1, 8.0)
-    assert times.seconds(1) == 8 and times.seconds(3) == 12, "a quarter each, as long as nothing else is known"
-    for rows in [1, 9, 5, 17, 1] * 10:
-        times.note(rows, 7.0 + rows)
-    assert times.seconds(1) == pytest.approx(8, rel=0.05) and times.seconds(33) == pytest.approx(40, rel=0.05)
-    for _ in range(20):
-        times.note(2, 10.0)
-        times.note(3, 10.0)
-    assert times.seconds(2) == pytest.approx(times.seconds(3), rel=0.02), "where a kernel takes three at a time"
-    assert times.seconds(4) > times.seconds(3)
-    times.note(500, 1.0)  # a prompt
-    times.note(1, 10_000.0)  # something else had the machine
-    assert times.seconds(1) < 10
-    slow = StepTimes()
-    slow.note(1, 10_000.0)  # compiling
-    slow.note(1, 8.0)
-    assert slow.seconds(1) == 8
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,15 @@ class FakeRunner:
         self.states: dict[int, int] = {}  # of each slot
         self._texts: dict[Sequence, list[int]] = {}
 
-    def execute(self, scheduled: list[Scheduled]) -> list[Sampled | None]:
-        self.batches.append([(sequence.request_id, num_tokens) for sequence, num_tokens in scheduled])
-        slots = [sequence.state_slot for sequence, _ in scheduled]
+    def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
+        self.batches.append([(work.sequence.request_id, work.num_tokens) for work in scheduled])
+        slots = [work.sequence.cache.state_slot for work in scheduled]
         assert len(slots) == len(set(slots)) and min(slots, default=0) >= 0, "two sequences share a slot"
-        for sequence, num_tokens in scheduled:
-            self._compute(sequence, num_tokens)
-        for sequence, num_tokens in scheduled:  # when all have written, so that nobody's writing harms another
-            self._read(sequence, sequence.num_computed + num_tokens + len(sequence.draft))
-        return [
-            self._sample(sequence) if sequence.num_computed + num == len(sequence.token_ids) else None
-            for sequence, num in scheduled
-        ]
+        for work in scheduled:
+            self._compute(work)
+        for work in scheduled:  # when all have written, so that nobody's writing harms another
+            self._read(work)
+        return [self._sample(work) if work.is_complete else [] for work in scheduled]
 
     def copy_block(self, source: int, target: int) -> None:
         self.pages[target] = list(self._page(source))
@@ -50,45 +47,49 @@ class FakeRunner:
     def _page(self, block: int) -> list[int]:
         return self.pages.setdefault(block, [NOTHING] * self.block_size)
 
-    def _text(self, sequence: Sequence) -> list[int]:
-        text = self._texts.setdefault(sequence, [])
-        extend(text, sequence.token_ids)
-        if not sequence.draft:
+    def _text(self, work: Scheduled) -> list[int]:
+        """The numbers of a sequence's text, its draft tokens among them."""
+        text = self._texts.setdefault(work.sequence, [])
+        extend(text, work.sequence.token_ids)
+        if not work.draft_tokens:
             return text
-        guessed = list(text)
-        extend(guessed, sequence.token_ids + sequence.draft)
-        return guessed
+        drafted = list(text)
+        extend(drafted, [*work.sequence.token_ids, *work.draft_tokens])
+        return drafted
 
-    def _sample(self, sequence: Sequence) -> Sampled:
-        """What comes next, and what comes behind the guesses, as far as they are right."""
-        sampled, said = [Sampled(self.next_token(sequence))], copy(sequence)
-        for guess in sequence.draft:
-            if guess != sampled[-1].token_id:
+    def _sample(self, work: Scheduled) -> list[Sampled]:
+        """The accepted draft tokens, and what comes behind them."""
+        sampled, said = [Sampled(self.next_token(work.sequence))], copy(work.sequence)
+        for draft_token in work.draft_tokens:
+            if draft_token != sampled[-1].token_id:
                 break
-            said.token_ids = [*said.token_ids, guess]
+            said.token_ids = [*said.token_ids, draft_token]
             sampled.append(Sampled(self.next_token(said)))
-        return sampled[0]._replace(then=tuple(sampled[1:]))
+        return sampled
 
-    def _compute(self, sequence: Sequence, num_tokens: int) -> None:
-        assert num_tokens > 0 and sequence.num_computed + num_tokens <= len(sequence.token_ids)
-        assert not sequence.draft or sequence.num_computed + num_tokens == len(sequence.token_ids)
-        text, start = self._text(sequence), sequence.num_computed
-        end = start + num_tokens + len(sequence.draft)
-        assert end <= len(sequence.block_table) * self.block_size, "a token has no block to go to"
+    def _compute(self, work: Scheduled) -> None:
+        sequence, cache = work.sequence, work.sequence.cache
+        assert 0 < work.num_tokens <= sequence.num_uncomputed
+        assert not work.draft_tokens or work.is_complete
+        text, start = self._text(work), cache.num_computed
+        end = start + work.num_tokens + len(work.draft_tokens)
+        assert work.token_ids == [*sequence.token_ids, *work.draft_tokens][start:end]
+        assert end <= len(cache.block_table) * self.block_size, "a token has no block to go to"
         if start == 0:
-            self.states[sequence.state_slot] = NOTHING
+            self.states[cache.state_slot] = NOTHING
         expected = text[start - 1] if start else NOTHING
         if self.has_states:
-            assert self.states[sequence.state_slot] == expected, "a state of another text"
-        self.states[sequence.state_slot] = text[end - 1]
+            assert self.states[cache.state_slot] == expected, "a state of another text"
+        self.states[cache.state_slot] = text[end - 1]
         for i in range(start, end):
-            self._page(sequence.block_table[i // self.block_size])[i % self.block_size] = text[i]
+            self._page(cache.block_table[i // self.block_size])[i % self.block_size] = text[i]
 
-    def _read(self, sequence: Sequence, end: int) -> None:
-        text = self._text(sequence)
+    def _read(self, work: Scheduled) -> None:
+        text, cache = self._text(work), work.sequence.cache
+        end = cache.num_computed + work.num_tokens + len(work.draft_tokens)
         for start in range(0, end, self.block_size):
             stop = min(start + self.block_size, end)
-            page = self._page(sequence.block_table[start // self.block_size])
+            page = self._page(cache.block_table[start // self.block_size])
             assert page[: stop - start] == text[start:stop], "keys and values of another text"
 
 

@@ -18,7 +18,7 @@ from tool_templates import HERMES, LLAMA_3
 
 from tinyserve import LLM, AsyncEngine, SamplingParams, StructuredOutputs
 from tinyserve.errors import RequestError, UserError
-from tinyserve.text.chat import AnswerFormat, AnswerReader, ChatFormat
+from tinyserve.text.chat import AnswerFormat, ChatFormat, OutputParser
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.request import CompletionOutput, StreamChunk
 from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer
@@ -293,15 +293,15 @@ def test_a_template_may_refuse_what_was_called(chatty: Callable[..., LLM]) -> No
 # --- its parts ----------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_alone() -> None:
-    reader = AnswerReader(AnswerFormat("hermes"))
-    assert [reader.push(piece) for piece in ("a <to", "ol_call>", ONE, "</tool_c")] == ["a", "", "", ""]
-    assert reader.tool_calls == [KOELN] and not reader.is_over
-    assert reader.finish() == "</tool_c"
-    assert [reader.finish_reason(reason) for reason in ("stop", "length", "abort", None)] == [
+def test_output_parser_alone() -> None:
+    parser = OutputParser(AnswerFormat("hermes"))
+    assert [parser.push(piece) for piece in ("a <to", "ol_call>", ONE, "</tool_c")] == ["a", "", "", ""]
+    assert parser.tool_calls == [KOELN] and not parser.is_over
+    assert parser.finish() == "</tool_c"
+    assert [parser.finish_reason(reason) for reason in ("stop", "length", "abort", None)] == [
         "tool_calls", "length", "abort", None,
     ]  # fmt: skip
-    assert AnswerReader(AnswerFormat("hermes")).finish_reason("stop") == "stop"
+    assert OutputParser(AnswerFormat("hermes")).finish_reason("stop") == "stop"
 
 
 def test_a_chat_format_needs_no_model(smollm2: Path) -> None:

@@ -64,7 +64,7 @@ def test_they_sum_to_the_perplexity(smollm2: Path) -> None:
     assert math.exp(-total / (len(ids) - 1)) == pytest.approx(perplexity_of(llm, ids, 256), rel=1e-5)
 
 
-def test_a_prompt_that_is_preempted_is_read_once(folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]) -> None:
+def test_prompt_logprobs_beside_preemption(folder_of: Callable[[str], Path], llm_of: Callable[..., LLM]) -> None:
     prompts = [checkpoints.token_ids(30, seed=i) for i in range(5)]
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, prompt_logprobs=1)
     small = LLM(folder_of("llama"), dtype="float32", max_num_seqs=5, num_threads=1, max_model_len=96,

@@ -15,7 +15,7 @@ from tinyserve import LLM, AsyncEngine, SamplingParams
 from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
 from tinyserve.models.layers import LayerNorm, RMSNorm
 from tinyserve.tensor import reference
-from tinyserve.text.embedding import mean_of, sum_of
+from tinyserve.text.pooling import mean_pool, sum_pool
 
 TEXTS = [checkpoints.token_ids(length, seed=length) for length in (1, 2, 40)]
 FREE = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
@@ -55,7 +55,7 @@ def test_what_an_output_says(llm_of: Callable[..., LLM]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-hybrid"])
-def test_chunks_and_neighbours_change_nothing(
+def test_chunked_prefill_and_neighbours_change_nothing(
     name: str, llm_of: Callable[..., LLM], folder_of: Callable[[str], Path]
 ) -> None:
     llm, ids = llm_of(name), checkpoints.token_ids(100, seed=3)
@@ -67,7 +67,7 @@ def test_chunks_and_neighbours_change_nothing(
     for one in cut.embed([ids, ids]):
         np.testing.assert_allclose(one.embedding, whole.embedding, rtol=1e-5, atol=1e-6)
     assert said + [token for chunk in stream for token in chunk.token_ids] == alone
-    assert cut.engine.blocks.num_free == cut.engine.blocks.num_blocks
+    assert cut.engine.scheduler.blocks.num_free == cut.engine.scheduler.blocks.num_blocks
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_refused_is_refused_before_anything_is_read(
     prompts: Any, sentence: str, llm_of: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = llm_of("llama")
-    monkeypatch.setattr(llm.engine.runner, "read", None)
+    monkeypatch.setattr(llm.engine.runner, "prefill", None)
     with pytest.raises(RequestError) as error:
         llm.embed(prompts)
     assert sentence in str(error.value)
@@ -95,7 +95,7 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
     """A long text holds up whoever decodes for a chunk at a time."""
     llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=4, num_threads=1)
     events: list[str] = []
-    for name in ("read", "execute"):
+    for name in ("prefill", "execute"):
         real = getattr(llm.engine.runner, name)
         monkeypatch.setattr(
             llm.engine.runner, name, lambda *args, real=real, name=name: (events.append(name), real(*args))[1]
@@ -111,12 +111,12 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
         await embedding
 
     asyncio.run(asyncio.wait_for(main(), 60))
-    assert events.count("read") == 25
-    during = "".join(event[0] for event in events).rstrip("r").lstrip("e")
-    assert "rrr" not in during and during.count("re") > 10
+    assert events.count("prefill") == 25
+    during = "".join(event[0] for event in events).rstrip("p").lstrip("e")
+    assert "ppp" not in during and during.count("pe") > 10
 
 
-def test_a_text_takes_the_blocks_of_who_came_last(folder_of: Callable[[str], Path]) -> None:
+def test_preemption_for_a_text_that_is_read(folder_of: Callable[[str], Path]) -> None:
     """Who gives them up is computed again, and says the same."""
     for name in ("llama", "granite-hybrid"):
         plan = LLM(folder_of(name), dtype="float32", max_num_seqs=2)
@@ -135,7 +135,7 @@ def test_a_text_takes_the_blocks_of_who_came_last(folder_of: Callable[[str], Pat
         assert said == alone
         assert small.stats().preemptions > 0
         settle(small)
-        assert small.engine.blocks.num_free == small.engine.blocks.num_blocks
+        assert small.engine.scheduler.blocks.num_free == small.engine.scheduler.blocks.num_blocks
 
 
 def test_many_at_once_from_an_event_loop(llm_of: Callable[..., LLM]) -> None:
@@ -160,15 +160,15 @@ def test_many_at_once_from_an_event_loop(llm_of: Callable[..., LLM]) -> None:
 
 def test_a_cancelled_task_ends_the_reading(folder_of: Callable[[str], Path]) -> None:
     llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=4, num_threads=1)
-    read, begun, goes_on, count = llm.engine.runner.read, threading.Event(), threading.Event(), [0]
+    prefill, begun, goes_on, count = llm.engine.runner.prefill, threading.Event(), threading.Event(), [0]
 
     def slow(*arguments: Any) -> Any:
         count[0] += 1
         begun.set()
         assert goes_on.wait(30)
-        return read(*arguments)
+        return prefill(*arguments)
 
-    llm.engine.runner.read = slow  # type: ignore[method-assign]
+    llm.engine.runner.prefill = slow  # type: ignore[method-assign]
 
     async def main() -> None:
         task = asyncio.create_task(AsyncEngine(llm).embed([[1] * 100, [2] * 100]))
@@ -179,9 +179,9 @@ def test_a_cancelled_task_ends_the_reading(folder_of: Callable[[str], Path]) -> 
         goes_on.set()
 
     asyncio.run(asyncio.wait_for(main(), 60))
-    llm.engine.runner.read = read  # type: ignore[method-assign]
+    llm.engine.runner.prefill = prefill  # type: ignore[method-assign]
     assert len(llm.embed([[3] * 5])) == 1  # waits for its turn
-    assert count == [1] and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
+    assert count == [1] and llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
     with pytest.raises(TinyserveError, match="not wanted any more"):
         llm.embed([[1]], is_cancelled=lambda: True)
     llm.close()
@@ -197,12 +197,12 @@ def test_damaged_weights_are_told(folder_of: Callable[[str], Path]) -> None:
         llm.embed([[1, 2]])
 
 
-def test_a_mean_of_sums() -> None:
+def test_mean_pool_of_chunk_sums() -> None:
     rows = np.random.default_rng(1).standard_normal((10, 6)).astype(np.float32)
-    sums = [sum_of(rows[:3]), sum_of(rows[3:])]
-    np.testing.assert_allclose(mean_of(sums, 10, False), rows.mean(axis=0), rtol=1e-5, atol=1e-7)
-    assert np.linalg.norm(mean_of(sums, 10, True)) == pytest.approx(1)
-    np.testing.assert_array_equal(mean_of([np.zeros(3)], 1, True), np.zeros(3))
+    sums = [sum_pool(rows[:3]), sum_pool(rows[3:])]
+    np.testing.assert_allclose(mean_pool(sums, 10, False), rows.mean(axis=0), rtol=1e-5, atol=1e-7)
+    assert np.linalg.norm(mean_pool(sums, 10, True)) == pytest.approx(1)
+    np.testing.assert_array_equal(mean_pool([np.zeros(3)], 1, True), np.zeros(3))
 
 
 def test_norms_as_arrays_are_their_twins() -> None:

@@ -1,4 +1,4 @@
-"""Structured outputs through the whole house: in batches, with several answers, preempted, streamed, and refused."""
+"""Structured outputs through all layers: in batches, with several answers, preempted, streamed, and refused."""
 
 import asyncio
 import json

@@ -16,8 +16,8 @@ class Batch:
 
     token_ids: Array  # (tokens,) int64
     positions: Array  # (tokens,) int64: place in its own sequence
-    slots: Array  # (tokens,) int64: where its keys and values go, block · block_size + offset
+    slot_mapping: Array  # (tokens,) int64: where its keys and values go, block · block_size + offset
     sequence_of: Array  # (tokens,) int64: row of block_tables
     block_tables: Array  # (sequences, most blocks) int32
     starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
-    state_slots: Array  # (sequences,) int64: which row of a recurrent layer's memory is whose
+    state_indices: Array  # (sequences,) int64: which row of a recurrent layer's memory is whose

@@ -47,7 +47,7 @@ class Mamba:
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the answer (tokens, hidden); the sequences' windows and states move on."""
         projected = self.in_proj(x)  # (tokens, gate | x, B, C | dt)
-        where = batch.starts, batch.state_slots
+        where = batch.starts, batch.state_indices
         xBC = mamba2.causal_conv1d(projected, self.inner, self.conv_weight, self.conv_bias, cache.windows, *where)
         y = mamba2.selective_scan(
             xBC, projected, self.A, self.D, self.dt_bias, self.time_step_limit, self.groups, cache.states, *where

@@ -184,7 +184,7 @@ class Attention:
             self.qk_norm(qkv, self.heads, self.kv_heads)
         kv_cache.rotate_and_store(
             qkv, self.rope.cosines, self.rope.sines, batch.positions, self.heads, self.kv_heads, self.head_dim,
-            batch.slots, *cache,
+            batch.slot_mapping, *cache,
         )  # fmt: skip
         mixed = attention.attention(
             qkv, self.heads, *cache, batch.block_tables, batch.sequence_of, batch.positions, self.scale, self.window,

@@ -1,7 +1,8 @@
-"""Who holds which block of the cache, and what text is still in it. Ints only: the memory is the model runner's.
+"""The blocks of the paged KV cache: reference counts, the prefixes that they hold, and LRU eviction.
 
-A text is known by a chain: a key stands for all tokens up to the end of a block, and the next block's text is found by
-that key and the tokens behind it. Keys are serial numbers given out once, so that nothing can be taken for another.
+Ints only: the memory is the model runner's. A prefix is known by a chain: a prefix id stands for all tokens up to the
+end of a block, and the next block is found by that id and the tokens behind it. Ids are serial numbers given out once:
+unlike hashes, two prefixes never have the same.
 """
 
 from collections import OrderedDict, deque
@@ -9,102 +10,102 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
-ROOT = 0  # the key of the empty text
+ROOT_PREFIX = 0  # the id of the empty prefix
 
 
-class Known(NamedTuple):
-    """A text that is in the cache: its last block, and the key that stands for all of it."""
+class CachedBlock(NamedTuple):
+    """A prefix in the cache: its last block, and the id of all of it."""
 
     block: int
-    key: int
+    prefix_id: int
 
 
 class BlockManager:
-    """Hands out block numbers and takes them back. A block may be held several times; whoever shares one only reads it.
+    """Hands out block numbers and takes them back; who shares a block (reference count above 1) only reads it.
 
-    A block that nobody holds is free. It may remember a text until it is given to somebody else: those are taken last,
-    the least recently used first. `on_forget` is told the key of each text that is lost.
+    A block with reference count 0 is free. Its prefixes stay in the cache until it is allocated again: blocks without
+    prefixes go first, then the least recently used. `on_evict` is called with the id of each prefix that is lost.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.on_forget: Callable[[int], None] = lambda key: None
-        self._holders = [0] * num_blocks
-        self._blank = deque(range(num_blocks))
-        self._remembering: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._known: dict[tuple[int, tuple[int, ...]], Known] = {}
-        self._texts: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # of a block: each a beginning of the next
-        self._keys = count(ROOT + 1)
+        self.on_evict: Callable[[int], None] = lambda prefix_id: None
+        self._ref_counts = [0] * num_blocks
+        self._uncached_free = deque(range(num_blocks))
+        self._cached_free: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._cached: dict[tuple[int, tuple[int, ...]], CachedBlock] = {}  # by parent prefix and tokens
+        self._keys_of: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # of a block: each extends the one before
+        self._prefix_ids = count(ROOT_PREFIX + 1)
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._blank) + len(self._remembering)
+        """Blocks with reference count 0, cached prefixes or not."""
+        return len(self._uncached_free) + len(self._cached_free)
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold this many tokens."""
         return -(-tokens // self.block_size)
 
-    def holders(self, block: int) -> int:
+    def ref_count(self, block: int) -> int:
         """How many times a block is held."""
-        return self._holders[block]
+        return self._ref_counts[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks for one holder, `num_free` at most; what they remember is forgotten."""
+        """`count` blocks with reference count 1, at most `num_free`; the prefixes they hold are evicted."""
         blocks = []
         for _ in range(count):
-            if self._blank:
-                block = self._blank.popleft()
+            if self._uncached_free:
+                block = self._uncached_free.popleft()
             else:
-                block, _ = self._remembering.popitem(last=False)
-                self._forget(block)
-            self._holders[block] = 1
+                block, _ = self._cached_free.popitem(last=False)
+                self._evict(block)
+            self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
 
-    def share(self, blocks: list[int]) -> None:
-        """Hold blocks that others hold, or that remember something. Raises KeyError for any other."""
+    def incref(self, blocks: list[int]) -> None:
+        """Hold blocks that are held already, or are free with a cached prefix. Raises KeyError for any other."""
         for block in blocks:
-            if self._holders[block] == 0:
-                del self._remembering[block]
-            self._holders[block] += 1
+            if self._ref_counts[block] == 0:
+                del self._cached_free[block]
+            self._ref_counts[block] += 1
 
     def free(self, blocks: list[int]) -> None:
-        """Give up a sequence's blocks, the last first: an ending is forgotten before its beginning, which it needs.
+        """Give up a sequence's blocks, the last first: LRU eviction takes the end of a prefix before its beginning.
 
-        Raises KeyError for a block that is not out.
+        Raises KeyError for a block that is not held.
         """
         for block in reversed(blocks):
-            if not (0 <= block < self.num_blocks and self._holders[block]):
+            if not (0 <= block < self.num_blocks and self._ref_counts[block]):
                 raise KeyError(block)
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                if block in self._texts:
-                    self._remembering[block] = None
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._keys_of:
+                    self._cached_free[block] = None
                 else:
-                    self._blank.append(block)
+                    self._uncached_free.append(block)
 
-    def remember(self, block: int, parent: int, tokens: tuple[int, ...]) -> Known:
-        """Note that a held block begins with these tokens, behind the text of key `parent`.
+    def register(self, block: int, parent: int, tokens: tuple[int, ...]) -> CachedBlock:
+        """Cache a prefix: a held block begins with these tokens, behind the prefix of id `parent`.
 
-        Where that text is known already, this changes nothing, and what is known is returned.
+        Where that prefix is cached already nothing changes, and the block that holds it is returned.
         """
-        text = parent, tokens
-        if text not in self._known:
-            self._known[text] = Known(block, next(self._keys))
-            self._texts.setdefault(block, []).append(text)
-        return self._known[text]
+        key = parent, tokens
+        if key not in self._cached:
+            self._cached[key] = CachedBlock(block, next(self._prefix_ids))
+            self._keys_of.setdefault(block, []).append(key)
+        return self._cached[key]
 
-    def find(self, parent: int, tokens: tuple[int, ...]) -> Known | None:
-        """Where these tokens are, behind the text of key `parent`."""
-        return self._known.get((parent, tokens))
+    def find(self, parent: int, tokens: tuple[int, ...]) -> CachedBlock | None:
+        """Where these tokens are cached, behind the prefix of id `parent`."""
+        return self._cached.get((parent, tokens))
 
-    def forget(self, blocks: list[int]) -> None:
-        """Make held blocks remember nothing: whoever shares one keeps it, and nobody finds it any more."""
+    def evict(self, blocks: list[int]) -> None:
+        """Drop the prefixes of held blocks: who shares one keeps it, and nobody finds it any more."""
         for block in blocks:
-            if block in self._texts:
-                self._forget(block)
+            if block in self._keys_of:
+                self._evict(block)
 
-    def _forget(self, block: int) -> None:
-        for text in self._texts.pop(block):
-            self.on_forget(self._known.pop(text).key)
+    def _evict(self, block: int) -> None:
+        for key in self._keys_of.pop(block):
+            self.on_evict(self._cached.pop(key).prefix_id)

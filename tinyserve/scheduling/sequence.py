@@ -1,13 +1,14 @@
-"""One request on its way through the engine: its tokens, its blocks, its clock. Ints and plain data only."""
+"""One request on its way through the engine: its tokens, what it holds of the cache, its times. Plain data only."""
 
 import os
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from tinyserve.sampling_params import SamplingParams
-from tinyserve.scheduling.block_manager import ROOT
+from tinyserve.scheduling.block_manager import ROOT_PREFIX
 
 
 class Logprob(float):
@@ -86,9 +87,22 @@ class Metrics:
         return (self.output_tokens - 1) / max(1e-9, self.last_token - self.first_token)
 
 
+@dataclass
+class CacheState:
+    """What a sequence holds of the cache while it runs; the scheduler replaces all of it when it stops running."""
+
+    block_table: list[int] = field(default_factory=list)
+    state_slot: int = -1  # its row of the recurrent layers' states; -1 when it does not run
+    num_computed: int = 0  # tokens whose keys, values and state are in the cache
+    num_cached_blocks: int = 0  # full blocks that the prefix cache knows
+    prefix_id: int = ROOT_PREFIX  # of those
+    chunk_boundary: int = 0  # a chunk of the prompt ends here, if that is ahead
+    last_snapshot: int = 0  # the prefix cache has a snapshot of the state after this many tokens
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and the tokens that have followed it; the engine moves it from waiting to running to finished."""
+    """A prompt and the tokens that have followed it: waiting, running or finished."""
 
     request_id: int
     prompt_token_ids: list[int]
@@ -96,21 +110,14 @@ class Sequence:
     priority: int = 0  # lower is earlier
     token_ids: list[int] = field(init=False)
     seed: int = field(init=False)  # what it draws is a function of this and of how many tokens it has drawn
-    num_computed: int = 0  # tokens whose keys and values are in the cache
-    block_table: list[int] = field(default_factory=list)
-    state_slot: int = -1  # while it runs: which row of the recurrent layers' memory is its own
-    num_recorded: int = 0  # full blocks that the prefix cache knows, and the key of the last
-    key: int = ROOT
-    draft: list[int] = field(default_factory=list)  # guesses that the next step checks
-    spare_slot: int | None = None  # where its state is kept meanwhile
+    cache: CacheState = field(default_factory=CacheState)
+    # The other answers to its prompt (n > 1), until they share its blocks (copy on write).
+    siblings: "list[Sequence]" = field(default_factory=list)
     num_delivered: int = 0  # tokens of the answer that were handed over
-    split_at: int = 0  # a chunk of its prompt ends here, if that is ahead
-    last_snapshot: int = 0  # the prefix cache has kept a state as of here
-    forks: "list[Sequence]" = field(default_factory=list)  # other answers: they wait for this one's prompt
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])  # nothing is before the first token
     bad_words: list[list[int]] = field(default_factory=list)  # tokens that do not come one after the other
-    matcher: Any = None  # which tokens its grammar allows: the runner's business
+    matcher: Any = None  # its grammar's state: the runner's business
     finish_reason: str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
@@ -131,19 +138,13 @@ class Sequence:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Its place in the queue: by priority, then first come first served."""
-        return self.priority, self.request_id
+    def num_uncomputed(self) -> int:
+        """How many of its tokens are not in the cache."""
+        return len(self.token_ids) - self.cache.num_computed
 
     @property
     def is_running(self) -> bool:
-        return self.state_slot >= 0
-
-    def stop_running(self) -> None:
-        """Forget everything about the cache: whoever runs it again starts from its token ids."""
-        self.block_table, self.state_slot, self.num_computed = [], -1, 0
-        self.draft, self.spare_slot = [], None
-        self.num_recorded, self.key, self.split_at, self.last_snapshot = 0, ROOT, 0, 0
+        return self.cache.state_slot >= 0
 
     def append(self, token: int, logprobs: Logprobs | None) -> None:
         """Take in the next token, and note the time."""
@@ -153,17 +154,37 @@ class Sequence:
         self.metrics.token_times.append(perf_counter())
 
 
+@dataclass(eq=False)
+class PrefillOnlySequence:
+    """A text that is only read (embeddings, logits): prefill without an answer."""
+
+    token_ids: list[int]
+    cache: CacheState
+
+
+class Scheduled(NamedTuple):
+    """A sequence's share of the next step."""
+
+    sequence: Sequence
+    num_tokens: int  # how many of its tokens are computed
+    draft_tokens: SequenceOf[int] = ()  # checked behind them (speculative decoding)
+    rollback_slot: int | None = None  # holds a copy of the recurrent state, in case a draft token is rejected
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All that the step computes of it, draft tokens among them."""
+        start = self.sequence.cache.num_computed
+        return [*self.sequence.token_ids[start : start + self.num_tokens], *self.draft_tokens]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its newest token is reached, so that the next one is sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
 class Sampled(NamedTuple):
-    """What a runner returns for a sequence whose newest token it computed."""
+    """A token that a runner chose."""
 
     token_id: int
     logprobs: Logprobs | None = None
     error: str | None = None  # why there is no token: this request fails, and no other
-    then: tuple["Sampled", ...] = ()  # what follows it, where the guesses were right up to there
-
-
-class Scheduled(NamedTuple):
-    """A sequence, and how many of its tokens the next step computes."""
-
-    sequence: Sequence
-    num_tokens: int

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: HTTP in, answers out. The only floor that knows HTTP.
+"""An OpenAI-compatible server: HTTP in, answers out. The only layer that knows HTTP.
 
-Models, engines and text belong to the floors below; here are names, numbers and bytes on the wire.
+Models, engines and text belong to the layers below; here are names, numbers and bytes on the wire.
 """

@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 @contextmanager
 def told(fields: Container[str], aliases: Mapping[str, str]) -> Iterator[None]:
-    """Have errors of the floors below name the client's field: one of `fields`, or what `aliases` say it is here."""
+    """Have errors of the layers below name the client's field: one of `fields`, or what `aliases` say it is here."""
     try:
         yield
     except TinyserveError as error:
@@ -62,7 +62,7 @@ def told(fields: Container[str], aliases: Mapping[str, str]) -> Iterator[None]:
 def as_api_error(
     error: BaseException, fields: Container[str] = (), aliases: Mapping[str, str] = NO_ALIASES
 ) -> ApiError:
-    """What a client is told of an error of the floors below, as `told` has it."""
+    """What a client is told of an error of the layers below, as `told` has it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDeadError):

@@ -31,8 +31,8 @@ _COUNTERS = {
     "tinyserve_cached_prompt_tokens": ("Those of them that were in the cache.", lambda s: s.cached_tokens),
     "tinyserve_output_tokens": ("Tokens of answers.", lambda s: s.output_tokens),
     "tinyserve_preemptions": ("How often a request had to give up its blocks.", lambda s: s.preemptions),
-    "tinyserve_guessed_tokens": ("Tokens that were guessed.", lambda s: s.guessed_tokens),
-    "tinyserve_right_tokens": ("Those of them that were right.", lambda s: s.right_tokens),
+    "tinyserve_draft_tokens": ("Draft tokens that were checked.", lambda s: s.draft_tokens),
+    "tinyserve_accepted_tokens": ("Those of them that were accepted.", lambda s: s.accepted_tokens),
 }
 
 

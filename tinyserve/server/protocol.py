@@ -1,6 +1,6 @@
 """What clients send, under OpenAI's names and vLLM's. An unknown field is an error, as is a wrong type.
 
-What the floors below check with sentences of their own (messages, tools, biases, schemas) is only passed on.
+What the layers below check with sentences of their own (messages, tools, biases, schemas) is only passed on.
 """
 
 from difflib import get_close_matches

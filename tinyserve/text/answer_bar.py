@@ -7,7 +7,7 @@ import sys
 from time import perf_counter
 from typing import TYPE_CHECKING, Self
 
-from tinyserve.text.request import Request
+from tinyserve.text.request import RequestState
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -36,7 +36,7 @@ class AnswerBar:
         self.answered = 0
         self._total = total
         self._shown = is_shown(shown, total)
-        self._read: dict[Request, int] = {}  # prompt tokens of those that are being read
+        self._read: dict[RequestState, int] = {}  # prompt tokens of those that are being read
         self._prompt_tokens, self._output_tokens = 0, 0
         self._bar: Progress | None = None
 
@@ -52,8 +52,8 @@ class AnswerBar:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, request: Request) -> None:
-        """A request has had news."""
+    def update(self, request: RequestState) -> None:
+        """A request has taken in an update."""
         self.answered += request.finished
         if self._bar is None:
             return

@@ -15,7 +15,7 @@ from tinyserve.errors import RequestError
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
 from tinyserve.text.answer_bar import is_shown, make_bar
-from tinyserve.text.request import Request, RequestOutput
+from tinyserve.text.request import RequestOutput, RequestState
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.validation import Prompt
 
@@ -56,7 +56,7 @@ class Generator(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    def make_request(self, prompt: Prompt, params: SamplingParams) -> list[Request]: ...
+    def make_request(self, prompt: Prompt, params: SamplingParams) -> list[RequestState]: ...
 
     def generate(
         self, prompts: SequenceOf[Prompt], sampling_params: SamplingParams, *, progress_bar: bool

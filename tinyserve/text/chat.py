@@ -63,7 +63,7 @@ class ChatRequest(NamedTuple):
     params: SamplingParams
 
 
-class AnswerReader:
+class OutputParser:
     """Takes the text of one answer apart as it comes: `push` and `finish` return content, `tool_calls` has the rest."""
 
     def __init__(self, format: AnswerFormat) -> None:

@@ -238,13 +238,13 @@ class MaskFiller:
         self._filling: Future[Masks] | None = None
 
     def start(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]] | None = None) -> None:
-        """Begin; until `wait`, nobody else may touch these matchers. drafts: the guesses behind each one's place."""
+        """Begin; until `wait`, nobody else may touch these matchers. drafts: the draft tokens behind each."""
         self._filling = self._thread.submit(self._fill, list(matchers), drafts or [()] * len(matchers))
 
     def wait(self) -> Masks:
-        """The masks (places, words) of the last `start`: of each matcher one, and one behind each guess.
+        """The masks (places, words) of the last `start`: of each matcher one, and one behind each draft token.
 
-        Behind a guess that the grammar forbids, and where it gives up, they allow nothing: no answer goes there.
+        Behind a draft token that the grammar forbids, and where it gives up, they allow nothing: no answer goes there.
         """
         if self._filling is None:
             raise ValueError("There are no masks to wait for: call start first.")

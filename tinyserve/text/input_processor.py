@@ -1,4 +1,4 @@
-"""What a request is made from: a prompt's tokens, a grammar and bad words in tokens, a seed, and a way back to text.
+"""From a prompt and its parameters to a request: its tokens, its grammar, its seed, and a detokenizer.
 
 Knows text and ids both. What it makes is not queued: that is its caller's business.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError, UserError
 from tinyserve.sampling_params import SamplingParams, StructuredOutputs
-from tinyserve.text.chat import AnswerReader, ChatPrompt
-from tinyserve.text.request import Request
+from tinyserve.text.chat import ChatPrompt, OutputParser
+from tinyserve.text.request import RequestState
 from tinyserve.text.tokenizer import Detokenizer, Tokenizer
 from tinyserve.text.validation import Prompt
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tinyserve.text.grammar import Grammar, GrammarCompiler
 
 
-class RequestMaker:
+class InputProcessor:
     """Makes requests for one engine; any thread may ask."""
 
     def __init__(
@@ -41,7 +41,7 @@ class RequestMaker:
         self._text_of = lru_cache(1 << 14)(partial(_text_of, tokenizer)) if tokenizer else None
         self._grammars: GrammarCompiler | None = None
 
-    def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Request]:
+    def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
         """The answers to be of one prompt; raises RequestError for a prompt that cannot be served."""
         ids = self.token_ids(prompt)
         params.check_vocabulary(self._vocab_size)
@@ -53,7 +53,7 @@ class RequestMaker:
         calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
         first = self._engine.make(ids, params, priority)
         answers = []
-        for i, sequence in enumerate((first, *first.forks)):
+        for i, sequence in enumerate((first, *first.siblings)):
             if params.seed is None and self._seed is not None:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
@@ -62,8 +62,8 @@ class RequestMaker:
             # A grammar has a say in the first space, too.
             continues = text is not None or grammar is not None
             detokenizer = self._detokenizer(params, continues, calls.shown_ids if calls else frozenset())
-            reader = AnswerReader(calls) if calls else None
-            answers.append(Request(sequence, text, detokenizer, i, self._text_of, reader))
+            parser = OutputParser(calls) if calls else None
+            answers.append(RequestState(sequence, text, detokenizer, i, self._text_of, parser))
         return answers
 
     def token_ids(self, prompt: Prompt) -> list[int]:

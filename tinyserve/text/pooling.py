@@ -1,74 +1,94 @@
-"""Texts that are only read: all positions of one, a chunk of it between two steps of the engine.
+"""Pooling: texts that are only read, a chunk at a time between two steps of the engine, and embeddings of them.
 
-Knows blocks and chunks; what is made of the hidden states is told by whoever asks.
+Knows chunks and hidden states; which blocks a text gets is the scheduler's business. A language model's mean hidden
+state says what it has in mind when it reads a text; a model that was trained for search says more of what the text is
+about.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from tinyserve.engine import Engine
-from tinyserve.engine_thread import EngineThread
+from tinyserve.engine import EngineThread
 from tinyserve.errors import RequestError, TinyserveError
+from tinyserve.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinyserve.model_runner import ModelRunner, Scratch
+    from tinyserve.model_runner import ModelRunner
 
 T = TypeVar("T")
 
 
-class TextReader:
-    """Reads for any thread, one text at a time, in blocks that no sequence holds; a request waits for a chunk at most.
+@dataclass(eq=False)
+class EmbeddingOutput:
+    """A text and its vector (hidden,) float32."""
 
-    Where blocks are missing, the sequence that came last gives up its own and is computed again later.
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: "np.ndarray"
+
+
+class PoolingRunner:
+    """Reads texts for any thread, one at a time, in blocks that no sequence holds; a request waits for a chunk at most.
+
+    Where blocks are missing the scheduler preempts sequences, which are computed again later.
     """
 
-    def __init__(self, thread: EngineThread, engine: Engine, runner: "ModelRunner"):
-        self._thread, self._engine, self._runner = thread, engine, runner
-        self._lock = Lock()  # the runner has room for the state of one text
+    def __init__(self, thread: EngineThread, scheduler: Scheduler, runner: "ModelRunner"):
+        self._thread, self._scheduler, self._runner = thread, scheduler, runner
+        self._lock = Lock()  # the runner has a state slot for one text
 
-    def read(
+    def run(
         self,
         token_ids: list[int],
-        of: "Callable[[np.ndarray], T]",
+        reduce: "Callable[[np.ndarray], T]",
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> list[T]:
-        """What `of` makes of the hidden states (tokens, hidden) of each chunk, in the engine's thread.
+        """What `reduce` makes of the hidden states (tokens, hidden) of each chunk, in the engine's thread.
 
         Raises RequestError for a text that does not fit, EngineDeadError, and TinyserveError when it is cancelled.
         """
         self.checked(token_ids)
-        parts = []
+        scheduler, call, parts = self._scheduler, self._thread.call, []
         with self._lock:
-            text = self._thread.call(partial(self._begin, token_ids))
+            text = call(partial(scheduler.start_prefill_only, token_ids, self._runner.scratch_slot))
             try:
-                while text.num_computed < len(token_ids):
+                while text.cache.num_computed < len(token_ids):
                     if is_cancelled():
                         raise TinyserveError("The text is not wanted any more.")
-                    parts.append(
-                        self._thread.call(partial(self._runner.read, text, self._engine.max_num_batched_tokens, of))
-                    )
+                    parts.append(call(partial(self._runner.prefill, text, scheduler.max_num_batched_tokens, reduce)))
             finally:
-                self._thread.call(partial(self._engine.blocks.free, text.block_table))
+                call(partial(scheduler.finish_prefill_only, text))
         return parts
 
     def checked(self, token_ids: list[int]) -> list[int]:
         """A text that can be read; raises RequestError for one that is empty, or too long."""
-        if not token_ids or len(token_ids) > self._engine.max_model_len:
-            limit = self._engine.max_model_len
+        limit = self._scheduler.max_model_len
+        if not token_ids or len(token_ids) > limit:
             raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", "prompt")
         return token_ids
 
-    def _begin(self, token_ids: list[int]) -> "Scratch":
-        blocks, running = self._engine.blocks, self._engine.running
-        needed = blocks.blocks_for(len(token_ids))
-        while needed > blocks.num_free and running:
-            self._engine.preempt(running[-1])
-        if needed > blocks.num_free:
-            raise RequestError(
-                f"A text of {len(token_ids)} tokens needs {needed} blocks of the cache, and {blocks.num_free} are free."
-            )
-        return self._runner.scratch(token_ids, blocks.allocate(needed))
+
+def sum_pool(hidden: "np.ndarray") -> "np.ndarray":
+    """hidden (tokens, hidden) -> (hidden,) float64, so that it does not matter where a text was cut into chunks."""
+    import numpy as np
+
+    return np.asarray(hidden.sum(axis=0, dtype=np.float64))
+
+
+def mean_pool(sums: Sequence["np.ndarray"], tokens: int, normalize: bool) -> "np.ndarray":
+    """The mean over all tokens (hidden,) float32 from the sums of chunks; with `normalize`, of length 1.
+
+    Raises TinyserveError where it is no number.
+    """
+    import numpy as np
+
+    mean = np.sum(sums, axis=0) / tokens
+    length = np.linalg.norm(mean)
+    if not np.isfinite(length):
+        raise TinyserveError("The model computed hidden states that are not numbers: its weights are damaged.")
+    return np.asarray(mean / length if normalize and length > 0 else mean, np.float32)

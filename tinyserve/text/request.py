@@ -1,17 +1,17 @@
 """One request as the user sees it: the text so far, the pieces of a stream, the answer at the end.
 
-Knows text and the news of one sequence, which the engine may be ahead of; it does not know other requests.
+Knows text and the updates of one sequence, which the engine may be ahead of; it does not know other requests.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tinyserve.engine_thread import Update
+from tinyserve.engine import Update
 from tinyserve.errors import IncompleteError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs, Metrics, Sequence
-from tinyserve.text.chat import AnswerReader
+from tinyserve.text.chat import OutputParser
 from tinyserve.text.tokenizer import Detokenizer
 from tinyserve.text.tokenizer.stops import StopFilter
 from tinyserve.text.tool_parser import ToolCall
@@ -75,8 +75,8 @@ class StreamChunk:
         return self.text
 
 
-class Request:
-    """One answer as far as it is certain, made from the news of its sequence."""
+class RequestState:
+    """One answer as far as it is certain, made from the updates of its sequence."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class Request:
         detokenizer: Detokenizer | None,
         index: int = 0,
         text_of: Callable[[int], str] | None = None,
-        reader: AnswerReader | None = None,
+        parser: OutputParser | None = None,
     ):
-        """`text_of` is the text of one token, for those that log-probabilities are of; `reader` finds calls."""
+        """`text_of` is the text of one token, for those that log-probabilities are of; `parser` finds tool calls."""
         self.sequence, self.prompt, self.index = sequence, prompt, index
-        self._reader = reader
+        self._parser = parser
         self._detokenizer, self._text_of = detokenizer, text_of
         self._stops = StopFilter(sequence.params.stop_strings)
         self.text = ""
@@ -109,7 +109,7 @@ class Request:
     @property
     def tool_calls(self) -> list[ToolCall]:
         """The calls that are certain."""
-        return [] if self._reader is None else self._reader.tool_calls
+        return [] if self._parser is None else self._parser.tool_calls
 
     @property
     def is_reading(self) -> bool:
@@ -121,9 +121,9 @@ class Request:
         if self.finished:
             return False
         self.num_computed, self.error = update.num_computed, update.error
-        begun = self.sequence.metrics
-        self.metrics.first_scheduled, self.metrics.cached_tokens = begun.first_scheduled, begun.cached_tokens
-        self.metrics.preemptions = begun.preemptions
+        metrics = self.sequence.metrics
+        self.metrics.first_scheduled, self.metrics.cached_tokens = metrics.first_scheduled, metrics.cached_tokens
+        self.metrics.preemptions = metrics.preemptions
         if update.token_id is not None:
             self._append(update, update.token_id)
         if not self._is_over() and update.finish_reason is None:
@@ -133,7 +133,7 @@ class Request:
 
     def _is_over(self) -> bool:
         """Whether a stop string has come, or the only call there may be."""
-        return self._stops.matched is not None or (self._reader is not None and self._reader.is_over)
+        return self._stops.matched is not None or (self._parser is not None and self._parser.is_over)
 
     def _append(self, update: Update, token: int) -> None:
         self.token_ids.append(token)
@@ -156,7 +156,7 @@ class Request:
             self._show(self._stops.matched)
 
     def _show(self, piece: str) -> None:
-        self.text += piece if self._reader is None else self._reader.push(piece)
+        self.text += piece if self._parser is None else self._parser.push(piece)
 
     def _spelled(self, logprobs: Logprobs) -> Logprobs:
         if self._text_of is not None:
@@ -171,9 +171,9 @@ class Request:
             self._show(self._stops.finish())
         if self._is_over():  # which weighs more than a length
             reason, self.stop_reason = "stop", self._stops.matched
-        if self._reader is not None:
-            self.text += self._reader.finish()
-            reason = self._reader.finish_reason(reason)
+        if self._parser is not None:
+            self.text += self._parser.finish()
+            reason = self._parser.finish_reason(reason)
         self.finish_reason = reason
 
     def answer(self) -> CompletionOutput:
@@ -194,7 +194,8 @@ class Request:
         if self.error is not None:
             raise self.error
 
-    def has_news(self) -> bool:
+    def has_chunk(self) -> bool:
+        """Whether something has come since the last chunk."""
         return self.finished or len(self.token_ids) > self._sent_tokens
 
     def chunk(self) -> StreamChunk:
@@ -213,7 +214,7 @@ class Request:
         return chunk
 
 
-def output(answers: list[Request], n: int, keeps_logprobs: bool) -> RequestOutput:
+def output(answers: list[RequestState], n: int, keeps_logprobs: bool) -> RequestOutput:
     """The answers to one prompt; where there are more than n, the likeliest, first of all."""
     first, outputs = answers[0], [request.answer() for request in answers]
     if len(outputs) > n:
@@ -232,7 +233,7 @@ def output(answers: list[Request], n: int, keeps_logprobs: bool) -> RequestOutpu
     )
 
 
-def outputs_of(submitted: list[list[Request]], params: list[SamplingParams]) -> list[RequestOutput]:
+def outputs_of(submitted: list[list[RequestState]], params: list[SamplingParams]) -> list[RequestOutput]:
     """The answers to several prompts; raises why one failed, as an IncompleteError where others have answers."""
     outputs = [output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)]
     errors = [next((request.error for request in answers if request.error), None) for answers in submitted]

@@ -1,6 +1,6 @@
 """From the name of a model to a path on this disk: a preset, a repository, a folder or a GGUF file.
 
-The only room that knows the network; of a checkpoint it knows the names of the files and not what is inside.
+The only package that knows the network; of a checkpoint it knows the names of the files and not what is inside.
 """
 
 import os

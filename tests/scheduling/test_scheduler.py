@@ -15,18 +15,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tinyserve.engine import Engine
+from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
-from tinyserve.scheduling.sequence import Sampled, Sequence
+from tinyserve.scheduling.scheduler import Scheduler, queue_order
+from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
 
 pytestmark = pytest.mark.fast
 
 END, MAX_MODEL_LEN, BLOCK = 99, 80, 4
 KINDS = ("none", "blocks", "states")
-GUESSES = ("none", "wrong at some place", "of a draft with blocks", "of a draft with states")
+DRAFTS = ("none", "wrong at some place", "of a model with blocks", "of a model with states")
 
 
 def next_token(sequence: Sequence) -> int:
@@ -46,44 +48,44 @@ def draft_token(sequence: Sequence) -> int:
 
 
 class SometimesWrong:
-    """Guesses what comes, all of it or up to some place."""
+    """Drafts what comes, all of it or up to some place."""
 
-    def propose(self, sequences: list[Sequence], rooms: list[int]) -> list[list[int]]:
-        return [self._guesses(*one) for one in zip(sequences, rooms, strict=True)]
+    def propose(self, sequences: list[Sequence], max_draft_lens: list[int]) -> list[list[int]]:
+        return [self._draft(*one) for one in zip(sequences, max_draft_lens, strict=True)]
 
-    def _guesses(self, sequence: Sequence, room: int) -> list[int]:
+    def _draft(self, sequence: Sequence, max_draft_len: int) -> list[int]:
         text = list(sequence.token_ids)
-        for _ in range(min(room, 6)):
+        for _ in range(min(max_draft_len, 6)):
             text.append(_after(text, sequence.params.seed or 0))
-        guesses, wrong = text[len(sequence.token_ids) :], len(sequence.token_ids) % 8
-        if wrong < len(guesses):
-            guesses[wrong] = (guesses[wrong] + 1) % 3
-        return guesses
+        draft, wrong = text[len(sequence.token_ids) :], len(sequence.token_ids) % 8
+        if wrong < len(draft):
+            draft[wrong] = (draft[wrong] + 1) % 3
+        return draft
 
-    def learn(self, sequence: Sequence, guessed: int, right: int) -> None:
-        assert right <= guessed
+    def update_acceptance(self, sequence: Sequence, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        assert num_accepted_tokens <= num_draft_tokens
 
-    def measure(self, rows: int, seconds: float) -> None: ...
+    def record_step(self, num_tokens: int, seconds: float) -> None: ...
 
-    def forget(self, sequence: Sequence) -> None: ...
+    def remove(self, sequence: Sequence) -> None: ...
 
 
 class Tireless(DraftModel):
-    """Guesses whether it pays or not."""
+    """Drafts whether it pays or not."""
 
-    def _worth(self, sequence: Sequence, room: int, together: int) -> int:
-        return room
+    def _draft_length(self, sequence: Sequence, most: int, num_sequences: int) -> int:
+        return most
 
 
 class Setting:
     """An engine over a small cache, and everything it was ever given."""
 
     def __init__(
-        self, kind: str, num_blocks: int, seqs: int, budget: int, snapshots: int, stride: int, guesses: str = "none"
+        self, kind: str, num_blocks: int, seqs: int, budget: int, snapshots: int, stride: int, drafts: str = "none"
     ):
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.seqs, self.snapshots, self.num_slots = seqs, snapshots, seqs + snapshots
-        self.prefixes: NoPrefixCache = {
+        self.prefix_cache: NoPrefixCache = {
             "none": lambda: NoPrefixCache(self.blocks),
             "blocks": lambda: BlockPrefixCache(self.blocks),
             "states": lambda: StatePrefixCache(self.blocks, range(seqs, self.num_slots), stride),
@@ -91,25 +93,24 @@ class Setting:
         self.runner = FakeRunner(next_token, BLOCK, has_states=kind != "blocks")
         self.fails_at: str | None = None
         self.execute, self.runner.execute = self.runner.execute, self._execute  # type: ignore[method-assign]
-        self.engine = Engine(
-            self.runner, self.blocks, frozenset({END}), min(MAX_MODEL_LEN, num_blocks * BLOCK), seqs, budget,
-            self.prefixes,
+        self.draft = self._draft(num_blocks, seqs, budget, drafts.endswith("states")) if "model" in drafts else None
+        speculation = None
+        if drafts != "none":
+            rollback_slots = range(self.num_slots, self.num_slots + 2) if self.runner.has_states else None
+            proposer = Tireless(self.draft, 5) if self.draft else SometimesWrong()
+            speculation = Speculation(proposer, rollback_slots)
+        max_model_len = min(MAX_MODEL_LEN, num_blocks * BLOCK)
+        self.scheduler = Scheduler(
+            self.runner, self.blocks, max_model_len, seqs, budget, self.prefix_cache, speculation
         )  # fmt: skip
-        self.draft = self._draft(num_blocks, seqs, budget, guesses.endswith("states")) if "draft" in guesses else None
-        proposer = Tireless(self.draft, 5) if self.draft else SometimesWrong()
-        if guesses != "none":
-            spares = range(self.num_slots, self.num_slots + 2) if self.runner.has_states else None
-            copy_state = self.runner.copy_state
-            self.engine.speculation = Speculation(
-                proposer, self.blocks, self.engine.max_model_len, copy_state, spares
-            )  # fmt: skip
+        self.engine = Engine(self.runner, self.scheduler, frozenset({END}))
         self.sequences: list[Sequence] = []
-        self.text: list[int] = []  # blocks of one that is only read
+        self.text: PrefillOnlySequence | None = None  # one that is only read
 
     def _draft(self, num_blocks: int, seqs: int, budget: int, has_states: bool) -> Engine:
-        """An engine for guesses, whose cache may be too small for what the other holds."""
+        """An engine for drafts, whose cache may be too small for what the other holds."""
         blocks, runner = BlockManager(num_blocks, BLOCK), FakeRunner(draft_token, BLOCK, has_states)
-        prefixes = StatePrefixCache(blocks, range(seqs, 4 * seqs)) if has_states else BlockPrefixCache(blocks)
+        prefix_cache = StatePrefixCache(blocks, range(seqs, 4 * seqs)) if has_states else BlockPrefixCache(blocks)
         execute = runner.execute
 
         def sometimes_fails(scheduled: list[Any]) -> list[Any]:
@@ -119,7 +120,9 @@ class Setting:
             return execute(scheduled)
 
         runner.execute = sometimes_fails  # type: ignore[method-assign]
-        return Engine(runner, blocks, frozenset({END}), num_blocks * BLOCK, seqs, budget, prefixes)
+        return Engine(
+            runner, Scheduler(runner, blocks, num_blocks * BLOCK, seqs, budget, prefix_cache), frozenset({END})
+        )  # fmt: skip
 
     def _execute(self, scheduled: list[Any]) -> list[Any]:
         fails_at, self.fails_at = self.fails_at, None
@@ -129,14 +132,14 @@ class Setting:
         if fails_at == "after":
             raise RuntimeError("when all was computed")
         if fails_at == "nan":
-            return [result and Sampled(-1, error="not a number") for result in results]
+            return [tokens and [Sampled(-1, error="not a number")] for tokens in results]
         return results
 
     def add(self, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0) -> None:
-        prompt = prompt[: self.engine.max_model_len - 1]
+        prompt = prompt[: self.scheduler.max_model_len - 1]
         params = SamplingParams(max_tokens=max_tokens, n=n, seed=5)
         first = self.engine.add(prompt, params, priority)
-        self.sequences += [first, *first.forks]
+        self.sequences += [first, *first.siblings]
 
     def step(self, fails_at: str | None = None) -> None:
         if not self.engine.has_work():
@@ -146,55 +149,55 @@ class Setting:
             self.engine.step()
         except RuntimeError:
             has_failed = True
-        if fails_at != "draft":  # which may have nobody to guess for
-            assert has_failed == (fails_at in ("before", "after") and bool(self.engine.scheduled))
-        assert self.engine.scheduled or self.text, "a step does nothing, and never will"
+        if fails_at != "draft":  # which may have nobody to draft for
+            assert has_failed == (fails_at in ("before", "after") and bool(self.scheduler.scheduled))
+        assert self.scheduler.scheduled or self.text, "a step does nothing, and never will"
         self.fails_at = None
 
     def read(self, num_tokens: int) -> None:
         """Begin a text, in blocks that those who came last give up; or end the one that was begun."""
         if self.text:
-            self.blocks.free(self.text)
-            self.text = []
+            self.scheduler.finish_prefill_only(self.text)
+            self.text = None
             return
-        needed = min(self.blocks.blocks_for(num_tokens), self.blocks.num_blocks)
-        while needed > self.blocks.num_free:
-            self.engine.preempt(self.engine.running[-1])
-        self.text = self.blocks.allocate(needed)
-        for block in self.text:
+        num_tokens = min(num_tokens, self.blocks.num_blocks * BLOCK)
+        self.text = self.scheduler.start_prefill_only([1] * num_tokens, self.num_slots + 2)
+        for block in self.text.cache.block_table:
             self.runner.pages[block] = [-1] * BLOCK
 
     def check(self) -> None:
         """Who holds what adds up, and nobody writes where another reads."""
-        engine = self.engine
-        held = Counter(block for sequence in engine.running for block in sequence.block_table) + Counter(self.text)
+        scheduler = self.scheduler
+        caches = [sequence.cache for sequence in [*scheduler.running, *([self.text] if self.text else [])]]
+        held = Counter(block for cache in caches for block in cache.block_table)
         for block in range(self.blocks.num_blocks):
-            assert self.blocks.holders(block) == held[block]
+            assert self.blocks.ref_count(block) == held[block]
         assert self.blocks.num_free == self.blocks.num_blocks - len(held)
-        for sequence in engine.running:
-            own = sequence.block_table[sequence.num_computed // BLOCK :]
+        for sequence in scheduler.running:
+            own = sequence.cache.block_table[sequence.cache.num_computed // BLOCK :]
             assert all(held[block] == 1 for block in own), "a block that is still written is shared"
-        slots = [sequence.state_slot for sequence in engine.running] + list(engine._free_slots)
-        if isinstance(self.prefixes, StatePrefixCache):
-            kept = [snapshot.state_slot for snapshot in self.prefixes._snapshots.values()]
-            slots += kept + self.prefixes._free_slots
+        slots = [sequence.cache.state_slot for sequence in scheduler.running] + list(scheduler._free_slots)
+        if isinstance(self.prefix_cache, StatePrefixCache):
+            kept = [snapshot.state_slot for snapshot in self.prefix_cache._snapshots.values()]
+            slots += kept + self.prefix_cache._free_slots
             assert len(kept) <= self.snapshots
         else:
             slots += range(self.seqs, self.num_slots)
         assert sorted(slots) == list(range(self.num_slots)), "a slot is lost, or owned twice"
-        assert len(engine.running) <= self.seqs
-        places = [sequence.place for sequence in engine.waiting]
-        assert places == sorted(places)
+        assert len(scheduler.running) <= self.seqs
+        for queue in (scheduler.waiting, scheduler.running):
+            assert queue == sorted(queue, key=queue_order)
         if self.draft is not None:
             self._check_draft(self.draft)
 
     def _check_draft(self, draft: Engine) -> None:
         """Between two steps a draft model works for nobody, and all its memory is free."""
-        assert not draft.has_work() and draft.blocks.num_free == draft.blocks.num_blocks
-        slots, prefixes = list(draft._free_slots), draft.prefixes
-        if isinstance(prefixes, StatePrefixCache):
-            slots += [snapshot.state_slot for snapshot in prefixes._snapshots.values()] + prefixes._free_slots
-        num_slots = self.seqs * (4 if isinstance(prefixes, StatePrefixCache) else 1)
+        blocks, prefix_cache = draft.scheduler.blocks, draft.scheduler.prefix_cache
+        assert not draft.has_work() and blocks.num_free == blocks.num_blocks
+        slots = list(draft.scheduler._free_slots)
+        if isinstance(prefix_cache, StatePrefixCache):
+            slots += [snapshot.state_slot for snapshot in prefix_cache._snapshots.values()] + prefix_cache._free_slots
+        num_slots = self.seqs * (4 if isinstance(prefix_cache, StatePrefixCache) else 1)
         assert sorted(slots) == list(range(num_slots)), "a slot is lost, or owned twice"
 
     def finish(self) -> None:
@@ -209,7 +212,7 @@ class Setting:
         self.check()
         assert self.blocks.num_free == self.blocks.num_blocks
         for sequence in self.sequences:
-            assert sequence.block_table == [] and not sequence.is_running and not sequence.forks
+            assert sequence.cache.block_table == [] and not sequence.is_running and not sequence.siblings
             assert sequence.finish_reason is not None
             expected = self.alone(sequence)
             if sequence.finish_reason in ("abort", "error"):
@@ -218,7 +221,7 @@ class Setting:
 
     def alone(self, sequence: Sequence) -> list[int]:
         text, most = list(sequence.prompt_token_ids), sequence.params.max_tokens
-        while len(text) < min(len(sequence.prompt_token_ids) + most, self.engine.max_model_len):
+        while len(text) < min(len(sequence.prompt_token_ids) + most, self.scheduler.max_model_len):
             text.append(_after(text, sequence.params.seed or 0))
             if text[-1] == END:
                 break
@@ -234,7 +237,7 @@ prompts = st.tuples(st.integers(0, 2), st.integers(0, 40), st.lists(st.integers(
 class Machine(RuleBasedStateMachine):
     @initialize(
         kind=st.sampled_from(KINDS), num_blocks=st.integers(3, 30), seqs=st.integers(1, 5), budget=st.integers(1, 40),
-        snapshots=st.integers(0, 4), stride=st.integers(1, 30), guesses=st.sampled_from(GUESSES),
+        snapshots=st.integers(0, 4), stride=st.integers(1, 30), drafts=st.sampled_from(DRAFTS),
     )  # fmt: skip
     def build(self, **options: Any) -> None:
         self.setting = Setting(**options)
@@ -264,8 +267,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 4))
     def preempt(self, which: int) -> None:
-        if which < len(self.setting.engine.running):
-            self.setting.engine.preempt(self.setting.engine.running[which])
+        if which < len(self.setting.scheduler.running):
+            self.setting.scheduler.preempt(self.setting.scheduler.running[which])
 
     @rule(num_tokens=st.integers(1, 120))
     def read(self, num_tokens: int) -> None:
@@ -287,25 +290,25 @@ TestAnyMix = Machine.TestCase
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_thousand_operations(kind: str) -> None:
-    """A third each: nothing is remembered, blocks are, states are."""
+    """A third each: nothing is cached, blocks are, states are."""
     chance = random.Random(KINDS.index(kind))
-    done, preemptions, reused, guesses = 0, 0, 0, Counter[str]()
+    done, preemptions, reused, draft_tokens, accepted_tokens = 0, 0, 0, 0, 0
     while done < 34_000:
         setting = Setting(
             kind, chance.randint(6, 40), chance.randint(1, 8), chance.randint(1, 60), chance.randint(1, 6),
-            chance.randint(1, 40), chance.choice(GUESSES),
+            chance.randint(1, 40), chance.choice(DRAFTS),
         )  # fmt: skip
         texts = [[chance.randint(0, 2) for _ in range(chance.randint(1, 60))] for _ in range(4)]
         for operation in range(1000):
             match chance.random():
-                case x if x < 0.12 and len(setting.engine.waiting) < 12:
+                case x if x < 0.12 and len(setting.scheduler.waiting) < 12:
                     text = chance.choice([*texts, *(s.token_ids for s in setting.sequences[-4:])])
                     prompt = text[: chance.randint(1, len(text))] + [1] * chance.randint(0, 3)
                     setting.add(prompt, chance.randint(1, 40), chance.choice([1, 1, 1, 1, 3]), chance.randint(0, 1))
                 case x if x < 0.15 and setting.sequences:
                     setting.engine.finish(chance.choice(setting.sequences[-20:]), "abort")
-                case x if x < 0.16 and setting.engine.running:
-                    setting.engine.preempt(chance.choice(setting.engine.running))
+                case x if x < 0.16 and setting.scheduler.running:
+                    setting.scheduler.preempt(chance.choice(setting.scheduler.running))
                 case x if x < 0.18:
                     setting.read(chance.randint(1, 80))
                 case x if x < 0.19:
@@ -317,15 +320,16 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
         setting.finish()
         done += 1000
         preemptions += sum(sequence.metrics.preemptions for sequence in setting.sequences)
-        guesses.update({name: setting.engine.totals[name] for name in ("guessed_tokens", "right_tokens")})
+        stats = setting.engine.stats()
+        draft_tokens, accepted_tokens = draft_tokens + stats.draft_tokens, accepted_tokens + stats.accepted_tokens
         reused += sum(one.metrics.cached_tokens for one in setting.sequences if one.params.n == 1)
     assert preemptions > 500
-    assert 5_000 < guesses["right_tokens"] < guesses["guessed_tokens"]
+    assert 5_000 < accepted_tokens < draft_tokens
     assert (reused > 1_000) == (kind != "none")
 
 
 @given(kind=st.sampled_from(KINDS), text=prompts, budget=st.integers(1, 40), seqs=st.integers(1, 4))
-def test_what_goes_on_from_an_answer_has_its_new_tokens_to_compute(
+def test_prefix_cache_of_an_answer_leaves_its_new_tokens_to_compute(
     kind: str, text: list[int], budget: int, seqs: int
 ) -> None:
     setting = Setting(kind, 400, seqs, budget, snapshots=4, stride=1000)
@@ -342,7 +346,7 @@ def test_what_goes_on_from_an_answer_has_its_new_tokens_to_compute(
 
 
 @pytest.mark.parametrize("kind", ["blocks", "states"])
-def test_the_third_with_a_common_beginning_starts_behind_it(kind: str) -> None:
+def test_prefix_cache_of_a_common_beginning(kind: str) -> None:
     """A state is kept where the second has left the first's text; blocks are there at once."""
     setting = Setting(kind, 100, 1, 64, snapshots=9, stride=1000)
     common = [1, 2] * 10
@@ -353,7 +357,7 @@ def test_the_third_with_a_common_beginning_starts_behind_it(kind: str) -> None:
     assert cached == {"blocks": [0, 20, 20], "states": [0, 0, 20]}[kind]
 
 
-def test_a_long_prompt_leaves_states_on_its_way() -> None:
+def test_snapshots_of_a_long_prompt() -> None:
     setting = Setting("states", 100, 1, 8, snapshots=9, stride=20)
     setting.add([1, 2] * 35, 1)
     setting.finish()
@@ -362,13 +366,13 @@ def test_a_long_prompt_leaves_states_on_its_way() -> None:
     assert [sequence.metrics.cached_tokens for sequence in setting.sequences] == [0, 48]  # chunks of 8, at 24 and 48
 
 
-def test_an_urgent_request_comes_first_and_is_preempted_last() -> None:
+def test_priority_and_preemption_order() -> None:
     setting = Setting("none", 8, 2, 64, snapshots=0, stride=1)
     for priority in (1, 1, 0):
         setting.add([2] * 9, 8, priority=priority)
     low, later, urgent = setting.sequences
     setting.step()
-    assert setting.engine.running == [urgent, low] and setting.engine.waiting == [later]
+    assert setting.scheduler.running == [urgent, low] and setting.scheduler.waiting == [later]
     low.params = urgent.params = SamplingParams(max_tokens=20, ignore_eos=True)
     for _ in range(12):
         setting.step()
@@ -376,13 +380,74 @@ def test_an_urgent_request_comes_first_and_is_preempted_last() -> None:
     assert low.metrics.queue_time is not None and low.metrics.queue_time > 0
 
 
-def test_answers_to_one_prompt_share_its_blocks() -> None:
+def test_siblings_share_the_blocks_of_their_prompt() -> None:
     setting = Setting("none", 40, 4, 64, snapshots=0, stride=1)
     setting.add([1] * 10, 20, n=3)
     setting.step()
     assert [num for batch in setting.runner.batches for _, num in batch] == [9]  # the last token waits for the others
     setting.step()
-    first, second, third = (sequence.block_table for sequence in setting.sequences)
+    first, second, third = (sequence.cache.block_table for sequence in setting.sequences)
     assert first[:2] == second[:2] == third[:2] and len({first[2], second[2], third[2]}) == 3
     assert setting.blocks.num_free == 40 - 2 - 3
     setting.finish()
+
+
+# --- the scheduler alone --------------------------------------------------------------------------------------------
+
+
+def scheduler(num_blocks: int, seqs: int = 8, budget: int = 64) -> Scheduler:
+    runner = FakeRunner(next_token, BLOCK, has_states=False)
+    return Scheduler(runner, BlockManager(num_blocks, BLOCK), MAX_MODEL_LEN, seqs, budget)
+
+
+def queued(scheduler: Scheduler, *lengths: int) -> list[Sequence]:
+    sequences = [Sequence(i, [1] * length, SamplingParams(max_tokens=20)) for i, length in enumerate(lengths)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    return sequences
+
+
+def shares(scheduler: Scheduler) -> list[tuple[int, int]]:
+    """A step as (request id, tokens), which is computed at once."""
+    step = [(work.sequence.request_id, work.num_tokens) for work in scheduler.schedule()]
+    for work in scheduler.scheduled:
+        scheduler.update(work)
+        if work.sequence.num_uncomputed == 0:
+            work.sequence.append(1, None)
+    return step
+
+
+def test_token_budget_and_chunked_prefill() -> None:
+    """Who decodes comes first; what is left goes to prompts in their order, the last of them cut into chunks."""
+    one = scheduler(40, budget=10)
+    queued(one, 6, 13, 4)
+    assert [shares(one) for _ in range(3)] == [[(0, 6), (1, 4)], [(0, 1), (1, 9)], [(0, 1), (1, 1), (2, 4)]]
+
+
+def test_the_watermark_is_left_to_those_that_run() -> None:
+    """Four run, and the last free block is for the first of them that needs one."""
+    one = scheduler(6)
+    sequences = queued(one, 4, 4, 4, 4, 8)
+    shares(one)
+    assert one.running == sequences[:4] and one.waiting == sequences[4:] and one.watermark_blocks == 1
+    two = scheduler(7)
+    sequences = queued(two, 4, 4, 4, 4, 8)
+    shares(two)
+    assert two.running == sequences, "the watermark and two blocks are free"
+
+
+def test_preemption_takes_the_last_in_the_queue() -> None:
+    """Also for a text that is only read; what cannot get its blocks by it is refused."""
+    one = scheduler(6)
+    sequences = queued(one, 8, 8, 8)
+    shares(one)
+    assert one.running == sequences and one.blocks.num_free == 0
+    shares(one)  # each needs a block for its next token
+    assert one.running == sequences[:2] and one.waiting == sequences[2:] and one.num_preemptions == 1
+    text = one.start_prefill_only([1] * 8, state_slot=9)
+    assert one.running == sequences[:1] and one.waiting == sequences[1:] and one.num_preemptions == 2
+    assert sequences[1].cache == CacheState() and sequences[1].metrics.preemptions == 1
+    with pytest.raises(RequestError, match="A text of 24 tokens needs 6 blocks of the cache, and 4 are free"):
+        one.start_prefill_only([1] * 24, state_slot=10)
+    one.finish_prefill_only(text)
+    assert one.blocks.num_free == 6 and one.waiting == sequences
