@@ -94,19 +94,21 @@ class Engine:
         With `params.n` or `best_of` above 1 the other answers are the sequence's `forks`.
         """
         if not prompt_token_ids:
-            raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.", "prompt")
+            raise RequestError(
+                "The prompt is empty: it has no tokens, and nothing can follow from nothing.", param="prompt"
+            )
         if len(prompt_token_ids) >= self.max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
                 f"{self.max_model_len}, the answer included: shorten the prompt.",
-                "prompt",
+                param="prompt",
             )
         needed = min(len(prompt_token_ids) + params.max_tokens, self.max_model_len)
         if self.blocks.blocks_for(needed) > self.blocks.num_blocks:
             raise RequestError(
                 f"The request can come to {needed} tokens and the cache holds "
                 f"{self.blocks.num_blocks * self.blocks.block_size}: lower max_tokens, or raise kv_cache_memory.",
-                "max_tokens",
+                param="max_tokens",
             )
         first, *forks = (
             Sequence(next(self._ids), list(prompt_token_ids), _params_of_answer(params, i), priority)

@@ -16,7 +16,7 @@ class Options:
 
     def __new__(cls, **options: Any) -> Self:
         for name in options.keys() - cls.__dataclass_fields__.keys():
-            raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}")
+            raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}", param=name)
         return super().__new__(cls)
 
     @classmethod
@@ -34,4 +34,4 @@ class Options:
             except (TypeError, ValueError):
                 good = False
             if not good:
-                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.")
+                raise RequestError(f"{name} is {value!r:.200}; it must be {range_}.", param=name)

@@ -76,12 +76,12 @@ class SamplingParams(Options):
                 if value is not None or name != "allowed_token_ids":
                     object.__setattr__(self, name, tuple(value or ()))
             else:
-                raise RequestError(f"{name} is {value!r:.200}; it must be a list.")
+                raise RequestError(f"{name} is {value!r:.200}; it must be a list.", param=name)
         self._check(_RULES)
         if self.logit_bias is not None:  # JSON has no whole numbers for keys
             object.__setattr__(self, "logit_bias", {int(token): bias for token, bias in self.logit_bias.items()})
         for contradiction in self._contradictions():
-            raise RequestError(contradiction)
+            raise RequestError(contradiction, param=contradiction.split(maxsplit=1)[0])
 
     def _contradictions(self) -> Iterator[str]:
         if self.min_tokens > self.max_tokens:
@@ -103,7 +103,9 @@ class SamplingParams(Options):
         for name in ("logit_bias", "allowed_token_ids", "banned_token_ids"):
             for token in getattr(self, name) or ():
                 if token >= size:
-                    raise RequestError(f"{name} has token id {token}, and the model's vocabulary ends at {size - 1}.")
+                    raise RequestError(
+                        f"{name} has token id {token}, and the model's vocabulary ends at {size - 1}.", param=name
+                    )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

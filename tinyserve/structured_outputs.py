@@ -36,11 +36,13 @@ class StructuredOutputs(Options):
 
     def __post_init__(self) -> None:
         if self.json_object is not bool(self.json_object):
-            raise RequestError(f"json_object is {self.json_object!r:.60}; it must be True or False.")
+            raise RequestError(
+                f"json_object is {self.json_object!r:.60}; it must be True or False.", param="json_object"
+            )
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             have = f"{' and '.join(given)} are given" if given else "none is given"
-            raise RequestError(f"Structured outputs take one of {', '.join(KINDS)}; {have}.")
+            raise RequestError(f"Structured outputs take one of {', '.join(KINDS)}; {have}.", param=None)
         if self.json is not None:
             object.__setattr__(self, "json", json.dumps(schema_of(self.json), ensure_ascii=False))
         if self.choice is not None:
@@ -48,7 +50,7 @@ class StructuredOutputs(Options):
         for name in ("regex", "grammar"):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and text.strip()):
-                raise RequestError(f"{name} is {text!r:.60}; it must be text of at least one character.")
+                raise RequestError(f"{name} is {text!r:.60}; it must be text of at least one character.", param=name)
 
     @property
     def kind(self) -> str:
@@ -66,20 +68,21 @@ def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
         elif isinstance(schema, Mapping):
             schema = json.loads(json.dumps(dict(schema), allow_nan=False))
     except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{where} is no JSON: {error}.") from None
+        raise RequestError(f"{where} is no JSON: {error}.", param=where) from None
     if not isinstance(schema, dict):
-        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.")
+        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
     return schema
 
 
-def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
     """The schema as llguidance is to read it: little white space, and nothing it does not support passed over.
 
     A schema can ask for other white space with its own "x-guidance" (llguidance's docs/json_schema.md).
+    Raises RequestError with this `param` where that is no object.
     """
     own = schema.get("x-guidance") or {}
     if not isinstance(own, Mapping):
-        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.")
+        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
     spaced = {} if "whitespace_flexible" in own else {"whitespace_pattern": WHITESPACE}
     return {**schema, "x-guidance": {**spaced, **own, "lenient": False}}
 
@@ -87,5 +90,7 @@ def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _choices(choice: Any) -> tuple[str, ...]:
     texts = () if isinstance(choice, str) or not isinstance(choice, Sequence) else tuple(choice)
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise RequestError(f"choice is {choice!r:.60}; it must be a list of texts of at least one character.")
+        raise RequestError(
+            f"choice is {choice!r:.60}; it must be a list of texts of at least one character.", param="choice"
+        )
     return texts

@@ -15,13 +15,11 @@ from tinyserve.server.answers import Counted, chat_logprobs, usage
 from tinyserve.server.outbox import EventStream, Outbox
 from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import ChatBody
-from tinyserve.server.sampling import chat_params, structure_field
+from tinyserve.server.sampling import chat_params
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
 from tinyserve.text.chat import ChatRequest
 from tinyserve.text.request import CompletionOutput, StreamChunk
 from tinyserve.text.tool_parser import ToolCall
-
-FIELDS = frozenset(ChatBody.model_fields)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -73,8 +71,7 @@ class _Chat:
         outbox.done()
 
     def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
-        aliases = {"prompt": "messages", "structured_outputs": structure_field(self._body)}
-        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
+        return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _request(self, llm: LLM) -> ChatRequest:
         body = self._body

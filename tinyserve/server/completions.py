@@ -20,11 +20,10 @@ from tinyserve.server.errors import ApiError
 from tinyserve.server.outbox import EventStream, Outbox
 from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
-from tinyserve.server.sampling import completion_params, structure_field
+from tinyserve.server.sampling import completion_params
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
 from tinyserve.text.request import RequestOutput
 
-FIELDS = frozenset(CompletionBody.model_fields)
 MOST_PROMPTS = 1024
 
 TextOrIds = str | list[int]
@@ -136,8 +135,7 @@ class _Completion:
         return counted
 
     def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
-        aliases = {"structured_outputs": structure_field(self._body)}
-        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
+        return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _choices(self, llm: LLM, p: int, prompt: TextOrIds, output: RequestOutput) -> list[dict[str, Any]]:
         choices = []

@@ -1,7 +1,7 @@
 """What the handlers of one server share, and how a request's body is read."""
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,11 +10,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
-from tinyserve.server.errors import NO_ALIASES, ApiError, told
+from tinyserve.server.aliases import aliases_of
+from tinyserve.server.errors import NO_ALIASES, ApiError, error_context
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.outbox import dumps, gone
 from tinyserve.server.pool import ModelPool, OnProgress, ServedModel
-from tinyserve.server.protocol import B, parse
+from tinyserve.server.protocol import B, Body, parse
 
 T = TypeVar("T")
 
@@ -36,13 +37,15 @@ class State:
     async def engine(
         self,
         model: ServedModel,
+        body: Body | None = None,
         answers: int = 1,
         progress: OnProgress | None = None,
-        fields: Container[str] = (),
-        aliases: Mapping[str, str] = NO_ALIASES,
     ) -> AsyncIterator[AsyncEngine]:
-        """A model's engine, as the pool has it; errors within name the client's field, as `told` has it."""
-        with told(fields, aliases):
+        """The engine of a model, for a request that adds so many answers to its queue; `progress` as in the pool.
+
+        Errors inside become ApiErrors that name the field of `body`.
+        """
+        with error_context(aliases_of(body) if body is not None else NO_ALIASES):
             async with self.pool.use(model, answers, progress) as engine:
                 yield engine
 

@@ -28,7 +28,7 @@ async def embeddings(request: Request) -> Response:
     model = state.pool.find(body.model)
 
     async def work() -> dict[str, Any]:
-        async with state.engine(model, aliases={"prompt": "input"}) as engine:
+        async with state.engine(model, body) as engine:
             outputs = await engine.embed(texts)
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(output.embedding, body.encoding_format)}
@@ -54,7 +54,7 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "tokenize takes a prompt or messages: give one of the two.", param="prompt")
     state = state_of(request)
-    async with state.engine(state.pool.find(body.model)) as engine:
+    async with state.engine(state.pool.find(body.model), body) as engine:
         llm, tokenizer = engine.llm, _tokenizer(engine.llm)
         if body.prompt is not None:
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
@@ -71,7 +71,7 @@ async def detokenize(request: Request) -> Response:
     """The text of ids."""
     body = await read(request, DetokenizeBody)
     state = state_of(request)
-    async with state.engine(state.pool.find(body.model)) as engine:
+    async with state.engine(state.pool.find(body.model), body) as engine:
         size = engine.llm.config.vocab_size
         for i, token in enumerate(body.tokens):
             if not 0 <= token < size:
@@ -96,7 +96,7 @@ async def apply_template(request: Request) -> Response:
     """The text that a conversation becomes."""
     body = await read(request, TemplateBody)
     state = state_of(request)
-    async with state.engine(state.pool.find(body.model)) as engine:
+    async with state.engine(state.pool.find(body.model), body) as engine:
         ids = await asyncio.to_thread(
             engine.llm.chat_prompt,
             body.messages,

@@ -59,7 +59,7 @@ class TextReader:
         """A text that can be read; raises RequestError for one that is empty, or too long."""
         if not token_ids or len(token_ids) > self._engine.max_model_len:
             limit = self._engine.max_model_len
-            raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", "prompt")
+            raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", param="prompt")
         return token_ids
 
     def _begin(self, token_ids: list[int]) -> "Scratch":
@@ -69,6 +69,8 @@ class TextReader:
             self._engine.preempt(running[-1])
         if needed > blocks.num_free:
             raise RequestError(
-                f"A text of {len(token_ids)} tokens needs {needed} blocks of the cache, and {blocks.num_free} are free."
+                f"A text of {len(token_ids)} tokens needs {needed} blocks of the cache, and {blocks.num_free} are "
+                "free.",
+                param="prompt",
             )
         return self._runner.scratch(token_ids, blocks.allocate(needed))
