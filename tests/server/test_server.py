@@ -341,6 +341,7 @@ BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"ty
         (CHAT, {"messages": QUESTION, "temperature": -1}, "temperature", "at least 0"),
         (CHAT, {"messages": QUESTION, "max_tokens": True}, "max_tokens", "valid integer"),
         (CHAT, {"messages": QUESTION, "max_tokens": 0}, "max_tokens", "at least 1"),
+        (CHAT, {"messages": QUESTION, "max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
         (CHAT, {"messages": QUESTION, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "give one"),
         (CHAT, {"messages": QUESTION, "top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         (
@@ -383,6 +384,8 @@ BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"ty
         ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions", "shortened"),
         ("/v1/embeddings", {"input": 3}, "input", "must be a text"),
         ("/tokenize", {}, "prompt", "one of the two"),
+        ("/tokenize", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "int"),
+        ("/apply-template", {"messages": [{"content": "a"}]}, "messages[0].role", "role"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]", "vocabulary"),
     ],
 )
