@@ -192,7 +192,8 @@ def test_a_template_that_shows_no_tools_needs_a_format(folder_of: Callable[[str]
     body = {"messages": [{"role": "user", "content": "a"}], "tools": tools, "tool_choice": "required"}
     options: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "max_num_seqs": 2}
     with running({"tiny": folder_of("llama")}, **options) as server:
-        assert "tool_format" in server.post(CHAT, body).json()["error"]["message"]
+        error = server.post(CHAT, body).json()["error"]
+        assert error["param"] == "tools" and "tool_format" in error["message"]
     with running({"tiny": folder_of("llama")}, app={"tool_format": "json"}, **options) as server:
         answer = server.post(CHAT, {**body, "parallel_tool_calls": False}).json()
         (call,) = answer["choices"][0]["message"]["tool_calls"]
@@ -369,6 +370,18 @@ BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"ty
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0]",
             "image_url",
+        ),
+        (
+            CHAT,
+            {"messages": QUESTION, "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs.tools",
+            "leave it out",
+        ),
+        (
+            "/apply-template",
+            {"messages": QUESTION, "chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs.messages",
+            "leave it out",
         ),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "leave it out"),
         (TEXT, {"prompt": {"a": 1}}, "prompt", "list of token ids"),

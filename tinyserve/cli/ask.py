@@ -1,6 +1,6 @@
 """`tinyserve ask`: one question, one answer. A subcommand an architecture, and any other model in the same place.
 
-Knows how a command line names a model; who that is, is in _speakers.py, and answering in _answer.py.
+Knows how a command line names a model; _backends.py reaches it, and _answer.py prints its answer.
 """
 
 import sys
@@ -13,6 +13,7 @@ import typer
 from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
+from tinyserve.cli._backends import find_backend
 from tinyserve.cli._options import (
     ApiKey,
     Dtype,
@@ -31,7 +32,6 @@ from tinyserve.cli._options import (
     Verbose,
 )
 from tinyserve.cli._sampling import given, structure
-from tinyserve.cli._speakers import find_speaker
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -121,7 +121,7 @@ def _ask(model: str | None, prompt: str | None, options: dict[str, Any]) -> None
     rest = {name: options[name] for name in ("system", "raw", "quiet", "verbose")}
     default = f"--server {options['server']}" if options["server"] else presets.DEFAULT
     question = Question(read_prompt(prompt, model or default), sampling, json=options["json_"], **rest)
-    answer(question, find_speaker(model, **{name: options[name] for name in WHO}))
+    answer(question, find_backend(model, **{name: options[name] for name in WHO}))
 
 
 def _family_command(family: str, default: str) -> Callable[..., None]:
