@@ -107,7 +107,7 @@ class EngineThread:
             self._is_closed = True
             thread = self._thread
             self._notes.put(lambda: None)  # wakes it
-        if thread is None or thread is current_thread():
+        if thread is None or thread.ident is None or thread is current_thread():  # or Ctrl-C came while it was started
             return
         thread.join(0.05)
         if thread.is_alive():

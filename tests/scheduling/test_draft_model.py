@@ -62,7 +62,9 @@ def test_any_family_guesses_for_any_other(name: str, folder_of: Callable[[str], 
         Spoiled(llm)
         assert answers(llm.generate(PROMPTS, PARAMS)) == expected
         stats = llm.stats()
-        assert 0 < stats.right_tokens < stats.guessed_tokens or draft != name
+        assert stats.right_tokens < stats.guessed_tokens
+        if draft == name:  # its int8 copy is right in half of its guesses, as each is spoiled somewhere
+            assert stats.right_tokens > 0.3 * stats.guessed_tokens
         assert_all_is_free(llm)
 
 
