@@ -1,7 +1,7 @@
 # `make check` is everything CI runs. It uses the environment that README's test command makes.
 BIN ?= .venv/bin
 
-.PHONY: check lint types floors test format
+.PHONY: check lint types floors test test-fast format
 
 check: lint types floors test
 
@@ -17,6 +17,10 @@ floors:
 
 test:
 	$(BIN)/python -m pytest
+
+# What needs no kernels: the scheduler, configs, parameters, templates. It imports no Numba.
+test-fast:
+	$(BIN)/python -m pytest --fast -q
 
 format:
 	$(BIN)/ruff format .

@@ -218,7 +218,9 @@ async def ask(port: int, prompt: str, arguments: argparse.Namespace, answer: Ans
 
 def run_server(arguments: argparse.Namespace) -> None:
     """Serve, and write down when the engine had each request's first token."""
-    from tinyserve.server.run import ServeOptions, serve
+    from tinyserve.engine_options import EngineOptions
+    from tinyserve.server.options import ServeOptions
+    from tinyserve.server.run import serve
 
     first: dict[str, float] = {}
     generate = AsyncEngine.generate
@@ -231,7 +233,8 @@ def run_server(arguments: argparse.Namespace) -> None:
 
     AsyncEngine.generate = noted  # type: ignore[method-assign, assignment]
     try:
-        serve(ServeOptions(models={"it": arguments.model}, llm_options=options(arguments), port=0, max_queue=1000,
+        serve(ServeOptions(models={"it": arguments.model}, engine=EngineOptions.of(options(arguments)), port=0,
+                           max_queue=1000,
                            on_listen=lambda url: print(url.rpartition(":")[2], flush=True)))  # fmt: skip
     finally:
         arguments.serve.write_text(json.dumps(first))

@@ -27,8 +27,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     yield model
     gc.collect()
     settle(model)
-    assert not model._engine.has_work() and not model.thread._mailboxes
-    assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
+    assert not model.engine.has_work() and not model.thread._mailboxes
+    assert model.engine.blocks.num_free == model.engine.blocks.num_blocks
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_beam_search_can_be_ended(llm: LLM, end: str, monkeypatch: pytest.Monk
             if end == "abort while requests are made":
                 assert lengths == {4} and made[0] == 14
         settle(llm)
-        assert engine._jobs == {} and not llm._engine.has_work()
+        assert engine._jobs == {} and not llm.engine.has_work()
 
     run(main())
 
@@ -165,7 +165,7 @@ def test_stop_strings(llm_of: Callable[..., LLM]) -> None:
 
 def test_every_way_to_end_a_request(llm: LLM) -> None:
     """Leaving the loop, closing, a cancelled task, `abort`: its blocks are free before the next step."""
-    free = llm._engine.blocks.num_free
+    free = llm.engine.blocks.num_free
 
     async def main() -> None:
         engine = AsyncEngine(llm)
@@ -199,7 +199,7 @@ def test_every_way_to_end_a_request(llm: LLM) -> None:
             await asyncio.sleep(0)  # asyncio closes what was left in a task of its own
             await asyncio.sleep(0)
             settle(llm)
-            assert llm._engine.blocks.num_free == free and not llm._engine.has_work(), end
+            assert llm.engine.blocks.num_free == free and not llm.engine.has_work(), end
             assert engine._jobs == {}
         await engine.abort("nobody")
 
@@ -297,7 +297,7 @@ def test_a_death_reaches_everybody(own_llm: LLM) -> None:
         def die() -> bool:
             raise RuntimeError("a mistake of the engine's own")
 
-        own_llm._engine.has_work = die  # type: ignore[method-assign]
+        own_llm.engine.has_work = die  # type: ignore[method-assign]
         for task in tasks:
             with pytest.raises(EngineDeadError, match="a mistake"):
                 await task

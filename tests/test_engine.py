@@ -13,6 +13,8 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
 
+pytestmark = pytest.mark.fast
+
 END = 99
 
 

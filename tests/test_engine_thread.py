@@ -17,6 +17,8 @@ from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.sequence import Scheduled, Sequence
 
+pytestmark = pytest.mark.fast
+
 DEADLINE = 10.0  # seconds until something that never comes is missed
 
 Box = SimpleQueue[list[Update]]

@@ -11,6 +11,8 @@ import pytest
 import tinyserve
 from tinyserve.errors import RequestError
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(tinyserve.__file__).parent
 
 

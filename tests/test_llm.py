@@ -36,8 +36,8 @@ def llm(llm_of: Callable[..., LLM]) -> Iterator[LLM]:
     yield model
     gc.collect()
     settle(model)
-    assert not model._engine.has_work() and not model.thread._mailboxes
-    assert model._engine.blocks.num_free == model._engine.blocks.num_blocks
+    assert not model.engine.has_work() and not model.thread._mailboxes
+    assert model.engine.blocks.num_free == model.engine.blocks.num_blocks
 
 
 def greedy(max_tokens: int = 12, **options: Any) -> SamplingParams:
@@ -194,7 +194,7 @@ def test_stop_token_ids(llm: LLM) -> None:
 def test_the_end_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     full = llm.generate(TEXTS[0], greedy(20))[0].outputs[0]
     end = full.token_ids[5]
-    monkeypatch.setattr(llm._engine, "eos_token_ids", frozenset({EOS, end}))
+    monkeypatch.setattr(llm.engine, "eos_token_ids", frozenset({EOS, end}))
     answer = llm.generate(TEXTS[0], greedy(20, ignore_eos=False))[0].outputs[0]
     assert answer.token_ids == full.token_ids[: full.token_ids.index(end) + 1]
     assert (answer.finish_reason, answer.stop_reason) == ("stop", None)  # as vLLM has it: the model ended by itself
@@ -311,19 +311,19 @@ def test_chunks_join_to_the_answer(llm: LLM, text: str) -> None:
 
 
 def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
-    free = llm._engine.blocks.num_free
+    free = llm.engine.blocks.num_free
     for chunk in llm.stream(TEXTS[0], greedy(50)):
-        assert llm._engine.blocks.num_free < free
+        assert llm.engine.blocks.num_free < free
         if chunk.metrics.output_tokens == 3:
             break
     gc.collect()
     settle(llm)
-    assert llm._engine.blocks.num_free == free and not llm._engine.has_work()
+    assert llm.engine.blocks.num_free == free and not llm.engine.has_work()
     stream = llm.stream(TEXTS[0], greedy(50))
     next(stream)
     stream.close()
     settle(llm)
-    assert llm._engine.blocks.num_free == free
+    assert llm.engine.blocks.num_free == free
     assert llm.logits([1, 2]).shape == (2, VOCAB)
 
 
@@ -333,7 +333,7 @@ def test_a_stream_that_nobody_reads(llm: LLM) -> None:
     del stream
     gc.collect()
     settle(llm)
-    assert not llm._engine.has_work()
+    assert not llm.engine.has_work()
 
 
 def test_a_stream_refuses_at_once(llm: LLM) -> None:
@@ -363,17 +363,17 @@ def test_logits_beside_a_stream(llm: LLM) -> None:
     stream = llm.stream(TEXTS[0], greedy(60))
     text = next(stream).text
     np.testing.assert_array_equal(llm.logits([1, 2, 3]), logits)
-    held = llm.thread.call(lambda: llm._engine.blocks.allocate(llm._engine.blocks.num_free - 3))
+    held = llm.thread.call(lambda: llm.engine.blocks.allocate(llm.engine.blocks.num_free - 3))
     with refused("prompt", "of 128 tokens needs 8 blocks of the cache, and "):
         llm.logits([1] * 128)
-    llm.thread.call(lambda: llm._engine.blocks.free(held))
+    llm.thread.call(lambda: llm.engine.blocks.free(held))
     assert text + "".join(map(str, stream)) == expected
 
 
 def test_a_model_that_is_dropped_is_freed(folder_of: Callable[[str], Path]) -> None:
     """Its thread ends with it, and a stream keeps it as long as it is read."""
     llm = LLM(folder_of("llama"), dtype="float32")
-    kept, thread = weakref.ref(llm._runner.cache), llm.thread
+    kept, thread = weakref.ref(llm.engine.runner.cache), llm.thread
     stream = llm.stream([1, 2], greedy(5))
     next(stream)
     del llm
@@ -416,14 +416,14 @@ def test_each_model_has_its_threads(folder_of: Callable[[str], Path], monkeypatc
     models = [LLM(folder_of("llama"), dtype="float32", num_threads=threads) for threads in (1, 2)]
     for threads, llm in enumerate(models, start=1):
         seen: list[int] = []
-        model = llm._runner.model
+        model = llm.engine.runner.model
 
         def spy(*args: Any, model: Any = model, seen: list[int] = seen) -> np.ndarray:
             seen.append(numba.get_num_threads())
             return model(*args)
 
         spy.logits = model.logits  # type: ignore[attr-defined]
-        monkeypatch.setattr(llm._runner, "model", spy)
+        monkeypatch.setattr(llm.engine.runner, "model", spy)
         for call in (lambda llm=llm: llm.logits([1]), lambda llm=llm: llm.generate([[1]], greedy(1))):
             call()
             worker = threading.Thread(target=call)
@@ -559,7 +559,7 @@ def test_a_cache_for_fewer_than_run_at_once(folder_of: Callable[[str], Path], ll
     narrow = LLM(folder_of("llama"), dtype="float32", kv_cache_memory=4 * block, max_model_len=64)
     prompts = [checkpoints.token_ids(4 * i + 1, seed=i) for i in range(8)]
     assert answers(narrow.generate(prompts, greedy(20))) == answers(llm_of("llama").generate(prompts, greedy(20)))
-    assert narrow._engine.blocks.num_free == 4
+    assert narrow.engine.blocks.num_free == 4
 
 
 def test_dummy_weights_speak_token_ids(folder_of: Callable[[str], Path]) -> None:
@@ -606,8 +606,8 @@ class Damaged:
 def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: str) -> None:
     llm = llm_of("llama", dtype)
     alone = [llm.generate([ids], greedy(5))[0].outputs[0].token_ids for ids in ([1, 2, 3], [9, 8])]
-    healthy = llm._runner.model
-    llm._runner.model = Damaged(healthy, token=77)
+    healthy = llm.engine.runner.model
+    llm.engine.runner.model = Damaged(healthy, token=77)
     try:
         streams = [llm.stream(ids, greedy(5)) for ids in ([1, 2, 3], [77, 5], [9, 8])]
         first = [next(streams[0]).token_ids]
@@ -618,9 +618,9 @@ def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: s
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[1, 2], [77]], greedy(2))
     finally:
-        llm._runner.model = healthy
+        llm.engine.runner.model = healthy
     settle(llm)
-    assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+    assert not llm.engine.has_work() and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
 
 
 def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., LLM]) -> None:
@@ -629,20 +629,20 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
     expected = llm.generate([[1, 2, 3]], greedy(6))[0].outputs[0].token_ids
     doomed = llm.stream([4, 5], greedy(50))
     next(doomed)
-    execute = llm._runner.execute
+    execute = llm.engine.runner.execute
 
     def closing(scheduled: Any) -> Any:
         doomed.close()
         return execute(scheduled)
 
-    llm._runner.execute = closing  # type: ignore[method-assign]
+    llm.engine.runner.execute = closing  # type: ignore[method-assign]
     try:
         kept = llm.stream([1, 2, 3], greedy(6))  # its first step comes after the change
         assert [*chain(*(chunk.token_ids for chunk in kept))] == expected
     finally:
-        llm._runner.execute = execute  # type: ignore[method-assign]
+        llm.engine.runner.execute = execute  # type: ignore[method-assign]
     settle(llm)
-    assert llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+    assert llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(

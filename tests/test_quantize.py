@@ -44,7 +44,7 @@ def test_a_packed_gguf_is_its_original(tmp_path: Path) -> None:
     quantize.write(str(file), tmp_path / "packed", "int8")
     packed, original = LLM(tmp_path / "packed"), LLM(file, dtype="int8")
     np.testing.assert_array_equal(packed.logits(IDS), original.logits(IDS))
-    assert packed._engine.eos_token_ids == original._engine.eos_token_ids
+    assert packed.engine.eos_token_ids == original.engine.eos_token_ids
     assert packed.tokenizer.special_tokens.items() >= original.tokenizer.special_tokens.items()
     assert packed.chat_prompt([{"role": "user", "content": "é"}]) == original.chat_prompt(
         [{"role": "user", "content": "é"}]
@@ -100,7 +100,7 @@ def test_files_beside_the_weights_come_along(folder_of: Callable[[str], Path], t
     quantize.write(str(folder), tmp_path / "packed", "int4")
     for file in ("generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"):
         assert (tmp_path / "packed" / file).read_text() == (folder / file).read_text()
-    assert {7, 8} <= LLM(tmp_path / "packed")._engine.eos_token_ids
+    assert {7, 8} <= LLM(tmp_path / "packed").engine.eos_token_ids
 
 
 def test_nothing_is_left_of_what_fails(

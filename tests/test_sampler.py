@@ -8,14 +8,16 @@ import pytest
 from arrays import assert_drawn_from, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
 from tinyserve import LLM
-from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler
+from tinyserve.sampler import DAMAGED, NOTHING_LEFT, Sampler, settings_of
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.tensor import _jit
 from tinyserve.tensor import reference_sampling as reference
 from tinyserve.tensor.logits_processors import allow, penalise
+from tinyserve.tensor.sampling import FILTERS, PROCESSORS
 
 EOS = 11
 
@@ -94,9 +96,9 @@ def test_penalties_are_their_twin_bit_for_bit(
     np.testing.assert_array_equal(row, expected)
 
 
-def test_penalties_by_the_formulas_of_vllm_and_transformers() -> None:
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").generation.logits_process
+def test_penalties_by_the_formulas_of_vllm_and_transformers(oracle: Oracle) -> None:
+    torch = oracle("torch")
+    process = oracle("transformers").generation.logits_process
     rng = np.random.default_rng(6)
     for _ in range(50):
         row, prompt, output = random(3, 500) * 4, rng.integers(500, size=40), rng.integers(500, size=300)
@@ -145,8 +147,8 @@ def exact(logits: np.ndarray, made: Sequence, mask: np.ndarray | None = None) ->
         left[token] -= params.frequency_penalty * output.count(token)
         left[token] -= params.presence_penalty * (token in output)
     ids = np.array(list(left))
-    filters = params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p
-    kept = ids[reference.keep(np.array([left[token] for token in ids]), *filters)]
+    [asked] = settings_of([made], [0])
+    kept = ids[reference.keep(np.array([left[token] for token in ids]), asked)]
     weights = np.exp((np.array([left[token] for token in kept]) - max(left.values())) / params.temperature)
     probabilities = np.zeros(len(logits))
     probabilities[kept] = weights / weights.sum()
@@ -267,6 +269,15 @@ def test_requests_of_all_kinds_share_a_model(llm_of: Callable[..., LLM]) -> None
     assert set(together[6].token_ids) <= {5, 8}
 
 
+def test_the_chain_has_every_parameter_that_changes_what_is_chosen() -> None:
+    """The sampler and the twin go by these names; what the kernel does in which order, the twin's tests say."""
+    stages: dict[str, set[str]] = {}
+    for name, row in SamplingParams.rows.items():
+        stages.setdefault(str(row.stage), set()).add(name)
+    assert stages["draw"] == {*FILTERS, "temperature", "seed"}
+    assert stages["mask"] | stages["bias"] | {"penalties"} == set(PROCESSORS)
+
+
 # --- one step of it at a time ---------------------------------------------------------------------------------------
 
 
@@ -293,10 +304,10 @@ def test_greedy_obeys_everything_that_comes_before_the_temperature() -> None:
     assert greedy(output=(EOS,), repetition_penalty=1.1) == 20 and greedy(repetition_penalty=1.0, output=(EOS,)) == EOS
 
 
-def test_bad_words_are_those_of_transformers() -> None:
+def test_bad_words_are_those_of_transformers(oracle: Oracle) -> None:
     """Few tokens, so that words are begun often, overlap, and are longer than what was said."""
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers").generation.logits_process
+    torch = oracle("torch")
+    process = oracle("transformers").generation.logits_process
     rng, forbidden = np.random.default_rng(8), 0
     for _ in range(300):
         words = [rng.integers(4, size=rng.integers(1, 5)).tolist() for _ in range(rng.integers(1, 5))]

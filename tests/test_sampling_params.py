@@ -11,6 +11,8 @@ import pytest
 from tinyserve import SamplingParams
 from tinyserve.errors import RequestError
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_defaults_change_nothing_and_are_vllms() -> None:
     params = SamplingParams()

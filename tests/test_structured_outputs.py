@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tinyserve.errors import RequestError
-from tinyserve.structured_outputs import WHITESPACE, StructuredOutputs, with_options
+from tinyserve.sampling_params import WHITESPACE, StructuredOutputs, with_options
+
+pytestmark = pytest.mark.fast
 
 SCHEMA = {"type": "object", "properties": {"ü": {"const": 1}, "a": {}}}
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from tinyserve.async_engine import AsyncEngine
     from tinyserve.errors import TinyserveError
     from tinyserve.llm import LLM, RequestOutput
-    from tinyserve.sampling_params import BeamSearchParams, SamplingParams
-    from tinyserve.structured_outputs import StructuredOutputs
+    from tinyserve.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputs
 
 _HOME = {
     "AsyncEngine": "tinyserve.async_engine",
@@ -27,7 +26,7 @@ _HOME = {
     "LLM": "tinyserve.llm",
     "RequestOutput": "tinyserve.llm",
     "SamplingParams": "tinyserve.sampling_params",
-    "StructuredOutputs": "tinyserve.structured_outputs",
+    "StructuredOutputs": "tinyserve.sampling_params",
     "TinyserveError": "tinyserve.errors",
 }
 

@@ -7,19 +7,17 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from functools import cached_property, partial
+from functools import cached_property
 from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.engine import Engine, EngineStats
+from tinyserve.engine import EngineStats
+from tinyserve.engine_options import EngineOptions, takes_engine_options
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
 from tinyserve.progress import announcer
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
-from tinyserve.scheduling.block_manager import BlockManager
-from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
-from tinyserve.scheduling.speculative import MOST_SEQUENCES, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.text.answer_bar import AnswerBar
 from tinyserve.text.beam_search import BeamSearchOutput, beam_search
 from tinyserve.text.chat import ChatFormat, ChatRequest, ToolOptions
@@ -27,7 +25,7 @@ from tinyserve.text.embedding import EmbeddingOutput, mean_of, sum_of
 from tinyserve.text.input_processor import RequestMaker
 from tinyserve.text.pooling import TextReader
 from tinyserve.text.request import CompletionOutput, Request, RequestOutput, StreamChunk, outputs_of
-from tinyserve.text.validation import Prompt, as_params, as_priorities, as_prompts, check_options
+from tinyserve.text.validation import Prompt, as_params, as_priorities, as_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,144 +45,62 @@ class LLM:
     option or a file that is wrong, HubError when a download fails; every message says what to do.
     """
 
+    @takes_engine_options
     def __init__(
         self,
         model: str | PathLike[str],
         *,
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 16,
-        max_num_batched_tokens: int = 512,
-        kv_cache_memory: int | None = None,
-        kv_cache_dtype: str = "auto",
-        block_size: int = 16,
-        enable_prefix_caching: bool = True,
-        speculative_config: Mapping[str, Any] | None = None,
-        num_threads: int | None = None,
-        seed: int | None = None,
-        load_format: str = "auto",
         progress: Progress | None = None,
         reserve: Callable[[int], None] | None = None,
-        **unknown: Any,
+        **options: Any,
     ):
         """Load `model`.
 
-        dtype: "float32"; "bfloat16"; "w8a16" (also "int8" and "auto"): 8-bit weights, 16-bit activations; "w8a8";
-            "w4a16" (also "int4"); "w4a8".
-        max_model_len: tokens of prompt and answer together; by default the model's own limit, or what memory holds.
-        max_num_seqs, max_num_batched_tokens: how many requests run at once, and how many tokens one step computes.
-        kv_cache_memory: bytes for keys, values and states; by default at most half of what is free.
-        kv_cache_dtype: "float32", "bfloat16", "int8", or "auto": bfloat16 unless dtype is float32.
-        block_size: tokens in a block of the cache, a multiple of 16.
-        enable_prefix_caching: keep what finished requests have computed while nobody else needs its room, and take it
-            over where a prompt begins with the same tokens; no answer changes by a bit.
-        speculative_config: {"method": "ngram"} lets an answer that repeats what was said come several tokens a step,
-            {"method": "draft_model", "model": ...} one that a smaller model guesses; no token changes. Also
-            num_speculative_tokens (at most 11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.
-        num_threads: by default the cores this process may use.
-        seed: makes requests that have no seed of their own repeatable.
-        load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
+        {options}
         progress: called with ("load", numbers packed, numbers in all); the first time on a machine with ("compile
             KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
             steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
         reserve: called with the bytes that weights (but for padding) and cache will take, before they take any; what it
             raises ends the loading.
         """
-        check_options(
-            unknown,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size,
-            num_threads=num_threads,
-            kv_cache_memory=kv_cache_memory,
-            seed=seed,
-        )
-        if not isinstance(enable_prefix_caching, bool):
-            raise UserError(f"enable_prefix_caching is {enable_prefix_caching!r}; it must be True or False.")
-        from tinyserve.draft_loader import open_draft
-        from tinyserve.loading import open_model
-        from tinyserve.model_runner import ModelRunner, plan_cache, resolve_kv_cache_dtype
-        from tinyserve.models import build_model
-        from tinyserve.models.config.costs import weight_bytes
-        from tinyserve.models.matrix import resolve_dtype
-        from tinyserve.tensor import _jit
-
+        given = EngineOptions.of(options, others=("progress", "reserve"))
         if not isinstance(model, str | PathLike) or not str(model):
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
-        speculative = SpeculativeConfig.parse(speculative_config)
-        resolve_dtype(dtype)  # before anything is downloaded
-        if speculative and speculative.dtype is not None:
-            resolve_dtype(speculative.dtype)
-        resolve_kv_cache_dtype(kv_cache_dtype, dtype)
-        files = open_model(str(model), load_format, progress=True)
-        self.dtype = resolve_dtype(dtype, files.packed_dtype)
-        self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
+        from tinyserve.loading import load_engine
+
+        self._progress = progress or announcer()
+        loaded = load_engine(str(model), given, self._progress, reserve)
+        files, self.engine = loaded.files, loaded.engine
+        self.options, self.cache_plan, self.model = loaded.options, loaded.plan, loaded.runner.model
+        self.num_threads = loaded.runner.num_threads
         self.name, self.path, self.config = files.name, files.path, files.config
         self.tokenizer, self.chat_template = files.tokenizer, files.chat_template
         self.generation_config, self.end_tokens = files.generation, files.end_tokens
-        self.num_threads = _jit.set_threads(num_threads)
-        draft = None
-        if speculative and speculative.model:
-            draft = open_draft(speculative, files, self.dtype, kv_cache_dtype, max_num_seqs, load_format)
-        self.cache_plan = plan = plan_cache(
-            files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
-            self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if speculative else 0,
-            draft.needs if draft else None,
-        )  # fmt: skip
-        self.max_model_len = plan.max_model_len
-        if reserve is not None:
-            reserve(weight_bytes(files.config, self.dtype) + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
-        self._progress, self._compiled = progress or announcer(), 0
-        with _jit.on_compile(self._report_kernel):
-            load = partial(self._progress, "load")
-            with _jit.one_at_a_time(self.num_threads):
-                self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
-            self._runner = ModelRunner(
-                self.model, plan.num_blocks, block_size, self.num_threads, self.kv_cache_dtype, plan.num_states,
-                files.eos_token_ids,
-            )  # fmt: skip
-            self._runner.compile_kernels(
-                f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
-                waiting=lambda: self._progress("wait", 0, 0),
-            )
-            runners = [self._runner]
-            proposer: Proposer | None = None
-            if draft:
-                proposer, runner = draft.load(plan, max_num_batched_tokens, self.num_threads, self._progress)
-                runners.append(runner)
-            elif speculative:
-                proposer = NgramProposer(
-                    speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
-                )
-        blocks = BlockManager(plan.num_blocks, block_size)
-        prefixes = NoPrefixCache(blocks)
-        if enable_prefix_caching and plan.state_nbytes:
-            prefixes = StatePrefixCache(blocks, range(max_num_seqs, max_num_seqs + plan.num_snapshots))
-        elif enable_prefix_caching:
-            prefixes = BlockPrefixCache(blocks)
-        speculation = None
-        if proposer is not None:
-            spares = range(plan.num_states - plan.num_spares, plan.num_states) if plan.state_nbytes else None
-            speculation = Speculation(proposer, blocks, self.max_model_len, self._runner.copy_state, spares)
-        self._engine = Engine(
-            self._runner, blocks, files.eos_token_ids, self.max_model_len, max_num_seqs, max_num_batched_tokens,
-            prefixes, speculation,
-        )  # fmt: skip
         self._maker = RequestMaker(
-            self.name, self.tokenizer, self.config.vocab_size, self._engine, runners, seed
-        )  # fmt: skip
-        self.thread = EngineThread(self._engine)
-        self._reader = TextReader(self.thread, self._engine, self._runner)
+            self.name, self.tokenizer, self.config.vocab_size, self.engine, loaded.runners, given.seed
+        )
+        self.thread = EngineThread(self.engine)
+        self._reader = TextReader(self.thread, self.engine, loaded.runner)
         weakref.finalize(self, self.thread.close)  # also when the interpreter ends
-        logger.info("%s: cache of %s", self.name, plan)
+        logger.info("%s: cache of %s", self.name, self.cache_plan)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, by its own name."""
+        return self.options.dtype
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """The dtype of keys and values."""
+        return self.options.kv_cache_dtype
+
+    @property
+    def max_model_len(self) -> int:
+        """The tokens that a prompt and its answer can come to."""
+        return self.cache_plan.max_model_len
 
     def __repr__(self) -> str:
         return f"LLM({self.name!r}, dtype={self.dtype!r}, max_model_len={self.max_model_len})"
-
-    def _report_kernel(self, kernel: str) -> None:
-        self._compiled += 1
-        self._progress(f"compile {kernel}", self._compiled, 0)
 
     def generate(
         self,
@@ -227,7 +143,7 @@ class LLM:
 
         Prompts, `progress_bar` and errors are those of `generate`.
         """
-        return beam_search(self, as_prompts(prompts), params, self._engine.max_num_seqs, progress_bar)
+        return beam_search(self, as_prompts(prompts), params, self.engine.max_num_seqs, progress_bar)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Complete one prompt, yielding each piece of the answer as soon as it is certain.

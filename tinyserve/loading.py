@@ -1,23 +1,42 @@
-"""A model's files, opened: config, tokenizer, chat template, end tokens, and weights not read yet.
+"""From a name to an engine: a model's files, opened; memory, planned; weights, read; a draft model beside it.
 
-Knows what lies in a folder or a GGUF file and what only looks like it; computes nothing.
+Knows what lies in a folder or a GGUF file and what only looks like it, and which parts an engine is built from.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyserve.checkpoints import hub, presets
 from tinyserve.checkpoints.checkpoint import Checkpoint
+from tinyserve.engine import Engine
+from tinyserve.engine_options import EngineOptions, check_load_format
 from tinyserve.errors import CheckpointError, ConfigError, UserError
-from tinyserve.models import check_supported
+from tinyserve.model_runner import ModelRunner
+from tinyserve.models import build_model, check_supported
+from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
+from tinyserve.scheduling.block_manager import BlockManager
+from tinyserve.scheduling.draft_model import DraftModel
+from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
+from tinyserve.scheduling.speculative import (
+    MOST_SEQUENCES,
+    NgramProposer,
+    Proposer,
+    Speculation,
+    SpeculativeConfig,
+)
+from tinyserve.tensor import _jit
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.tokenizer import Tokenizer
 
-LOAD_FORMATS = ("auto", "dummy")
+Progress = Callable[[str, int, int], None]
+
+DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the draft tokens, and while it reads a prompt
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,7 @@ def open_model(model: str | Path, load_format: str = "auto", progress: bool = Tr
 
     `load_format="dummy"` makes synthetic weights from the config alone: no download.
     """
-    if load_format not in LOAD_FORMATS:
-        raise UserError(f"load_format {load_format!r} does not exist; there are {' and '.join(LOAD_FORMATS)}.")
+    check_load_format("load_format", load_format)
     preset = presets.find(str(model))
     if preset is not None:
         check_supported(preset_config(preset.name))  # before gigabytes are downloaded for nothing
@@ -143,3 +161,164 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object.")
     return value
+
+
+# --- from files to an engine ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedEngine:
+    """An engine with all that it was built from; `options` have dtypes by their own names."""
+
+    files: ModelFiles
+    options: EngineOptions
+    plan: CachePlan
+    engine: Engine
+    runners: tuple[ModelRunner, ...]  # the model's, and a draft model's
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model's own."""
+        return self.runners[0]
+
+
+def load_engine(
+    model: str, options: EngineOptions, progress: Progress, reserve: Callable[[int], None] | None = None
+) -> LoadedEngine:
+    """Open a model, plan its memory, load it with its draft model if there is one, and build its engine.
+
+    `reserve` is called with the bytes that weights and cache will take, before they take any. Raises UserError,
+    HubError, and what `reserve` raises.
+    """
+    files = open_model(model, options.load_format)
+    given, options = options, options.resolved(files.packed_dtype)
+    speculative = options.speculative
+    draft = None
+    if speculative and speculative.model:
+        draft = open_draft(
+            speculative, files, replace(given, dtype=options.dtype)
+        )  # its cache has an "auto" of its own
+    needs = _cache_needs(files, options)
+    if speculative:
+        needs = replace(needs, num_rollback_slots=min(MOST_SEQUENCES, options.max_num_seqs))
+    plan = plan_cache(needs, options.max_model_len, options.kv_cache_memory, draft.needs if draft else None)
+    if reserve is not None:
+        reserve(needs.weight_nbytes + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
+    runners: tuple[ModelRunner, ...] = ()
+    proposer: Proposer | None = None
+    with _reported_kernels(progress):
+        if draft and plan.draft:
+            engine, runner = build_engine(draft.files, draft.options, plan.draft, progress)
+            proposer, runners = DraftModel(engine, draft.num_tokens), (runner,)
+        elif speculative:
+            proposer = NgramProposer(
+                speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
+            )
+        engine, runner = build_engine(files, options, plan, progress, proposer)
+    return LoadedEngine(files, options, plan, engine, (runner, *runners))
+
+
+def build_engine(
+    files: ModelFiles,
+    options: EngineOptions,
+    plan: CachePlan,
+    progress: Progress,
+    proposer: Proposer | None = None,
+) -> tuple[Engine, ModelRunner]:
+    """Load weights, take the memory as planned, have the kernels compiled, and build the engine above them.
+
+    `options` are the model's own, with dtypes resolved; a draft model's engine is built in the same way.
+    """
+    threads = _jit.set_threads(options.num_threads)
+    with _jit.one_at_a_time(threads):
+        load = partial(progress, "load")
+        model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, load)
+    runner = ModelRunner(model, plan, threads, files.eos_token_ids)
+    runner.compile_kernels(
+        f"{files.config.model_type}-{options.dtype}-{options.kv_cache_dtype}", lambda: progress("wait", 0, 0)
+    )
+    blocks = BlockManager(plan.num_blocks, plan.block_size)
+    prefixes = NoPrefixCache(blocks)
+    if options.enable_prefix_caching:
+        prefixes = StatePrefixCache(blocks, plan.snapshot_slots) if plan.state_nbytes else BlockPrefixCache(blocks)
+    speculation = None
+    if proposer is not None:
+        slots = plan.rollback_slots if plan.state_nbytes else None
+        speculation = Speculation(proposer, blocks, plan.max_model_len, runner.copy_state, slots)
+    engine = Engine(
+        runner, blocks, files.eos_token_ids, plan.max_model_len, plan.max_num_seqs, options.max_num_batched_tokens,
+        prefixes, speculation,
+    )  # fmt: skip
+    return engine, runner
+
+
+def _cache_needs(files: ModelFiles, options: EngineOptions) -> CacheNeeds:
+    snapshots = MAX_SNAPSHOTS if options.enable_prefix_caching else 0
+    return CacheNeeds(
+        files.config, options.dtype, options.kv_cache_dtype, options.block_size, options.max_num_seqs, snapshots
+    )
+
+
+@contextmanager
+def _reported_kernels(progress: Progress) -> Iterator[None]:
+    """Within, each kernel that is compiled is reported, with how many there have been."""
+    compiled = 0
+
+    def report(kernel: str) -> None:
+        nonlocal compiled
+        compiled += 1
+        progress(f"compile {kernel}", compiled, 0)
+
+    with _jit.on_compile(report):
+        yield
+
+
+# --- a draft model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft model that is found and fits, not loaded yet."""
+
+    files: ModelFiles
+    options: EngineOptions
+    needs: CacheNeeds
+    num_tokens: int
+
+
+def open_draft(config: SpeculativeConfig, target: ModelFiles, options: EngineOptions) -> Draft:
+    """Find the draft model that a config names, and open its files; options are its target's but for the dtype.
+
+    Raises UserError, with both models and both numbers, where it has another vocabulary; and the errors of
+    `open_model`.
+    """
+    files = open_model(config.model, options.load_format)
+    check_vocabulary(files, target)
+    own = replace(
+        options,
+        dtype=config.dtype or ("auto" if files.packed_dtype else options.dtype),
+        max_num_seqs=min(MOST_SEQUENCES, options.max_num_seqs),
+        enable_prefix_caching=True,  # it goes on from what it has computed of a text
+        speculative_config=None,
+    ).resolved(files.packed_dtype)
+    needs = replace(_cache_needs(files, own), max_snapshots=DRAFT_SNAPSHOTS * own.max_num_seqs)
+    return Draft(files, own, needs, config.num_speculative_tokens)
+
+
+def check_vocabulary(draft: ModelFiles, target: ModelFiles) -> None:
+    """Raise UserError unless an id is the same token for both models."""
+    sizes = draft.config.vocab_size, target.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{draft.name} cannot guess for {target.name}: its vocabulary has {sizes[0]} tokens and that of "
+            f"{target.name} {sizes[1]}. Name a draft model of the same family."
+        )
+    if draft.tokenizer is None or target.tokenizer is None:
+        return
+    for token in range(sizes[0]):
+        pieces = [tokenizer.token_bytes(token, False) for tokenizer in (draft.tokenizer, target.tokenizer)]
+        if pieces[0] != pieces[1]:
+            raise UserError(
+                f"{draft.name} cannot guess for {target.name}: token {token} is {pieces[0]!r} to the one and "
+                f"{pieces[1]!r} to the other. Name a draft model with the same tokenizer."
+            )

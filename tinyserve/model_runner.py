@@ -3,20 +3,16 @@
 The highest floor that knows arrays. It does not choose what runs, and has never heard of text.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tinyserve.errors import UserError
-from tinyserve.models.base import Model
+from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import ModelConfig
-from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
-from tinyserve.models.kv_cache import KV_DTYPES, KVCache
+from tinyserve.models.cache_plan import CachePlan
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
@@ -24,8 +20,6 @@ from tinyserve.tensor import _jit
 Array = np.ndarray
 T = TypeVar("T")
 
-MAX_SNAPSHOTS = 64
-DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the guesses, and while it reads a prompt
 _ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
 
 
@@ -34,18 +28,15 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
-        num_blocks: int,
-        block_size: int,
+        model: DecoderModel,
+        plan: CachePlan,
         num_threads: int | None = None,
-        kv_cache_dtype: str = "float32",
-        num_states: int = 1,
         eos_token_ids: frozenset[int] = frozenset(),
     ):
-        self.model = model
+        """Take the memory that `plan` says; raises UserError where the system refuses it."""
+        self.model, self.plan = model, plan
         self.num_threads = _jit.set_threads(num_threads)
-        # States for running sequences and for snapshots, and the last one for `logits`.
-        self.cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype, num_states + 1)
+        self.cache = KVCache(model.config, plan.num_blocks, plan.block_size, plan.kv_cache_dtype, plan.num_slots)
         self.sampler = Sampler(eos_token_ids)
         self.masks: Masks | None = None  # for sequences that have a grammar
 
@@ -96,7 +87,7 @@ class ModelRunner:
 
     def scratch(self, token_ids: list[int], blocks: list[int]) -> "Scratch":
         """A text to be read in blocks that no sequence holds; one at a time, as all have one state."""
-        return Scratch(token_ids, blocks, state_slot=self.cache.num_slots - 1)
+        return Scratch(token_ids, blocks, state_slot=self.plan.scratch_slot)
 
     def read(self, text: "Scratch", chunk: int, of: Callable[[Array], T]) -> T:
         """What `of` makes of the hidden states (tokens, hidden) of a text's next tokens, `chunk` of them at most."""
@@ -189,167 +180,3 @@ class Scratch:
     def __init__(self, token_ids: list[int], block_table: list[int], state_slot: int):
         self.token_ids, self.block_table, self.state_slot, self.num_computed = token_ids, block_table, state_slot, 0
         self.draft: list[int] = []
-
-
-class DraftNeeds(NamedTuple):
-    """What a draft model keeps beside: its weights, a block of its own for each of the model's, and states."""
-
-    config: ModelConfig
-    dtype: str
-    kv_cache_dtype: str
-    max_num_seqs: int  # that it guesses for at once
-
-    @property
-    def num_states(self) -> int:
-        """Slots for running sequences and for snapshots."""
-        return self.max_num_seqs * (1 + DRAFT_SNAPSHOTS)
-
-    @property
-    def state_nbytes(self) -> int:
-        """Of one sequence."""
-        return state_bytes_per_sequence(self.config)
-
-    @property
-    def weight_nbytes(self) -> int:
-        """Of its weights."""
-        return weight_bytes(self.config, self.dtype)
-
-
-class CachePlan(NamedTuple):
-    """What the memory for keys, values and states is divided into."""
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    num_snapshots: int  # of states, for prefixes to go on from
-    block_nbytes: int
-    state_nbytes: int  # of one sequence
-    num_spares: int = 0  # of states, for while guesses are checked
-    draft_block_nbytes: int = 0  # of a draft model, which has as many blocks
-    draft_states_nbytes: int = 0  # of all its states
-
-    @property
-    def num_states(self) -> int:
-        """Slots for running sequences, for snapshots, and spare ones, in this order."""
-        return self.max_num_seqs + self.num_snapshots + self.num_spares
-
-    @property
-    def nbytes(self) -> int:
-        """All of it, with the state that `logits` has for itself, and a draft model's."""
-        return self.num_blocks * self.block_nbytes + (self.num_states + 1) * self.state_nbytes + self.draft_nbytes
-
-    @property
-    def draft_nbytes(self) -> int:
-        """The draft model's part."""
-        return self.num_blocks * self.draft_block_nbytes + self.draft_states_nbytes
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.num_blocks * self.block_nbytes / 1e6:.1f} MB"
-        )
-        if self.state_nbytes:
-            text += f"; {self.num_states + 1} states, {self.num_snapshots} of them snapshots"
-            text += f", {(self.num_states + 1) * self.state_nbytes / 1e6:.1f} MB"
-        if self.draft_nbytes:
-            text += f"; the draft model's, {self.draft_nbytes / 1e6:.1f} MB"
-        return text
-
-
-def plan_cache(
-    config: ModelConfig,
-    dtype: str,
-    block_size: int,
-    max_model_len: int | None,
-    max_num_seqs: int,
-    kv_cache_memory: int | None,
-    kv_cache_dtype: str = "float32",
-    snapshots: bool = True,
-    spares: int = 0,
-    draft: DraftNeeds | None = None,
-) -> CachePlan:
-    """How many blocks the cache has, how many tokens a sequence may come to, and how many snapshots are kept.
-
-    Enough for `max_num_seqs` full sequences, or what the memory holds: `kv_cache_memory`, or half of what is free
-    beside the weights; states of recurrent layers come first, and snapshots of them have an eighth at most of what is
-    left, and nothing that `max_model_len` needs. A draft model's blocks and states come out of the same memory. Raises
-    UserError, with the numbers, when that is too little for one sequence.
-    """
-    limit = config.max_position_embeddings
-    if max_model_len is not None and not 2 <= max_model_len <= limit:
-        raise UserError(f"max_model_len is {max_model_len}; this model has positions for 2 to {limit} tokens.")
-    budget = kv_cache_memory
-    if budget is None:
-        weights = weight_bytes(config, dtype) + (draft.weight_nbytes if draft else 0)
-        budget = max(0, available_memory() - weights) // 2
-    spares = spares if state_bytes_per_sequence(config) else 0
-    draft_block = KVCache.block_nbytes(draft.config, block_size, draft.kv_cache_dtype) if draft else 0
-    draft_states = state_nbytes(draft.config, draft.num_states) if draft else 0
-    states = state_nbytes(config, max_num_seqs + spares) + draft_states
-    if states > budget:
-        raise UserError(
-            f"{_size(budget)} are too little for the states of {max_num_seqs} sequences, which take {_size(states)}: "
-            f"lower max_num_seqs, or raise kv_cache_memory, or free some memory."
-        )
-    budget -= states
-    own_block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
-    block = own_block + draft_block
-    wanted = max_model_len or limit
-    least = block * -(-(max_model_len or 2) // block_size)
-    num_snapshots = 0
-    if state and snapshots:
-        num_snapshots = min(MAX_SNAPSHOTS, max(0, min(budget // 8, budget - least)) // state)
-        budget -= num_snapshots * state
-    num_blocks = max_num_seqs * -(-wanted // block_size)
-    if block:  # a model with no attention has no keys and values
-        num_blocks = min(num_blocks, budget // block)
-    tokens = num_blocks * block_size
-    if tokens < (max_model_len or 2):
-        raise UserError(
-            f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
-            f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
-        )
-    return CachePlan(
-        num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, own_block, state, spares, draft_block,
-        draft_states,
-    )  # fmt: skip
-
-
-def _size(nbytes: int) -> str:
-    """For people, who should never read that 0.0 MB are too little."""
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
-
-
-def state_nbytes(config: ModelConfig, max_num_seqs: int) -> int:
-    """Bytes that a runner keeps for recurrent layers: a state for each sequence, and one for `logits`."""
-    return (max_num_seqs + 1) * state_bytes_per_sequence(config)
-
-
-def resolve_kv_cache_dtype(name: str, dtype: str) -> str:
-    """What keys and values are kept in: "auto" is float32 for a float32 model, else bfloat16; raises UserError."""
-    if name == "auto":
-        return "float32" if dtype == "float32" else "bfloat16"
-    if name not in KV_DTYPES:
-        raise UserError(f"kv_cache_dtype {name!r} does not exist; there are auto, {', '.join(KV_DTYPES)}.")
-    return name
-
-
-def available_memory() -> int:
-    """Bytes that can still be used: what the system has free, or the container's limit leaves."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
-    for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            # Files that were read count as used, the model's own among them; they go when memory is needed.
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free = min(free, left + int(counts.get("inactive_file", 0)))
-        except (OSError, ValueError):
-            continue
-    return max(0, free)

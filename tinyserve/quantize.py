@@ -13,7 +13,8 @@ from tinyserve.errors import UserError
 from tinyserve.loading import open_model
 from tinyserve.models import build_model
 from tinyserve.models.config import PACKED
-from tinyserve.models.matrix import IntegerMatrix, is_integer, resolve_dtype
+from tinyserve.models.dtypes import weight_dtype
+from tinyserve.models.matrix import IntegerMatrix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,9 @@ def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None
     Raises UserError for a dtype of floats, an `out` that is there, or a model that is packed already; OSError, and
     leaves nothing behind, when writing fails.
     """
-    dtype = resolve_dtype(dtype)
-    if not is_integer(dtype):
+    kind = weight_dtype(dtype)
+    dtype = kind.name
+    if not kind.is_integer:
         raise UserError(f"dtype {dtype} is not quantized: take int8, w8a8, int4 or w4a8.")
     if out.exists():
         raise UserError(f"{out} exists already: give another folder, or delete it first.")

@@ -13,7 +13,7 @@ from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.random_numbers import uniform
 from tinyserve.scheduling.sequence import Logprob, Logprobs, Sampled, Sequence
 from tinyserve.tensor.logits_processors import allow, penalise
-from tinyserve.tensor.sampling import log_probabilities, sample
+from tinyserve.tensor.sampling import FILTERS, PROCESSORS, SETTINGS, log_probabilities, sample
 
 Array = np.ndarray
 
@@ -49,16 +49,7 @@ class Sampler:
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
         self._process(sequences, logits, masks, ahead)
-        temperature = np.array([p.temperature for p in params], np.float64)
-        if temperature.any():
-            numbers = [
-                (p.top_p, p.min_p, p.typical_p, uniform(sequence.seed, sequence.num_output + guesses))
-                for p, sequence, guesses in zip(params, sequences, ahead, strict=True)
-            ]
-            top_k = np.array([min(p.top_k, logits.shape[1]) for p in params], np.int64)
-            token_ids = sample(logits, temperature, top_k, *np.array(numbers).T.copy())
-        else:
-            token_ids = sample(logits, temperature)
+        token_ids = sample(logits, settings_of(sequences, ahead))
         results = [Sampled(token) for token in token_ids.tolist()]
         for row in np.flatnonzero(token_ids < 0).tolist():
             forbids = params[row].changes_logits or (masks and masks[row] is not None)
@@ -97,6 +88,21 @@ class Sampler:
                 processors(logits[row], sequence, ahead[row])
 
 
+def settings_of(sequences: SequenceOf[Sequence], ahead: SequenceOf[int]) -> Array:
+    """What `sample` is asked for, a row of SETTINGS each; zeros but for the temperature where all are greedy."""
+    settings = np.zeros(len(sequences), SETTINGS)
+    settings["temperature"] = [sequence.params.temperature for sequence in sequences]
+    if settings["temperature"].any():
+        for name in FILTERS:
+            # A whole number has no bound, a float64 has.
+            settings[name] = [min(getattr(sequence.params, name), 1e300) for sequence in sequences]
+        settings["uniform"] = [
+            uniform(sequence.seed, sequence.num_output + guesses)
+            for sequence, guesses in zip(sequences, ahead, strict=True)
+        ]
+    return settings
+
+
 def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> list[Logprobs]:
     """Of each row of logits, that of the chosen token and those of so many of the likeliest."""
     if not counts:
@@ -106,40 +112,51 @@ def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> 
 
 
 class _Processors:
-    """What one request does to its logits: its lists as arrays, made once."""
+    """What one request does to its logits: a method for each of PROCESSORS; its lists are made arrays once."""
 
     def __init__(self, sequence: Sequence, eos_token_ids: frozenset[int], vocab: int):
-        params = sequence.params
+        self.params = params = sequence.params
         bias = params.logit_bias or {}
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self.allowed = None if params.allowed_token_ids is None else _ids(params.allowed_token_ids, vocab)
         self.banned, self.ends = _ids(params.banned_token_ids, vocab), _ids(ends, vocab)
-        self.bad_words = [word for word in sequence.bad_words if max(word) < vocab]
+        self.words = [word for word in sequence.bad_words if max(word) < vocab]
         self.biased = _ids(bias, vocab)
         self.bias = np.array([bias[token] for token in self.biased], np.float32)
         self.prompt = _ids(sequence.prompt_token_ids if params.penalises else (), vocab)
-        self.penalties = [
-            # Beyond this a logit of a billion would be an infinity.
-            np.float32(min(1e29, max(1e-29, params.repetition_penalty))),
-            np.float32(params.frequency_penalty),
-            np.float32(params.presence_penalty),
-        ]
+        # Beyond this a logit of a billion would be an infinity.
+        self.repetition = np.float32(min(1e29, max(1e-29, params.repetition_penalty)))
 
     def __call__(self, row: Array, sequence: Sequence, ahead: int) -> None:
-        """Change a row (vocab,) of logits, behind so many guesses, in the order that tensor/sampling.py gives."""
+        """Change a row (vocab,) of logits, behind so many guesses."""
         said = sequence.output_token_ids + sequence.draft[:ahead]
+        for name in PROCESSORS:
+            getattr(self, name)(row, said)
+
+    def allowed_token_ids(self, row: Array, said: list[int]) -> None:
         if self.allowed is not None:
             allowed = row[self.allowed]
             row.fill(-np.inf)
             row[self.allowed] = allowed
+
+    def banned_token_ids(self, row: Array, said: list[int]) -> None:
         row[self.banned] = -np.inf
-        if self.bad_words:
-            row[completing(self.bad_words, said)] = -np.inf
+
+    def bad_words(self, row: Array, said: list[int]) -> None:
+        if self.words:
+            row[completing(self.words, said)] = -np.inf
+
+    def logit_bias(self, row: Array, said: list[int]) -> None:
         row[self.biased] += self.bias
-        if len(said) < sequence.params.min_tokens:
+
+    def min_tokens(self, row: Array, said: list[int]) -> None:
+        if len(said) < self.params.min_tokens:
             row[self.ends] = -np.inf
-        if sequence.params.penalises:
-            penalise(row, self.prompt, np.array(said, np.int64), *self.penalties)
+
+    def penalties(self, row: Array, said: list[int]) -> None:
+        if self.params.penalises:
+            others = np.float32(self.params.frequency_penalty), np.float32(self.params.presence_penalty)
+            penalise(row, self.prompt, np.array(said, np.int64), self.repetition, *others)
 
 
 def completing(words: Iterable[list[int]], said: list[int]) -> list[int]:

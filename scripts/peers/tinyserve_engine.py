@@ -131,7 +131,7 @@ class Engine:
 
     @contextmanager
     def _clock(self) -> Iterator[StepClock]:
-        runner = self.llm._runner
+        runner = self.llm.engine.runner
         model = runner.model
         runner.model = clock = StepClock(model)
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.checkpoints.gguf import open_gguf
@@ -219,7 +220,7 @@ def test_a_gguf_is_its_folder(name: str, llm_of: Callable[..., LLM], tmp_path: P
     assert ours.outputs[0].text == theirs.outputs[0].text
     messages = [{"role": "user", "content": "hi"}]
     assert llm.chat_prompt(messages) == folder.chat_prompt(messages) == [258, 260, 104, 105, 10]
-    assert llm._engine.eos_token_ids == folder._engine.eos_token_ids == {checkpoints.EOS}
+    assert llm.engine.eos_token_ids == folder.engine.eos_token_ids == {checkpoints.EOS}
 
 
 def rope_divisors(scaling: dict[str, Any], head_dim: int) -> np.ndarray:
@@ -518,10 +519,10 @@ def test_a_missing_or_misshapen_tensor(name: str, tmp_path: Path) -> None:
 TEXT = "The history of science is the story of how people learned to"
 
 
-def test_smollm2_is_what_transformers_makes_of_it(smollm2: Path) -> None:
+def test_smollm2_is_what_transformers_makes_of_it(smollm2: Path, oracle: Oracle) -> None:
     """Sixty-four greedy tokens of the same file, dequantized by both to float32."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     llm = LLM(smollm2, dtype="float32", max_model_len=256)
     [output] = llm.generate(TEXT, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
     where = {"gguf_file": smollm2.name} if smollm2.is_file() else {}

@@ -10,7 +10,13 @@ import pytest
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UnknownModelError
-from tinyserve.models.config import FalconConfig, GraniteConfig, LlamaConfig, RopeParameters, preset_config
+from tinyserve.models.config import RopeParameters, preset_config
+from tinyserve.models.config.costs import parameter_count
+from tinyserve.models.config.falcon import FalconConfig
+from tinyserve.models.config.granite import GraniteConfig
+from tinyserve.models.config.llama import LlamaConfig
+
+pytestmark = pytest.mark.fast
 
 NAMES = [
     "gpt2",
@@ -97,7 +103,8 @@ def test_a_preset_is_complete_and_honest(name: str) -> None:
 
 
 def test_the_files_hold_these_keys_and_no_others() -> None:
-    keys = ["repo", "revision", "family", "variant", "gated", "chat", "license", "unverified", "config"]
+    keys = ["repo", "revision", "family", "variant", "gated", "chat", "license", "unverified"]
+    keys += ["parameters", "config"]
     for file in files(presets).iterdir():
         if file.name.endswith(".json"):
             assert list(json.loads(file.read_text())) == keys, file.name
@@ -238,3 +245,8 @@ def test_importing_presets_needs_neither_numpy_nor_numba() -> None:
     script = "import sys, tinyserve.checkpoints.presets; print({'numpy', 'numba', 'rich'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_parameters_is_that_of_the_config(name: str) -> None:
+    assert presets.get(name).parameters == parameter_count(preset_config(name))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 from safetensors.numpy import save_file
 
 from tinyserve import LLM
@@ -31,9 +32,9 @@ def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> P
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_float_dtype(dtype: str, tmp_path: Path) -> None:
+def test_every_float_dtype(dtype: str, tmp_path: Path, oracle: Oracle) -> None:
     """All bit patterns of the small types and many of the large ones become the float32 that torch makes of them."""
-    torch = pytest.importorskip("torch")
+    torch = oracle("torch")
     size = FLOATS[dtype]
     patterns = np.arange(256, dtype=np.uint8) if size == 1 else np.arange(65536, dtype=np.uint16)
     if size > 2:
@@ -284,4 +285,4 @@ def test_generation_config_adds_end_tokens(ends: Any, tmp_path: Path) -> None:
     folder = checkpoints.write_folder(tmp_path, RAW)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     expected = {checkpoints.EOS} | ({ends} if isinstance(ends, int) else set(ends or ()))
-    assert LLM(folder, dtype="float32")._engine.eos_token_ids == expected
+    assert LLM(folder, dtype="float32").engine.eos_token_ids == expected

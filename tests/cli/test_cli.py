@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinyserve import __version__, cli, models
 from tinyserve.checkpoints import hub, presets
 from tinyserve.cli.ask import FAMILIES
 from tinyserve.errors import ConfigError
+from tinyserve.models import registry
 from tinyserve.models.config import preset_config
 
 COMMANDS = [
@@ -82,12 +84,22 @@ def test_help_of_ask_shows_the_options_and_the_families(shell: Shell) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_help_names_the_variants(shell: Shell, family: str) -> None:
-    default, _, variants = FAMILIES[family]
-    assert variants.split(", ") == list(presets.variants(family))
-    assert default in presets.variants(family)
-    text = shell("ask", family, "--help").out
-    assert f"Variants for --model: {variants}." in text
-    assert f"[default: {default}]" in " ".join(text.split())
+    variants, default = list(presets.variants(family)), FAMILIES[family].default
+    assert default in variants
+    text = " ".join(shell("ask", family, "--help").out.split())
+    assert f"Variants for --model: {', '.join(variants)}." in text
+    assert f"[default: {default}]" in text
+
+
+def test_every_preset_is_a_variant_of_a_family() -> None:
+    assert {presets.get(name).family for name in presets.names()} == set(FAMILIES)
+
+
+def test_help_reads_no_preset_that_nobody_asks_about() -> None:
+    code = "from tinyserve import cli; from tinyserve.checkpoints import presets; cli.run(['--help']); "
+    code += "assert not presets.find.cache_info().currsize; cli.run(['ask', 'llama', '--help']); "
+    code += "assert presets.find.cache_info().currsize"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_version(shell: Shell) -> None:
@@ -129,7 +141,8 @@ def test_an_unknown_model(shell: Shell, command: str) -> None:
 
 
 def test_a_family_that_is_not_built_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(models._HOMES, "falcon")
+    described = [family._replace(model=None) for family in registry.FAMILIES]
+    monkeypatch.setattr(registry, "by_model_type", partial(registry.by_model_type, described))
     with pytest.raises(ConfigError, match="'falcon' cannot run yet: its family is not built"):
         models.check_supported(preset_config("falcon-7b"))
 

@@ -21,6 +21,8 @@ from tinyserve.models.config.description import architecture
 from tinyserve.models.lookup import load_raw_config
 from tinyserve.progress import count, size
 
+pytestmark = pytest.mark.fast
+
 app = typer.Typer()
 app.command("inspect-config")(inspect_config)
 app.command("compare")(compare)

@@ -80,7 +80,7 @@ def test_what_is_no_token(token: Any, llm_of: Callable[..., LLM]) -> None:
     for call in (llm.generate, llm.stream, llm.logits):
         with refused("prompt"):
             call([5, token])
-    assert not llm._engine.has_work()
+    assert not llm.engine.has_work()
 
 
 @pytest.mark.parametrize("prompts", [np.array(3), np.array(1.5), object(), {"a"}, (i for i in "ab")])
@@ -163,7 +163,7 @@ def test_logits_that_are_not_numbers(name: str, dtype: str, kept: str, overflowi
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[WORD, i, *BAD, *BAD[:30]]], GREEDY)
         assert answers(llm.generate(GOOD, GREEDY)) == alone
-    assert not llm._engine.has_work() and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+    assert not llm.engine.has_work() and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
 
 
 def test_who_did_not_fail_has_answers(overflowing: Callable[[str], Path]) -> None:

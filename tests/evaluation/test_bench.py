@@ -228,13 +228,13 @@ def test_only_steps_in_which_all_sequences_decode_are_counted(
     work = Work("decode", 4, 20, 3)
     plan = bench.plan(LLAMA, "float32", [work], 2, 1 << 30)
     llm, steps = _llm(folder_of("llama"), plan), []
-    execute = llm._runner.execute
+    execute = llm.engine.runner.execute
 
     def spy(scheduled: Any) -> Any:
         steps.append([(sequence.num_computed + num_tokens, num_tokens) for sequence, num_tokens in scheduled])
         return execute(scheduled)
 
-    monkeypatch.setattr(llm._runner, "execute", spy)
+    monkeypatch.setattr(llm.engine.runner, "execute", spy)
     (result,) = bench.run(llm, [work], 2)
     # The prompts are read once; of three stretches of four steps the first is not counted.
     counted = [step for step in steps if [num_tokens for _, num_tokens in step] == [1, 1, 1]][4:12]
@@ -242,7 +242,7 @@ def test_only_steps_in_which_all_sequences_decode_are_counted(
     assert context > 20 + 2.5 + 6  # by what the first ones were ahead
     kv, weights = 3 * 5 * (24 + 32) * 4, bench.bytes_per_step(LLAMA, "float32", llm.model.nbytes)
     assert result.cost.bytes == pytest.approx(4 * bench.decode_cost(LLAMA, weights, kv, 3, context).bytes)
-    assert not llm._engine.has_work()  # what was begun is given back
+    assert not llm.engine.has_work()  # what was begun is given back
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

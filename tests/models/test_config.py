@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyserve.errors import ConfigError
-from tinyserve.models.config import (
-    FalconConfig,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    RopeParameters,
-    parse_config,
-)
+from tinyserve.models import registry
+from tinyserve.models.config import RopeParameters, parse_config
+from tinyserve.models.config.falcon import FalconConfig
+from tinyserve.models.config.gpt2 import GPT2Config
+from tinyserve.models.config.granite import GraniteConfig
+from tinyserve.models.config.llama import LlamaConfig
+
+pytestmark = pytest.mark.fast
 
 GPT2 = {
     "model_type": "gpt2",
@@ -87,6 +89,28 @@ REQUIRED = {
         "mamba_d_state",
     ],
 }
+
+
+def test_every_family_answers_every_question_itself() -> None:
+    """What is abstract has no answer for all, so that nothing falls back silently for a family that does not say."""
+    for family in registry.FAMILIES:
+        config = family.config_class()
+        assert not getattr(config, "__abstractmethods__", None), family
+        for question in ("parse", "from_gguf", "backbone_shapes", "attention_window", "describe"):
+            assert question in vars(config), (family, question)
+    named = [name for family in registry.FAMILIES for name in family.model_types]
+    assert len(set(named)) == len(named)
+
+
+def test_a_family_is_imported_when_it_is_asked_for() -> None:
+    script = (
+        "import sys, tinyserve.models\n"
+        "from tinyserve.models.config import parse_config\n"
+        f"parse_config({GPT2!r})\n"
+        "print(sorted(name for name in sys.modules if name in ('numpy', 'numba') or name.endswith(('gpt2', 'llama'))))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "['tinyserve.models.config.gpt2']"
 
 
 def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:

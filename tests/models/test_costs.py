@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import Oracle
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UserError
-from tinyserve.models.config import GraniteConfig, costs, parse_config, preset_config
+from tinyserve.models.config import costs, parse_config, preset_config
+from tinyserve.models.config.granite import GraniteConfig
+from tinyserve.models.config.shapes import TensorShape
+from tinyserve.models.dtypes import REPORTED
+
+pytestmark = pytest.mark.fast
 
 LLAMA = {
     "vocab_size": 96,
@@ -95,10 +101,10 @@ def saved_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path: Path, oracle: Oracle) -> None:
     """A saved checkpoint and its config.json, read back, agree tensor by tensor and default by default."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    oracle("torch")
+    transformers = oracle("transformers")
     model_type, sizes = TINY[case]
     config = transformers.AutoConfig.for_model(model_type, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -106,16 +112,16 @@ def test_names_shapes_and_defaults_are_those_of_transformers(case: str, tmp_path
     if model_type == "gpt2":  # a fine-tune has the prefix, openai-community/gpt2 has not
         saved = {name.removeprefix("transformer."): shape for name, shape in saved.items()}
     written = parse_config(json.loads((tmp_path / "config.json").read_text()))
-    assert {tensor.name: tensor.shape for tensor in costs.tensor_shapes(written)} == saved
+    assert {tensor.name: tensor.shape for tensor in written.tensor_shapes()} == saved
     # transformers writes every key, so an absent key means here what it means there.
     assert parse_config({"model_type": model_type, **sizes}) == written
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_presets_have_as_many_parameters_as_in_transformers(name: str) -> None:
+def test_presets_have_as_many_parameters_as_in_transformers(name: str, oracle: Oracle) -> None:
     """At their full sizes: on torch's meta device a model of 41 billion parameters takes no memory."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     preset = presets.get(name)
     raw = dict(preset.raw_config)
     if isinstance(preset_config(preset.name), GraniteConfig) and preset_config(preset.name).num_mamba_layers:
@@ -138,7 +144,7 @@ def test_presets_have_the_published_number_of_parameters(name: str, parameters: 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_tensor_has_one_name_and_a_known_component(name: str) -> None:
     config = preset_config(name)
-    tensors = list(costs.tensor_shapes(config))
+    tensors = list(config.tensor_shapes())
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     assert {tensor.component for tensor in tensors} <= set(costs.COMPONENTS)
     layers = {tensor.layer for tensor in tensors if tensor.layer is not None}
@@ -148,7 +154,7 @@ def test_every_tensor_has_one_name_and_a_known_component(name: str) -> None:
 def test_fused_falcon_rows() -> None:
     """The fused QKV of the three layouts: (71+2)·64, 8·(16+2)·64 and 32·3·64 rows."""
     for name, rows in (("falcon-7b", 4672), ("falcon-40b", 9216), ("falcon-rw-1b", 6144)):
-        tensors = costs.tensor_shapes(preset_config(name))
+        tensors = preset_config(name).tensor_shapes()
         fused = next(tensor for tensor in tensors if tensor.name.endswith("query_key_value.weight"))
         assert fused.shape[0] == rows
 
@@ -172,27 +178,27 @@ def test_grouped_heads_shrink_the_cache() -> None:
 
 
 def test_bytes_of_one_matrix_by_dtype() -> None:
-    matrix = costs.TensorShape("x.weight", (10, 100), "mlp", 0)
+    matrix = TensorShape("x.weight", (10, 100), "mlp", 0)
     assert costs.tensor_bytes(matrix, "float32") == 4000
     assert costs.tensor_bytes(matrix, "bfloat16") == 2000
     assert costs.tensor_bytes(matrix, "int8") == 10 * (100 + 2 * 2)  # two groups of up to 64
     assert costs.tensor_bytes(matrix, "int4") == 10 * (50 + 4 * 2)  # four groups of up to 32
-    head = costs.TensorShape("lm_head.weight", (10, 100), "head")
+    head = TensorShape("lm_head.weight", (10, 100), "head")
     assert costs.tensor_bytes(head, "int4") == costs.tensor_bytes(head, "int8")
-    conv1d = costs.TensorShape("c_fc.weight", (100, 10), "mlp", 0, in_axis=0)
+    conv1d = TensorShape("c_fc.weight", (100, 10), "mlp", 0, in_axis=0)
     assert costs.tensor_bytes(conv1d, "int8") == costs.tensor_bytes(matrix, "int8")
     for small in ("float32", "bfloat16", "int8", "int4"):
-        norm = costs.TensorShape("norm.weight", (100,), "norm")
+        norm = TensorShape("norm.weight", (100,), "norm")
         assert costs.tensor_bytes(norm, small) == 400
 
 
 @pytest.mark.parametrize("name", presets.names())
 def test_fewer_bits_are_fewer_bytes(name: str) -> None:
     config = preset_config(name)
-    sizes = [costs.weight_bytes(config, dtype) for dtype in costs.WEIGHT_DTYPES]
+    sizes = [costs.weight_bytes(config, dtype) for dtype in REPORTED]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 4 * costs.parameter_count(config)
-    reads = [costs.weight_bytes_per_token(config, dtype) for dtype in costs.WEIGHT_DTYPES]
+    reads = [costs.weight_bytes_per_token(config, dtype) for dtype in REPORTED]
     assert all(read <= size for read, size in zip(reads, sizes, strict=True))
 
 
@@ -213,14 +219,14 @@ def test_an_untied_embedding_is_read_by_the_row() -> None:
 
 def test_work_per_token_is_two_operations_per_weight() -> None:
     config = preset_config("smollm2-135m")
-    matrices = sum(tensor.size for tensor in costs.tensor_shapes(config) if tensor.is_matrix)
+    matrices = sum(tensor.size for tensor in config.tensor_shapes() if tensor.is_matrix)
     assert costs.matmul_flops_per_token(config) == 2 * matrices
     assert costs.attention_flops_per_position(config) == 4 * 30 * 9 * 64
 
 
 def test_unknown_dtypes_are_refused_with_the_known() -> None:
     config = preset_config("gpt2")
-    with pytest.raises(UserError, match=r"'int3'.*float32, bfloat16, int8, int4"):
+    with pytest.raises(UserError, match=r"'int3'.*float32, bfloat16, w8a16, .*int8"):
         costs.weight_bytes(config, "int3")
     with pytest.raises(UserError, match=r"'float16'.*float32, bfloat16, int8"):
         costs.kv_bytes_per_token(config, "float16")

@@ -8,6 +8,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+from oracles import Oracle
 
 from tinyserve import LLM
 from tinyserve.errors import CheckpointError
@@ -27,18 +28,18 @@ def test_alibi_is_rounded_to_bfloat16() -> None:
     assert alibi_table(16, 1)[0, 1] == np.float32(0.70703125)  # sqrt(1/2)
 
 
-def test_alibi_of_every_number_of_heads() -> None:
-    torch = pytest.importorskip("torch")
-    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+def test_alibi_of_every_number_of_heads(oracle: Oracle) -> None:
+    torch = oracle("torch")
+    falcon = oracle("transformers.models.falcon.modeling_falcon")
     mask = torch.ones((1, 2048), dtype=torch.long)
     for heads in range(1, 130):
         expected = falcon.build_alibi_tensor(mask, heads, torch.float32).reshape(heads, 2048).numpy()
         np.testing.assert_array_equal(alibi_table(heads, 2048), expected)
 
 
-def test_alibi_over_a_long_text(tmp_path: Path) -> None:
+def test_alibi_over_a_long_text(tmp_path: Path, oracle: Oracle) -> None:
     """Past 256 positions rounding is most of what ALiBi says, and spans of 512 keys are counted from the start."""
-    pytest.importorskip("transformers")
+    oracle("transformers")
     folder = checkpoints.save_with_transformers(tmp_path, RW | {"max_position_embeddings": 700})
     ids = checkpoints.token_ids(700, seed=7)
     logits = LLM(folder, dtype="float32").logits(ids)
@@ -69,7 +70,7 @@ def test_refined_web_is_the_same_model(raw: dict[str, Any], legacy: str, tmp_pat
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_head_in_the_file_is_the_head(same: bool, tmp_path: Path) -> None:
+def test_a_head_in_the_file_is_the_head(same: bool, tmp_path: Path, oracle: Oracle) -> None:
     """`tie_word_embeddings` is true where a config does not say, and then the file decides, as in transformers."""
     tensors = checkpoints.tensors_of(FALCON)
     embedding = tensors["transformer.word_embeddings.weight"]
@@ -81,7 +82,7 @@ def test_a_head_in_the_file_is_the_head(same: bool, tmp_path: Path) -> None:
     expected = tied.logits(ids)
     np.testing.assert_array_equal(llm.logits(ids), expected if same else expected[:, ::-1])
     assert llm.model.nbytes - tied.model.nbytes >= embedding.nbytes
-    transformers = pytest.importorskip("transformers")
+    transformers = oracle("transformers")
     transformers.logging.set_verbosity_error()
     assert checkpoints.error(llm.logits(ids), checkpoints.transformers_logits(folder, ids)) <= 1e-4
 
@@ -90,7 +91,7 @@ def test_multi_query_ignores_the_number_of_key_heads(folder_of: Callable[[str], 
     """falcon-7b writes as many key heads as query heads, and has one."""
     assert json.loads((folder_of("falcon-7b") / "config.json").read_text())["num_kv_heads"] == 5
     llm = LLM(folder_of("falcon-7b"), dtype="float32")
-    assert llm._runner.cache.layers[0].keys.shape[1] == 1
+    assert llm.engine.runner.cache.layers[0].keys.shape[1] == 1
 
 
 def test_rows_of_another_layout_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 from command_line import Shell
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams, quantize
 from tinyserve.checkpoints import presets
@@ -40,14 +41,15 @@ def model(folder_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pat
     return write
 
 
-def test_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_it_is_read_as_transformers_writes_it(tmp_path: Path, oracle: Oracle) -> None:
+    transformers = oracle("transformers")
     ours = SAMPLES | {"typical_p": 0.95, "repetition_penalty": 1.1}
     written = transformers.GenerationConfig(**ours, max_new_tokens=99, eos_token_id=[5, 6], no_repeat_ngram_size=3)
     written.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "generation_config.json").read_text())
+    params = {name: value for name, value in ours.items() if name != "do_sample"} | {"max_tokens": 99}
     assert GenerationConfig.parse(raw, "x") == GenerationConfig(
-        source="x", **ours, max_new_tokens=99, eos_token_ids=(5, 6), not_obeyed=("no_repeat_ngram_size 3",)
+        source="x", do_sample=True, params=params, eos_token_ids=(5, 6), not_obeyed=("no_repeat_ngram_size 3",)
     )
     transformers.GenerationConfig().save_pretrained(tmp_path)
     plain = json.loads((tmp_path / "generation_config.json").read_text())
@@ -179,8 +181,8 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
         "prompt       6 tokens of a context of 128, by the model's chat template",
         "cache        8 blocks of 16 tokens, 0.2 MB",
         "temperature  0.6  [generation_config.json]",
-        "top_p        0.9  [generation_config.json]",
         "top_k        3  [--top-k]",
+        "top_p        0.9  [generation_config.json]",
         "min_p        0.05  [generation_config.json]",
         "typical_p    1  [default]",
         "repetition_penalty 1.1  [generation_config.json]",

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.checkpoints.checkpoint import LazyTensor, stacked
 from tinyserve.errors import CheckpointError, UserError
-from tinyserve.model_runner import plan_cache
+from tinyserve.models.cache_plan import CacheNeeds, plan_cache
 from tinyserve.models.config import parse_config
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.kv_cache import KVCache
@@ -81,7 +83,7 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(
 
 def test_logits_have_a_state_of_their_own(folder_of: Callable[[str], Path]) -> None:
     llm = LLM(folder_of("granite-hybrid"), dtype="float32", max_num_seqs=2)
-    states = llm._runner.cache.layers[0].states
+    states = llm.engine.runner.cache.layers[0].states
     llm.logits(PROMPTS[0])
     assert states[-1].any() and not states[:-1].any()
     np.testing.assert_array_equal(llm.logits(PROMPTS[0]), llm.logits(PROMPTS[0]))
@@ -118,18 +120,21 @@ def test_pages_are_for_attention_and_states_for_mamba() -> None:
 def test_memory_is_planned_for_states_first() -> None:
     config = parse_config(CONFIGS["granite-hybrid"])
     state, block = state_bytes_per_sequence(config), KVCache.block_nbytes(config, 16)
-    assert plan_cache(config, "float32", 16, None, 4, 5 * state + 3 * block + 1)[:3] == (3, 16, 48)
+    needs = CacheNeeds(config, "float32", "float32", 16, max_num_seqs=4)
+    plan = plan_cache(needs, kv_cache_memory=5 * state + 3 * block + 1)
+    assert (plan.num_blocks, plan.block_size, plan.max_model_len) == (3, 16, 48)
     with pytest.raises(UserError, match=r"states of 4 sequences.*lower max_num_seqs"):
-        plan_cache(config, "float32", 16, None, 4, 5 * state - 1)
+        plan_cache(needs, kv_cache_memory=5 * state - 1)
     with pytest.raises(UserError, match="too little for a cache of 2 tokens"):
-        plan_cache(config, "float32", 16, None, 4, 5 * state)
+        plan_cache(needs, kv_cache_memory=5 * state)
     mamba = parse_config(CONFIGS["granite-hybrid"] | {"layer_types": ["mamba"] * 3})
-    assert plan_cache(mamba, "float32", 16, None, 4, 5 * state_bytes_per_sequence(mamba))[:3] == (32, 16, 128)
+    only = plan_cache(replace(needs, config=mamba), kv_cache_memory=5 * state_bytes_per_sequence(mamba))
+    assert (only.num_blocks, only.max_model_len) == (32, 128)
 
 
-def test_a_model_of_mamba_layers_alone(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+def test_a_model_of_mamba_layers_alone(tmp_path: Path, oracle: Oracle) -> None:
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     raw = CONFIGS["granite-hybrid"] | {"layer_types": ["linear_attention"] * 3}
     folder = checkpoints.save_with_transformers(tmp_path, raw)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -21,7 +21,7 @@ from tinyserve.checkpoints.safetensors import open_safetensors
 from tinyserve.errors import CheckpointError
 from tinyserve.models import base, build_model
 from tinyserve.models.config import parse_config
-from tinyserve.models.config.costs import TensorShape, tensor_shapes
+from tinyserve.models.config.shapes import TensorShape
 from tinyserve.models.matrix import FloatMatrix
 
 CONFIGS = checkpoints.CONFIGS
@@ -60,7 +60,7 @@ def write_shards(folder: Path, raw: dict[str, Any]) -> Path:
     bits = np.random.default_rng(0).integers(0, 1 << 16, 1 << 20, np.uint16)
     pool = bits & 0x807F | 0x3C00  # 2**-7 to 2**-6, of either sign
     shards: list[list[TensorShape]] = [[]]
-    for tensor in tensor_shapes(parse_config(raw)):
+    for tensor in parse_config(raw).tensor_shapes():
         if shards[-1] and sum(2 * other.size for other in shards[-1]) + 2 * tensor.size > SHARD:
             shards.append([])
         shards[-1].append(tensor)

@@ -9,6 +9,7 @@ import checkpoints
 import numpy as np
 import pytest
 from conftest import DTYPES
+from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.errors import UserError
@@ -100,10 +101,10 @@ SAVES = [(name, "float32", {}) for name in NAMES] + [
 
 
 @pytest.mark.parametrize(("name", "saved", "options"), SAVES)
-def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: Path, oracle: Oracle) -> None:
     """transformers saves a checkpoint, and computes what tinyserve computes from it."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    oracle("torch")
+    oracle("transformers")
     folder = checkpoints.save_with_transformers(tmp_path, checkpoints.CONFIGS[name], saved, **options)
     assert len(list(folder.glob("*.safetensors"))) == 1 or (folder / "model.safetensors.index.json").is_file()
     assert len(list(folder.glob("*.safetensors"))) > 1 or not options
@@ -118,10 +119,10 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama-3", "mistral", "falcon-7b", "falcon-40b", "falcon-rw", "granite", "granite-hybrid"]
 )
-def test_live_greedy_generation(name: str, tmp_path: Path) -> None:
+def test_live_greedy_generation(name: str, tmp_path: Path, oracle: Oracle) -> None:
     """Thirty-two greedy tokens, past the window of the sliding one, are those of transformers' generate."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     folder = checkpoints.save_with_transformers(tmp_path, checkpoints.CONFIGS[name])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = checkpoints.token_ids(9, seed=2)
@@ -155,14 +156,14 @@ class Recorder:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[int, list[np.ndarray]] = {}
-        sample = llm._runner.sampler.sample
+        sample = llm.engine.runner.sampler.sample
 
         def recording(sequences: list[Any], logits: np.ndarray, *others: Any) -> Any:
             for sequence, row in zip(sequences, logits, strict=True):
                 self.logits.setdefault(sequence.request_id, []).append(row.copy())
             return sample(sequences, logits, *others)
 
-        monkeypatch.setattr(llm._runner.sampler, "sample", recording)
+        monkeypatch.setattr(llm.engine.runner.sampler, "sample", recording)
 
     def of(self, output: Any) -> np.ndarray:
         return np.stack(self.logits[output.request_id])
@@ -230,7 +231,7 @@ def test_a_narrow_cache_is_near_and_changes_no_bit(
     ids = checkpoints.token_ids(100, seed=6)
     exact = LLM(folder_of(name), dtype="float32")
     narrow = LLM(folder_of(name), dtype="float32", kv_cache_dtype=kept)
-    assert narrow._runner.cache.dtype == kept
+    assert narrow.engine.runner.cache.dtype == kept
     logits = narrow.logits(ids)
     assert 0 < checkpoints.error(logits, exact.logits(ids)) <= bound
     for chunk, threads in ((1, 2), (7, 1), (64, 2)):

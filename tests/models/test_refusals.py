@@ -14,7 +14,6 @@ from tinyserve.checkpoints.checkpoint import Checkpoint, LazyTensor
 from tinyserve.errors import CheckpointError, UserError
 from tinyserve.models import build_model
 from tinyserve.models.config import parse_config
-from tinyserve.models.config.costs import tensor_shapes
 
 CONFIGS = checkpoints.CONFIGS
 FAMILIES = [
@@ -44,7 +43,7 @@ def refusal(name: str, shapes: Shapes, file: str) -> str:
 
 
 def folder_shapes(name: str) -> Shapes:
-    return {tensor.name: tensor.shape for tensor in tensor_shapes(parse_config(CONFIGS[name]))}
+    return {tensor.name: tensor.shape for tensor in parse_config(CONFIGS[name]).tensor_shapes()}
 
 
 def gguf_shapes(name: str) -> Shapes:

@@ -9,7 +9,8 @@ import pytest
 
 from tinyserve import LLM
 from tinyserve.models.config.costs import weight_bytes
-from tinyserve.models.matrix import GROUP, IntegerMatrix
+from tinyserve.models.dtypes import WEIGHT_DTYPES
+from tinyserve.models.matrix import IntegerMatrix
 from tinyserve.models.synthetic import packed_matrix
 from tinyserve.tensor import quant
 
@@ -19,7 +20,7 @@ def test_a_packed_matrix_is_like_one_packed_from_floats(dtype: str) -> None:
     shape = (150, 200)
     packed = packed_matrix("some.weight", shape, dtype)
     pack = quant.pack_bytes if dtype.startswith("w8") else quant.pack_nibbles
-    real = pack(np.zeros(shape, np.float32), GROUP[dtype])
+    real = pack(np.zeros(shape, np.float32), WEIGHT_DTYPES[dtype].group_size)
     for ours, theirs in zip(packed, real, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     assert packed.holds(shape) and packed.is_finite()

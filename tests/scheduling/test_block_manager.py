@@ -4,6 +4,8 @@ import pytest
 
 from tinyserve.scheduling.block_manager import ROOT, BlockManager
 
+pytestmark = pytest.mark.fast
+
 
 def test_blocks_are_handed_out_and_come_back() -> None:
     blocks = BlockManager(4, 16)

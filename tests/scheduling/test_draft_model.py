@@ -76,7 +76,7 @@ def test_beside_preemption(name: str, folder_of: Callable[[str], Path], llm_of: 
     for other in (name, draft):
         big = with_draft(folder_of(name), folder_of(other))
         plan = big.cache_plan
-        memory = 13 * (plan.block_nbytes + plan.draft_block_nbytes) + 9 * plan.state_nbytes
+        memory = 13 * (plan.block_nbytes + plan.draft.block_nbytes) + 9 * plan.state_nbytes
         llm = with_draft(
             folder_of(name), folder_of(other), max_model_len=112, max_num_seqs=4,
             kv_cache_memory=memory + _draft_states(big, 4),
@@ -91,7 +91,7 @@ def test_beside_preemption(name: str, folder_of: Callable[[str], Path], llm_of: 
 
 def _draft_states(llm: LLM, max_num_seqs: int) -> int:
     """The bytes of the states of a draft model that guesses for so many."""
-    return llm.cache_plan.draft_states_nbytes // (6 * 4 + 1) * (max_num_seqs * 4 + 1)
+    return llm.cache_plan.draft.state_nbytes * (max_num_seqs * 4 + 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "granite-hybrid"])
@@ -207,9 +207,9 @@ def test_vocabularies_must_be_the_same(folder_of: Callable[[str], Path], tmp_pat
 def test_its_memory_is_part_of_the_plan(name: str, draft: str, folder_of: Callable[[str], Path]) -> None:
     llm = with_draft(folder_of(name), folder_of(draft), max_num_seqs=3)
     plan, runner = llm.cache_plan, draft_of(llm).runner
-    caches = [llm._runner.cache, runner.cache]
+    caches = [llm.engine.runner.cache, runner.cache]
     taken = [sum(array.nbytes for layer in cache.layers for array in layer) for cache in caches]
-    assert plan.nbytes == sum(taken) and plan.draft_nbytes == taken[1]
+    assert plan.nbytes == sum(taken) and plan.draft.nbytes == taken[1]
     assert f"the draft model's, {taken[1] / 1e6:.1f} MB" in str(plan)
     assert len({cache.num_blocks for cache in caches}) == 1
     limit = plan.nbytes // 4

@@ -29,7 +29,7 @@ PROMPTS = [
 
 def squeezed(llm: LLM, blocks: int) -> LLM:
     """The same with this many blocks to give: somebody holds all others."""
-    llm._engine.blocks.allocate(llm._engine.blocks.num_free - blocks)
+    llm.engine.blocks.allocate(llm.engine.blocks.num_free - blocks)
     return llm
 
 
@@ -98,7 +98,7 @@ def test_two_hundred_requests_through_room_for_ten(
     expected = [alone.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     assert answers(outputs) == answers(expected)
     assert sum(output.metrics.preemptions for output in outputs) > 10
-    assert llm._engine.blocks.num_free == 30 and not llm._engine.has_work()
+    assert llm.engine.blocks.num_free == 30 and not llm.engine.has_work()
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
@@ -167,7 +167,7 @@ def test_logits_between_two_requests(folder_of: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8"])
 def test_a_copied_block_holds_what_its_source_does(kept: str, folder_of: Callable[[str], Path]) -> None:
     llm = LLM(folder_of("granite-hybrid"), dtype="float32", kv_cache_dtype=kept)
-    cache: KVCache = llm._runner.cache
+    cache: KVCache = llm.engine.runner.cache
     llm.logits(COMMON)
     pages = next(layer for layer in cache.layers if hasattr(layer, "keys"))
     cache.copy_block(0, 5)
@@ -179,7 +179,7 @@ def test_a_copied_block_holds_what_its_source_does(kept: str, folder_of: Callabl
 def test_memory_is_shared_out_to_the_byte(folder_of: Callable[[str], Path]) -> None:
     for name in ("llama-grouped", "granite-hybrid"):
         llm = LLM(folder_of(name), dtype="float32", kv_cache_memory=9_000_000)
-        arrays = [array for layer in llm._runner.cache.layers for array in layer]
+        arrays = [array for layer in llm.engine.runner.cache.layers for array in layer]
         assert sum(array.nbytes for array in arrays) == llm.cache_plan.nbytes <= 9_000_000
         plan = llm.cache_plan
         assert plan.num_snapshots * plan.state_nbytes <= 9_000_000 / 8

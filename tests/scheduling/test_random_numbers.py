@@ -7,6 +7,8 @@ import pytest
 
 from tinyserve.scheduling.random_numbers import _GOLDEN, _mix, uniform
 
+pytestmark = pytest.mark.fast
+
 COUNT = 100_000
 LARGE = (123 << 64) + 5
 DRAWS = {

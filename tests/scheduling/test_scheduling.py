@@ -22,6 +22,8 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, S
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
 
+pytestmark = pytest.mark.fast
+
 END, MAX_MODEL_LEN, BLOCK = 99, 80, 4
 KINDS = ("none", "blocks", "states")
 GUESSES = ("none", "wrong at some place", "of a draft with blocks", "of a draft with states")

@@ -129,7 +129,7 @@ def test_what_a_structure_demands_is_guessed(
         if not is_spelt_otherwise:
             assert right == after.guessed_tokens - before.guessed_tokens >= len(long)
             assert after.steps - before.steps < len(long) // 2
-    assert not llm._engine.speculation._demanded  # type: ignore[union-attr]
+    assert not llm.engine.speculation._demanded  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])

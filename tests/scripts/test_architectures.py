@@ -72,7 +72,7 @@ def test_what_was_downloaded_does_not_change_the_page(
 @pytest.mark.parametrize(("half", "name", "layer", "figure"), FIGURES, ids=[figure[1] for figure in FIGURES])
 def test_a_figure_has_the_weights_of_its_block(half: str, name: str, layer: str, figure: str) -> None:
     """Every weight of the layer is drawn, and nothing is drawn that the checkpoint lacks."""
-    tensors = [t.name for t in costs.tensor_shapes(preset_config(name)) if t.layer == int(layer)]
+    tensors = [t.name for t in preset_config(name).tensor_shapes() if t.layer == int(layer)]
     if half:
         tensors = [t for t in tensors if ".input_layernorm." not in t and ".mamba." not in t]
     weights = {re.sub(r"\.(weight|bias)$", "", t).rpartition(".")[2] for t in tensors}

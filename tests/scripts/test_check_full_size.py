@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from oracles import Oracle
 
 from tinyserve.checkpoints import presets
 
@@ -14,9 +15,9 @@ import check_full_size
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon-40b", "falcon-rw", "llama-3", "granite-hybrid"])
-def test_a_comparison(name: str) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+def test_a_comparison(name: str, oracle: Oracle) -> None:
+    oracle("torch")
+    oracle("transformers")
     result = check_full_size.compare(checkpoints.CONFIGS[name], layers=2, tokens=20)
     assert result.layers == 2
     assert result.largest > 0.1

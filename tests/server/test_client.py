@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.client import Answer, Client, events, lines, parse_url, reaches_this_machine
 
+pytestmark = pytest.mark.fast
+
 HELLO = [{"role": "user", "content": "Hello"}]
 PIECES = ("Größe ", "日本", "🙂", " end\u2028of\x85lines\x0b", "\r\n", '"data: x"')
 

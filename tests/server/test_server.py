@@ -502,7 +502,7 @@ def test_a_full_queue_says_when_to_come_again(folder_of: Callable[[str], Path]) 
 
 def hold(server: Running, after: int = 0) -> tuple[threading.Event, threading.Event]:
     """Let the engine wait before a step, the next or that after so many: the events say that it does, and may go on."""
-    runner, started, release = server.engine.llm._runner, threading.Event(), threading.Event()
+    runner, started, release = server.engine.llm.engine.runner, threading.Event(), threading.Event()
     execute, steps = runner.execute, itertools.count()
 
     def held(scheduled: Any) -> Any:
@@ -563,8 +563,8 @@ def test_a_dead_engine_is_told_everywhere(folder_of: Callable[[str], Path]) -> N
         def broken(_: Any) -> Any:
             raise SystemError("a mistake of the engine's own")
 
-        server.engine.llm._engine.step = broken  # type: ignore[method-assign]
-        server.engine.llm._engine.has_work = broken  # type: ignore[method-assign]
+        server.engine.llm.engine.step = broken  # type: ignore[method-assign]
+        server.engine.llm.engine.has_work = broken  # type: ignore[method-assign]
         release.set()
         for thread in threads:
             thread.join(60)

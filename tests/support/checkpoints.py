@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from tinyserve.models.config import parse_config
-from tinyserve.models.config.costs import tensor_shapes
 from tinyserve.text.tokenizer.detokenizer import byte_of_character
 
 Array = np.ndarray
@@ -113,7 +112,7 @@ def tensor(name: str, shape: tuple[int, ...]) -> Array:
 
 def tensors_of(raw: Mapping[str, Any]) -> dict[str, Array]:
     """Every tensor that this config implies, under Hugging Face's names."""
-    return {t.name: tensor(t.name, t.shape) for t in tensor_shapes(parse_config(raw))}
+    return {t.name: tensor(t.name, t.shape) for t in parse_config(raw).tensor_shapes()}
 
 
 def token_ids(count: int, seed: int = 0) -> list[int]:

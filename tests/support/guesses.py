@@ -15,8 +15,8 @@ NGRAM = {"method": "ngram"}
 
 def draft_of(llm: LLM) -> Engine:
     """The engine of an LLM's draft model."""
-    assert llm._engine.speculation is not None
-    proposer = llm._engine.speculation.proposer
+    assert llm.engine.speculation is not None
+    proposer = llm.engine.speculation.proposer
     assert isinstance(proposer, DraftModel)
     return proposer.engine
 
@@ -32,8 +32,8 @@ class Spoiled:
 
         is_always_right: all that is not spoiled must be.
         """
-        assert llm._engine.speculation is not None
-        self.proposer = proposer = llm._engine.speculation.proposer
+        assert llm.engine.speculation is not None
+        self.proposer = proposer = llm.engine.speculation.proposer
         self.every, self.is_always_right, self.places = every, is_always_right, Counter[int]()
         self._propose, self._learn = proposer.propose, proposer.learn
         self._wrong: dict[Sequence, int] = {}
@@ -61,8 +61,8 @@ class Spoiled:
 
 def assert_all_is_free(llm: LLM) -> None:
     """Nothing runs: every block and slot of the model, and of its draft model, is free."""
-    engines = [llm._engine]
-    if isinstance(llm._engine.speculation and llm._engine.speculation.proposer, DraftModel):
+    engines = [llm.engine]
+    if isinstance(llm.engine.speculation and llm.engine.speculation.proposer, DraftModel):
         engines.append(draft_of(llm))
     for engine in engines:
         assert not engine.has_work() and engine.blocks.num_free == engine.blocks.num_blocks

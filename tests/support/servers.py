@@ -13,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from tinyserve.async_engine import AsyncEngine
+from tinyserve.engine_options import EngineOptions
 from tinyserve.server.app import create_app
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
@@ -64,7 +65,9 @@ def running(
     **options: Any,
 ) -> Iterator[Running]:
     """Serve models with these options of LLM; `app` has those of `create_app`."""
-    pool = ModelPool({name: str(source) for name, source in models.items()}, options, memory, max_queue)
+    pool = ModelPool(
+        {name: str(source) for name, source in models.items()}, EngineOptions.of(options), memory, max_queue
+    )
     application = create_app(pool, **(app or {}))
     config = uvicorn.Config(
         application, host="127.0.0.1", port=0, http="h11", ws="none", log_config=None, lifespan="on",

@@ -1,22 +1,32 @@
 """Sampling against its NumPy twin, against exact probabilities, and every row against itself in other batches."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from arrays import assert_drawn_from
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 
+from tinyserve import SamplingParams
 from tinyserve.tensor import reference_sampling as reference
-from tinyserve.tensor.sampling import CHUNK, find_peaks, keep, log_probabilities, sample
+from tinyserve.tensor.sampling import CHUNK, FILTERS, SETTINGS, find_peaks, keep, log_probabilities, sample
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 NEAR = 2e-6  # what rounding can do to a probability
 
 
-def arguments(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
-    values, kinds = (temperature, top_k, top_p, min_p, typical_p), (float, np.int64, float, float, float)
-    return [np.full(rows, x, kind) for x, kind in zip(values, kinds, strict=True)]
+NEUTRAL = {name: SamplingParams.rows[name].default for name in ("temperature", *FILTERS)}
+
+
+def settings_of(rows, **asked):
+    """A row of SETTINGS for each of so many, with numbers or arrays for some, and what changes nothing for the rest."""
+    made = np.zeros(rows, SETTINGS)
+    for name, value in (NEUTRAL | asked).items():
+        made[name] = value
+    return made
 
 
 def logits_of(shape, vocab, seed):
@@ -51,38 +61,43 @@ SHAPES = ("plain", "flat", "tied", "tied, with two zeros", "one peak", "one left
 
 
 VOCABULARIES = [1, 2, 15, 16, 17, 100, CHUNK - 1, CHUNK, CHUNK + 1, 1000, 5000]
-FILTERS = {
+LOGITS = {
     "shape": st.sampled_from(SHAPES),
     "vocab": st.sampled_from(VOCABULARIES),
+    "seed": st.integers(0, 99),
+}
+ASKED = {
     "temperature": st.sampled_from([1e-300, 1e-6, 0.1, 0.7, 1.0, 2.0, 100.0, 1e30]),
     "top_k": st.sampled_from([-1, 0, 1, 2, 7, 40, 999, 10**9]),
     "top_p": st.sampled_from([1e-300, 1e-6, 0.1, 0.5432, 0.9, 0.999, 1 - 1e-16, 1.0]),
     "min_p": st.sampled_from([0.0, 1e-300, 1e-3, 0.1, 0.5, 1.0]),
     "typical_p": st.sampled_from([1e-300, 0.1, 0.5432, 0.9, 0.999, 1.0]),
-    "seed": st.integers(0, 99),
 }
 
 
-def near(probability):
-    """What a limit on a sum of probabilities is, a rounding earlier and later."""
-    return sorted({probability * (1 - NEAR), probability, min(1.0, probability * (1 + NEAR))})
+def near(asked):
+    """What is asked for, and that with each limit on a sum a rounding earlier and later."""
+    sums = [
+        sorted({asked[name] * (1 - NEAR), asked[name], min(1.0, asked[name] * (1 + NEAR))})
+        for name in ("top_p", "typical_p")
+    ]
+    return [asked | {"top_p": p, "typical_p": t} for p, t in product(*sums)]
 
 
 @settings(max_examples=300, deadline=None)
-@given(**FILTERS, uniform=st.floats(0, 1, exclude_max=True))
-@example("plain", 5000, 1.0, 0, 1.0, 0.0, 1.0, 0, 1 - 2**-53)
-@example("masked", 1000, 1.0, 0, 1.0, 0.0, 1.0, 0, 1 - 2**-53)
-@example("tied", 5000, 1.0, 999, 0.9, 0.0, 1.0, 0, 1 - 2**-53)
-@example("tied", 5000, 1.0, 999, 0.9, 0.0, 0.5, 0, 1 - 2**-53)
-def test_the_kernel_is_its_twin(shape, vocab, temperature, top_k, top_p, min_p, typical_p, seed, uniform):
+@given(**LOGITS, asked=st.fixed_dictionaries(ASKED), uniform=st.floats(0, 1, exclude_max=True))
+@example("plain", 5000, 0, NEUTRAL, 1 - 2**-53)
+@example("masked", 1000, 0, NEUTRAL, 1 - 2**-53)
+@example("tied", 5000, 0, NEUTRAL | {"top_k": 999, "top_p": 0.9}, 1 - 2**-53)
+@example("tied", 5000, 0, NEUTRAL | {"top_k": 999, "top_p": 0.9, "typical_p": 0.5}, 1 - 2**-53)
+def test_the_kernel_is_its_twin(shape, vocab, seed, asked, uniform):
     """Or, where a sum ends within rounding of its limit, what the twin says a rounding further on."""
     logits = logits_of(shape, vocab, seed)[None]
-    [got] = sample(logits, *arguments(1, temperature, top_k, top_p, min_p, typical_p), np.array([uniform]))
+    [got] = sample(logits, settings_of(1, **asked, uniform=uniform))
     assert np.isfinite(logits[0, got])
     twins = {
-        int(reference.sample(logits, *arguments(1, temperature, top_k, p, min_p, t), np.array([u]))[0])
-        for p in near(top_p)
-        for t in near(typical_p)
+        int(reference.sample(logits, settings_of(1, **other, uniform=u))[0])
+        for other in near(asked)
         for u in (max(0.0, uniform - NEAR), uniform, uniform + NEAR)
     }
     assert min(twins) <= got <= max(twins)
@@ -90,34 +105,32 @@ def test_the_kernel_is_its_twin(shape, vocab, temperature, top_k, top_p, min_p, 
         assert got in twins
 
 
-def kept(logits, *filters):
+def kept(logits, asked):
     """The kernel's set, without what is impossible anyway."""
     peaks = np.empty(-(-logits.size // CHUNK), np.float32)
     assert find_peaks(logits, peaks) == logits.argmax()
-    ids, values = keep(logits, peaks, logits.max(), *filters)
+    ids, values = keep(logits, peaks, logits.max(), settings_of(1, **asked)[0])
     ids = ids if ids.size else np.arange(logits.size)
     assert (np.diff(ids) > 0).all() and (logits[ids] == (values if values.size == ids.size else logits)).all()
     return set(ids[logits[ids] > -np.inf].tolist())
 
 
-def kept_by_twin(logits, *filters):
-    ids = reference.keep(logits, *filters)
+def kept_by_twin(logits, asked):
+    ids = reference.keep(logits, settings_of(1, **asked)[0])
     return set(ids[logits[ids] > -np.inf].tolist())
 
 
 @settings(max_examples=300, deadline=None)
-@given(**FILTERS)
-@example("huge", 1000, 100.0, 0, 1.0, 0.0, 0.5, 3)
-@example("one peak", 5000, 1e30, 0, 0.999, 0.0, 0.999, 3)
-@example("one peak", 2, 1e30, 0, 1e-300, 0.0, 1e-300, 1)  # two as far from the mean as each other
-@example("masked", 16, 1e30, 2, 1e-300, 0.0, 1e-300, 0)
-def test_the_filters_keep_what_their_twins_keep(shape, vocab, temperature, top_k, top_p, min_p, typical_p, seed):
+@given(**LOGITS, asked=st.fixed_dictionaries(ASKED))
+@example("huge", 1000, 3, NEUTRAL | {"temperature": 100.0, "typical_p": 0.5})
+@example("one peak", 5000, 3, NEUTRAL | {"temperature": 1e30, "top_p": 0.999, "typical_p": 0.999})
+# Two as far from the mean as each other.
+@example("one peak", 2, 1, NEUTRAL | {"temperature": 1e30, "top_p": 1e-300, "typical_p": 1e-300})
+@example("masked", 16, 0, NEUTRAL | {"temperature": 1e30, "top_k": 2, "top_p": 1e-300, "typical_p": 1e-300})
+def test_the_filters_keep_what_their_twins_keep(shape, vocab, seed, asked):
     logits = logits_of(shape, vocab, seed)
-    twins = [
-        kept_by_twin(logits, temperature, top_k, p, min_p, t)
-        for p, t in {(p, t) for p in near(top_p) for t in near(typical_p)}
-    ]
-    got = kept(logits, temperature, top_k, top_p, min_p, typical_p)
+    twins = [kept_by_twin(logits, other) for other in near(asked)]
+    got = kept(logits, asked)
     assert set.intersection(*twins) <= got <= set.union(*twins)
 
 
@@ -134,8 +147,8 @@ def test_the_kept_sets_are_equal_bit_for_bit(vocab, filters):
     """On 40 rows of random logits none of these sums ends within rounding of its limit."""
     for seed in range(40):
         logits = logits_of("plain", vocab, seed)
-        given = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | filters
-        assert kept(logits, *given.values()) == kept_by_twin(logits, *given.values())
+        asked = {"temperature": 0.8} | filters
+        assert kept(logits, asked) == kept_by_twin(logits, asked)
 
 
 @pytest.mark.parametrize(
@@ -148,15 +161,14 @@ def test_the_kept_sets_are_equal_bit_for_bit(vocab, filters):
         ({"typical_p": 0.3}, "TypicalLogitsWarper"),
     ],
 )
-def test_the_filters_keep_what_transformers_keeps(filters, warper):
+def test_the_filters_keep_what_transformers_keeps(filters, warper, oracle: Oracle):
     """Its sums are float32 ones: of 200 rows a few may end a token earlier or later."""
-    torch = pytest.importorskip("torch")
-    theirs = getattr(pytest.importorskip("transformers").generation.logits_process, warper)
+    torch = oracle("torch")
+    theirs = getattr(oracle("transformers").generation.logits_process, warper)
     logits = np.random.default_rng(4).standard_normal((200, 3001), dtype=np.float32) * 3
     [filtered] = [theirs(*filters.values())(None, torch.from_numpy(logits)).numpy()]
-    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0} | filters
     differences = [
-        len(kept(row, *given.values()) ^ set(np.flatnonzero(np.isfinite(other)).tolist()))
+        len(kept(row, filters) ^ set(np.flatnonzero(np.isfinite(other)).tolist()))
         for row, other in zip(logits, filtered, strict=True)
     ]
     assert max(differences) <= 1 and sum(differences) <= 3
@@ -166,18 +178,19 @@ def test_the_twins_agree_nearly_always():
     """What is near a limit is an exception: of 2,000 draws at most a few may fall there, whatever is asked for."""
     random = np.random.default_rng(1)
     logits = random.standard_normal((2000, 700), dtype=np.float32) * 2
-    given = (
-        random.choice([0.0, 0.5, 1.0, 1.7], 2000),
-        random.choice([0, 1, 30, 300], 2000),
-        random.choice([0.3, 0.9, 1.0], 2000),
-        random.choice([0.0, 0.02], 2000),
-        random.choice([0.7, 1.0], 2000),
-        random.random(2000),
+    asked = settings_of(
+        2000,
+        temperature=random.choice([0.0, 0.5, 1.0, 1.7], 2000),
+        top_k=random.choice([0, 1, 30, 300], 2000),
+        top_p=random.choice([0.3, 0.9, 1.0], 2000),
+        min_p=random.choice([0.0, 0.02], 2000),
+        typical_p=random.choice([0.7, 1.0], 2000),
+        uniform=random.random(2000),
     )
-    assert (sample(logits, *given) != reference.sample(logits, *given)).sum() <= 3
+    assert (sample(logits, asked) != reference.sample(logits, asked)).sum() <= 3
 
 
-def exact(logits, temperature, top_k, top_p, min_p, typical_p):
+def exact(logits, temperature=1, top_k=0, top_p=1, min_p=0, typical_p=1):
     """Each token's probability, token by token, as the papers put it."""
     weights = [float(np.exp(np.float64(x - max(logits)) / temperature)) for x in logits]
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
@@ -205,38 +218,38 @@ def exact(logits, temperature, top_k, top_p, min_p, typical_p):
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p, min_p, typical_p",
+    "asked",
     [
-        (1, 0, 1, 0, 1),
-        (0.5, 0, 1, 0, 1),
-        (3, 0, 1, 0, 1),
-        (1, 5, 1, 0, 1),
-        (1, 0, 0.8, 0, 1),
-        (1, 0, 1, 0.1, 1),
-        (1, 0, 1, 0, 0.7),
-        (1.3, 20, 0.9, 0.05, 1),
-        (1.3, 40, 0.9, 0.01, 0.8),
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"typical_p": 0.7},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8},
     ],
+    ids=str,
 )
-def test_tokens_come_as_often_as_they_should(temperature, top_k, top_p, min_p, typical_p):
+def test_tokens_come_as_often_as_they_should(asked):
     """Chi-square over 40,000 draws: the seed is fixed, and one in a few million would fail."""
     random, draws = np.random.default_rng(5), 40_000
     logits = (random.standard_normal(300) * 2).astype(np.float32)
     logits[7] = logits[200] = logits.max() - 1  # equals
-    given = temperature, top_k, top_p, min_p, typical_p
-    ids = sample(np.tile(logits, (draws, 1)), *arguments(draws, *given), random.random(draws))
-    assert_drawn_from(exact(logits, *given), ids)
+    ids = sample(np.tile(logits, (draws, 1)), settings_of(draws, **asked, uniform=random.random(draws)))
+    assert_drawn_from(exact(logits, **asked), ids)
 
 
 def test_greedy_takes_the_first_of_equals():
     logits = np.array([[1, 3, 2, 3], [5, 5, 5, 5], [-np.inf, -np.inf, 0, -np.inf]], np.float32)
-    np.testing.assert_array_equal(sample(logits, *arguments(3, temperature=0), np.full(3, 0.9)), [1, 0, 2])
+    np.testing.assert_array_equal(sample(logits, settings_of(3, temperature=0, uniform=0.9)), [1, 0, 2])
 
 
 def test_of_equals_top_k_and_top_p_keep_the_lower_ids():
     logits, uniform = np.zeros((100, 1000), np.float32), np.linspace(0, 1, 100, endpoint=False)
     for limit in ({"top_k": 3}, {"top_p": 0.0025}):
-        assert set(sample(logits, *arguments(100, **limit), uniform)) == {0, 1, 2}
+        assert set(sample(logits, settings_of(100, **limit, uniform=uniform))) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -245,9 +258,9 @@ def test_what_is_not_a_number_is_reported_for_its_row_alone(temperature):
     logits = random.standard_normal((6, 400), dtype=np.float32)
     logits[1, 300], logits[2, 0], logits[3] = np.nan, np.inf, -np.inf
     logits[4, :390] = -np.inf
-    given = arguments(6, temperature), random.random(6)
-    ids = sample(logits, *given[0], given[1])
-    np.testing.assert_array_equal(ids, reference.sample(logits, *given[0], given[1]))
+    asked = settings_of(6, temperature=temperature, uniform=random.random(6))
+    ids = sample(logits, asked)
+    np.testing.assert_array_equal(ids, reference.sample(logits, asked))
     np.testing.assert_array_equal(ids == -1, [False, True, True, True, False, False])
     assert ids[4] >= 390
 
@@ -256,17 +269,18 @@ def test_a_row_does_not_depend_on_its_batch():
     """Nor on who in it is greedy, and who wants what."""
     random = np.random.default_rng(3)
     logits = random.standard_normal((40, 3000), dtype=np.float32)
-    given = [
-        random.choice([0.0, 0.9, 1.5], 40),
-        random.choice([0, 50], 40),
-        random.choice([0.7, 1.0], 40),
-        random.choice([0.0, 0.1], 40),
-        random.choice([0.8, 1.0], 40),
-        random.random(40),
-    ]
-    together = sample(logits, *given)
+    asked = settings_of(
+        40,
+        temperature=random.choice([0.0, 0.9, 1.5], 40),
+        top_k=random.choice([0, 50], 40),
+        top_p=random.choice([0.7, 1.0], 40),
+        min_p=random.choice([0.0, 0.1], 40),
+        typical_p=random.choice([0.8, 1.0], 40),
+        uniform=random.random(40),
+    )
+    together = sample(logits, asked)
     for m in range(40):
-        assert sample(logits[m : m + 1], *(x[m : m + 1] for x in given)) == together[m : m + 1]
+        assert sample(logits[m : m + 1], asked[m : m + 1]) == together[m : m + 1]
 
 
 @settings(max_examples=100, deadline=None)

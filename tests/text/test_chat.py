@@ -319,7 +319,6 @@ def test_a_chat_format_needs_no_model(smollm2: Path) -> None:
 
 def test_the_default_model_is_made_to_call(smollm2: Path) -> None:
     """It was not trained to, but reads English and JSON."""
-    pytest.importorskip("llguidance")
     llm = LLM(str(smollm2), max_model_len=1024)
     system = {
         "role": "system",

@@ -5,10 +5,13 @@ from enum import StrEnum
 from typing import Any
 
 import pytest
+from oracles import Oracle
 from refusals import refused
 
 from tinyserve.errors import UserError
 from tinyserve.text.chat_template import ChatTemplate
+
+pytestmark = pytest.mark.fast
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -144,9 +147,9 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "a < b & 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(
-    name: str, conversation: str, tools: Any, add_generation_prompt: bool
+    name: str, conversation: str, tools: Any, add_generation_prompt: bool, oracle: Oracle
 ) -> None:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    utils = oracle("transformers.utils.chat_template_utils")
     messages = CONVERSATIONS[conversation]
     [expected], _ = utils.render_jinja_template(
         [messages],

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer, alphabet_of, byte_of_character
 
+pytestmark = pytest.mark.fast
+
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text(encoding="utf-8"))["cases"]
 ADDED = {"<note: no space>": 4, "🦊": 4, "<|eot|>": 3}
 

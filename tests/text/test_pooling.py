@@ -68,7 +68,7 @@ def test_chunks_and_neighbours_change_nothing(
     for one in cut.embed([ids, ids]):
         np.testing.assert_allclose(one.embedding, whole.embedding, rtol=1e-5, atol=1e-6)
     assert said + [token for chunk in stream for token in chunk.token_ids] == alone
-    assert cut._engine.blocks.num_free == cut._engine.blocks.num_blocks
+    assert cut.engine.blocks.num_free == cut.engine.blocks.num_blocks
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_refused_is_refused_before_anything_is_read(
     prompts: Any, sentence: str, llm_of: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = llm_of("llama")
-    monkeypatch.setattr(llm._runner, "read", None)
+    monkeypatch.setattr(llm.engine.runner, "read", None)
     with refused("prompt", sentence):
         llm.embed(prompts)
     with refused("normalize", "normalize is 1; it must be True or False"):
@@ -96,9 +96,9 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
     llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=4, num_threads=1)
     events: list[str] = []
     for name in ("read", "execute"):
-        real = getattr(llm._runner, name)
+        real = getattr(llm.engine.runner, name)
         monkeypatch.setattr(
-            llm._runner, name, lambda *args, real=real, name=name: (events.append(name), real(*args))[1]
+            llm.engine.runner, name, lambda *args, real=real, name=name: (events.append(name), real(*args))[1]
         )
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_a_text_takes_the_blocks_of_who_came_last(folder_of: Callable[[str], Pat
         assert said == alone
         assert small.stats().preemptions > 0
         settle(small)
-        assert small._engine.blocks.num_free == small._engine.blocks.num_blocks
+        assert small.engine.blocks.num_free == small.engine.blocks.num_blocks
 
 
 def test_many_at_once_from_an_event_loop(llm_of: Callable[..., LLM]) -> None:
@@ -160,7 +160,7 @@ def test_many_at_once_from_an_event_loop(llm_of: Callable[..., LLM]) -> None:
 
 def test_a_cancelled_task_ends_the_reading(folder_of: Callable[[str], Path]) -> None:
     llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=4, num_threads=1)
-    read, begun, goes_on, count = llm._runner.read, threading.Event(), threading.Event(), [0]
+    read, begun, goes_on, count = llm.engine.runner.read, threading.Event(), threading.Event(), [0]
 
     def slow(*arguments: Any) -> Any:
         count[0] += 1
@@ -168,7 +168,7 @@ def test_a_cancelled_task_ends_the_reading(folder_of: Callable[[str], Path]) -> 
         assert goes_on.wait(30)
         return read(*arguments)
 
-    llm._runner.read = slow  # type: ignore[method-assign]
+    llm.engine.runner.read = slow  # type: ignore[method-assign]
 
     async def main() -> None:
         task = asyncio.create_task(AsyncEngine(llm).embed([[1] * 100, [2] * 100]))
@@ -179,9 +179,9 @@ def test_a_cancelled_task_ends_the_reading(folder_of: Callable[[str], Path]) -> 
         goes_on.set()
 
     asyncio.run(asyncio.wait_for(main(), 60))
-    llm._runner.read = read  # type: ignore[method-assign]
+    llm.engine.runner.read = read  # type: ignore[method-assign]
     assert len(llm.embed([[3] * 5])) == 1  # waits for its turn
-    assert count == [1] and llm._engine.blocks.num_free == llm._engine.blocks.num_blocks
+    assert count == [1] and llm.engine.blocks.num_free == llm.engine.blocks.num_blocks
     with pytest.raises(TinyserveError, match="not wanted any more"):
         llm.embed([[1]], is_cancelled=lambda: True)
     llm.close()

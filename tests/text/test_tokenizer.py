@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import Oracle
 from refusals import refused
 from tokenizers import Regex, pre_tokenizers
 
@@ -316,8 +317,10 @@ def test_tokens_that_only_tokenizer_config_knows_are_added(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
 @pytest.mark.parametrize("saved_with_bos", [False, True])
-def test_a_folder_encodes_as_transformers_does(tmp_path: Path, flags: dict[str, bool], saved_with_bos: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_a_folder_encodes_as_transformers_does(
+    tmp_path: Path, flags: dict[str, bool], saved_with_bos: bool, oracle: Oracle
+) -> None:
+    transformers = oracle("transformers")
     folder = write(
         tmp_path,
         tokenizer__json=tokenizer_json(add_bos_token=saved_with_bos),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oracles import Oracle, import_oracle
 from test_tokenizer import CASES, FRAGMENTS, KEY, REFERENCES
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
@@ -88,7 +89,7 @@ def byte_level_pair(pre: str, folder: Path) -> tuple[OurTokenizer, OurTokenizer]
 @cache
 def spm_pair(prefix: bool, folder: Path) -> tuple[OurTokenizer, OurTokenizer]:
     """SentencePiece's BPE: tokenizer.json by transformers' rule for merges and Llama 2's normalizer, and the scores."""
-    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
+    convert = import_oracle("transformers.convert_slow_tokenizer")
     metadata = CASES["sentencepiece"]["metadata"]
     pieces, scores, kinds = (metadata[KEY + key] for key in ("tokens", "scores", "token_type"))
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -144,7 +145,7 @@ def test_byte_level_bpe(pre: str, folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("prefix", [True, False])
 @fuzzed
-def test_sentencepiece_bpe(prefix: bool, folder: Path, text: str) -> None:
+def test_sentencepiece_bpe(oracle: Oracle, prefix: bool, folder: Path, text: str) -> None:
     same(spm_pair(prefix, folder), text)
 
 

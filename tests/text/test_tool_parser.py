@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tinyserve.text.tool_parser import ToolCall, ToolCallParser, parse_tool_calls
 from tinyserve.text.tools import FORMATS
 
+pytestmark = pytest.mark.fast
+
 F = ToolCall("f", '{"a": 1}')
 G = ToolCall("g", "{}")
 ONE = '{"name": "f", "arguments": {"a": 1}}'

@@ -7,6 +7,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from oracles import Oracle
 from refusals import refused
 from test_chat_template import SPECIAL
 from test_chat_template import TEMPLATES as PLAIN
@@ -70,8 +71,8 @@ def test_a_template_that_does_not_read_tools_has_no_format(template: str | None)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tools_calls_and_their_results_render_as_in_transformers(name: str) -> None:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+def test_tools_calls_and_their_results_render_as_in_transformers(name: str, oracle: Oracle) -> None:
+    utils = oracle("transformers.utils.chat_template_utils")
     template = ChatTemplate(TEMPLATES[name], SPECIAL, name)
     objects = json.loads(json.dumps(CONVERSATION))
     objects[2]["tool_calls"][0]["function"]["arguments"] = {"place": "Köln"}

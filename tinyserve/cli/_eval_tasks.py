@@ -34,7 +34,7 @@ def evaluate_tasks(
     from tinyserve.cli._progress import TokenBar
     from tinyserve.evaluation import tasks
     from tinyserve.loading import open_model
-    from tinyserve.models.matrix import resolve_dtype
+    from tinyserve.models.dtypes import resolve_dtype
     from tinyserve.tensor._jit import cpu_name
 
     chosen = tasks.find(names)

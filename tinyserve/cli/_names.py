@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tinyserve.checkpoints import presets
+from tinyserve.models.dtypes import SHOWN
 
-DTYPES = ("auto", "float32", "bfloat16", "int8", "w8a8", "int4", "w4a8")
 _PLAIN = re.compile(r"[\w.+-]+")  # what no shell has to quote
 
 
@@ -28,7 +28,7 @@ def downloads(incomplete: str) -> list[str]:
 
 def dtypes(incomplete: str) -> list[str]:
     """What --dtype takes."""
-    return going_on(incomplete, DTYPES)
+    return going_on(incomplete, SHOWN)
 
 
 def going_on(incomplete: str, names: Iterable[str]) -> list[str]:

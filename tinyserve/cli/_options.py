@@ -1,65 +1,23 @@
-"""Options that several commands share, with one help text each. Knows only Typer, and how shells complete them."""
+"""Options that several commands share, with one help text each, and how a command takes many of them at once.
 
-from typing import Annotated
+Knows Typer, how shells complete, and the table of sampling parameters; not what any of them does.
+"""
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
 from tinyserve.cli import _names
+from tinyserve.sampling_params import Param, SamplingParams
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help="A preset, a repo id, a folder or a .gguf file.", autocompletion=_names.models
-    ),
-]
-# What is None is not said: the model's generation_config.json decides, if it asks to sample (cli/_sampling.py).
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        "--temp",
-        metavar="NUMBER",
-        help="0 is greedy; higher is more random.  [default: the model's own, else 0]",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        "-k",
-        metavar="NUMBER",
-        help="Draw from this many most likely tokens; 0 from all.  [default: the model's own, else 0]",
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        "-p",
-        metavar="NUMBER",
-        help="Draw from the likeliest tokens of this total probability.  [default: the model's own, else 1]",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NUMBER",
-        help="Draw from tokens at least this probable relative to the best.  [default: the model's own, else 0]",
-    ),
-]
-TypicalP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NUMBER",
-        help="Draw from the tokens of the most usual surprise, of this total probability.  "
-        "[default: the model's own, else 1]",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NUMBER",
-        help="Above 1, what has been said is less likely.  [default: the model's own, else 1]",
     ),
 ]
 JsonSchema = Annotated[
@@ -71,7 +29,6 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Tell on stderr how it is decoded, who has decided it, and where it ends."),
 ]
-Seed = Annotated[int | None, typer.Option(metavar="NUMBER", help="Makes a random answer repeatable.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
 Dtype = Annotated[
     str,
@@ -99,3 +56,69 @@ ApiKey = Annotated[
         help="The key that the server asks for.  [default: TINYSERVE_API_KEY in the environment]",
     ),
 ]
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that a command takes as one argument, and what makes it of their values by name."""
+
+    make: Callable[..., Any]
+    options: tuple[inspect.Parameter, ...]
+
+
+def fields_of(kind: type) -> Group:
+    """A dataclass whose fields are options."""
+    return Group(kind, tuple(inspect.signature(kind).parameters.values()))
+
+
+def sampling_options(max_tokens: str, leave_out: Collection[str] = ()) -> Group:
+    """Those of SamplingParams as a dict, None where nothing is said; `max_tokens` is what the command says of that one.
+
+    What is None the model's generation_config.json decides, if it asks to sample (cli/_sampling.py).
+    """
+    rows = (row for row in SamplingParams.rows.values() if row.cli and row.name not in leave_out)
+    helps = {"max_tokens": max_tokens}
+    return Group(dict, tuple(_sampling_option(row, helps.get(row.name) or _help(row)) for row in rows))
+
+
+def _help(row: Param) -> str:
+    """A sentence, and what holds where nothing is said: then the command line is greedy."""
+    default = 0 if row.name == "temperature" else row.default
+    if default in (None, ()):
+        return row.cli_help
+    own = "the model's own, else " if row.file is not None else ""
+    return f"{row.cli_help}  [default: {own}{default:g}]"
+
+
+def _sampling_option(row: Param, help: str) -> inspect.Parameter:
+    metavar = "NUMBER" if row.kind in (int, float) else "TEXT"
+    option = typer.Option(*row.cli.split(), metavar=metavar, help=help)
+    kind = Annotated[row.kind | None, option]  # type: ignore[name-defined]  # known when the program runs
+    return inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def with_options(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have a command take the options of a group in the place of its parameter of that name."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function)
+        spread = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.parameters.items()
+            for each in (groups[name].options if name in groups else (parameter,))
+        ]
+
+        @wraps(function)
+        def command(**said: Any) -> None:
+            for name, group in groups.items():
+                said[name] = group.make(**{each.name: said.pop(each.name) for each in group.options})
+            function(**said)
+
+        command.__signature__ = own.replace(parameters=spread)  # type: ignore[attr-defined]  # what Typer reads
+        command.__annotations__ = {each.name: each.annotation for each in spread}
+        return command
+
+    return decorate

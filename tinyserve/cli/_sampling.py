@@ -9,38 +9,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import UserError
+from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from tinyserve.llm import LLM
-    from tinyserve.sampling_params import SamplingParams
-    from tinyserve.structured_outputs import StructuredOutputs
 
 DEFAULT = "default"
-_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
+# Options that are decided in any case, and what they are if nobody does; `decide` knows better of two of them.
+_ROWS = [row for row in SamplingParams.rows.values() if row.cli and row.default not in (None, ())]
+_DEFAULTS = {row.name: row.default for row in _ROWS}
+_FILTERS = [row.name for row in _ROWS if row.stage == "draw" and row.name != "temperature"]
 
 
 @dataclass(frozen=True)
 class Decoding:
     """SamplingParams, and who has decided each of them: a flag, a file, or the default."""
 
-    params: "SamplingParams"
+    params: SamplingParams
     origins: Mapping[str, str]
     prompt_tokens: int
 
 
-def given(**options: Any) -> "SamplingParams":
+def given(**options: Any) -> SamplingParams:
     """Check what the command line says before a model is loaded; what is None is not said. Raises RequestError."""
-    from tinyserve.sampling_params import SamplingParams
-
     return SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
 
-def structure(json_schema: str | None, regex: str | None) -> "StructuredOutputs | None":
+def structure(json_schema: str | None, regex: str | None) -> StructuredOutputs | None:
     """What the answer must look like; a schema is given as a file's name or as it is. Raises UserError."""
     if json_schema is None and regex is None:
         return None
-    from tinyserve.structured_outputs import StructuredOutputs
-
     if json_schema is not None and not json_schema.lstrip().startswith("{"):
         try:
             json_schema = Path(json_schema).read_text(encoding="utf-8")
@@ -57,8 +55,7 @@ def decide(llm: "LLM", options: Mapping[str, Any], prompt: str | list[int], max_
     assert llm.tokenizer is not None  # only synthetic weights have none
     prompt_tokens = len(llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     model = llm.generation_config
-    fallback = {"temperature": 1.0 if model.do_sample else 0.0, **_NEUTRAL, "repetition_penalty": 1.0}
-    fallback["max_tokens"] = max_tokens
+    fallback = {**_DEFAULTS, "temperature": 1.0 if model.do_sample else 0.0, "max_tokens": max_tokens}
     file = Path(model.source).name
     values, origins = dict(options), {}
     for name, value in fallback.items():
@@ -87,7 +84,7 @@ def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
         ("temperature", f"{params.temperature:g}{' (greedy)' * (not params.temperature)}"),
     ]
     if params.temperature:
-        lines += [(name, f"{getattr(params, name):g}") for name in _NEUTRAL]
+        lines += [(name, f"{getattr(params, name):g}") for name in _FILTERS]
     if params.penalises:
         lines.append(("repetition_penalty", f"{params.repetition_penalty:g}"))
     lines.append(("max_tokens", str(params.max_tokens)))

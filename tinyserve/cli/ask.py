@@ -5,6 +5,7 @@ Knows how a command line names a model; _backends.py reaches it, and _answer.py 
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +19,14 @@ from tinyserve.cli._options import (
     ApiKey,
     Dtype,
     JsonSchema,
-    MinP,
     Regex,
-    RepetitionPenalty,
-    Seed,
     Server,
     System,
-    Temperature,
     Threads,
-    TopK,
-    TopP,
-    TypicalP,
     Verbose,
+    fields_of,
+    sampling_options,
+    with_options,
 )
 from tinyserve.cli._sampling import given, structure
 from tinyserve.errors import UserError
@@ -90,78 +87,52 @@ Prompt = Annotated[
     str | None,
     typer.Argument(metavar="PROMPT", help="The text to answer or continue; standard input when left out, or '-'."),
 ]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="NUMBER",
-        help="At most this many new tokens, and no more than the context has room for.  "
-        f"[default: the model's own, else {DEFAULT_MAX_TOKENS}]",
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="End the answer before this text; can be given several times."),
-]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and statistics.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 
 
-SAMPLING = (
-    "temperature", "max_tokens", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "seed", "stop",
-)  # fmt: skip
-WHO = ("dtype", "threads", "server", "api_key")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `ask` can be told beside the model, the prompt and the sampling."""
+
+    json_schema: JsonSchema = None
+    regex: Regex = None
+    system: System = None
+    raw: Raw = False
+    dtype: Dtype = "auto"
+    threads: Threads = None
+    server: Server = None
+    api_key: ApiKey = None
+    json_: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
 
 
-def _ask(model: str | None, prompt: str | None, options: dict[str, Any]) -> None:
-    """Build the question and have it answered; `options` are the flags by name."""
-    sampling = {name: options[name] for name in SAMPLING}
-    sampling["structured_outputs"] = structure(options["json_schema"], options["regex"])
+_SAMPLING = sampling_options(
+    "At most this many new tokens, and no more than the context has room for.  "
+    f"[default: the model's own, else {DEFAULT_MAX_TOKENS}]"
+)
+
+
+def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], options: Options) -> None:
+    """Build the question and have it answered."""
+    sampling = {**sampling, "structured_outputs": structure(options.json_schema, options.regex)}
     given(**sampling)
-    rest = {name: options[name] for name in ("system", "raw", "quiet", "verbose")}
-    default = f"--server {options['server']}" if options["server"] else presets.DEFAULT
-    question = Question(read_prompt(prompt, model or default), sampling, json=options["json_"], **rest)
-    answer(question, find_backend(model, **{name: options[name] for name in WHO}))
-
-
-def _family_command(family: str, default: str) -> Callable[..., None]:
-    def command(
-        prompt: Prompt = None,
-        variant: Annotated[
-            str,
-            typer.Option(
-                "--model",
-                "-m",
-                metavar="VARIANT",
-                help="The variant, or a preset's name.",
-                autocompletion=lambda: FAMILIES[family][2].split(", "),
-            ),
-        ] = default,
-        temperature: Temperature = None,
-        max_tokens: MaxTokens = None,
-        top_k: TopK = None,
-        top_p: TopP = None,
-        min_p: MinP = None,
-        typical_p: TypicalP = None,
-        repetition_penalty: RepetitionPenalty = None,
-        seed: Seed = None,
-        stop: Stop = None,
-        json_schema: JsonSchema = None,
-        regex: Regex = None,
-        system: System = None,
-        raw: Raw = False,
-        dtype: Dtype = "auto",
-        threads: Threads = None,
-        server: Server = None,
-        api_key: ApiKey = None,
-        json_: Json = False,
-        quiet: Quiet = False,
-        verbose: Verbose = False,
-    ) -> None:
-        options = locals().copy()
-        _ask(_variant(family, variant), prompt, options)
-
-    return command
+    default = f"--server {options.server}" if options.server else presets.DEFAULT
+    question = Question(
+        read_prompt(prompt, model or default),
+        sampling,
+        system=options.system,
+        raw=options.raw,
+        json=options.json_,
+        quiet=options.quiet,
+        verbose=options.verbose,
+    )
+    backend = find_backend(
+        model, dtype=options.dtype, threads=options.threads, server=options.server, api_key=options.api_key
+    )
+    answer(question, backend)
 
 
 def _variant(family: str, name: str) -> str:
@@ -180,6 +151,7 @@ def _families_and_models(incomplete: str) -> list[str]:
 
 
 @ask_app.command(ANY, hidden=True, cls=AnyModel)
+@with_options(sampling=_SAMPLING, options=fields_of(Options))
 def any_model(
     model: Annotated[
         str | None,
@@ -200,31 +172,13 @@ def any_model(
             autocompletion=_names.models,
         ),
     ] = None,
-    temperature: Temperature = None,
-    max_tokens: MaxTokens = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    typical_p: TypicalP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    system: System = None,
-    raw: Raw = False,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    server: Server = None,
-    api_key: ApiKey = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    sampling: dict[str, Any],
+    options: Options,
 ) -> None:
     """Ask any model: a preset, a Hugging Face repo id, a folder of safetensors, a .gguf file."""
-    options = locals().copy()
     words = [word for word in (model, prompt) if word is not None]
-    _ask(*_model_and_prompt(words, variant), options)
+    _ask(*_model_and_prompt(words, variant), sampling, options)
 
 
 def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str | None, str | None]:
@@ -234,7 +188,7 @@ def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str | None
     if variant is None:
         model = words.pop(0) if named else None
         if model in FAMILIES:
-            model = _variant(model, FAMILIES[model][0])
+            model = _variant(model, FAMILIES[model].default)
     elif words and words[0] in FAMILIES:
         model = _variant(words.pop(0), variant)
     elif len(words) == 2:
@@ -253,34 +207,69 @@ def names_a_model(word: str) -> bool:
     return word.count("/") >= 1 or Path(word).expanduser().exists()
 
 
-# The default variant of each family, what its help says, and its variants, which would take too long to read here.
+@dataclass(frozen=True)
+class Family:
+    """A subcommand; its variants are the presets of this family."""
+
+    default: str  # variant
+    about: str
+    prompt: str = "What is the capital of France?"  # in its examples
+
+
+CONTINUE = "The capital of France is"
 FAMILIES = {
-    "gpt2": ("small", "GPT-2 (OpenAI, 2019) continues text.", "small, medium, large, xl"),
-    "llama": ("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama.", "tinyllama, 3.2-1b, 3.2-3b, 7b, 3.1-8b, 13b"),
-    "mistral": ("7b", "Mistral 7B Instruct.", "7b"),
-    "smollm2": ("135m", "SmolLM2 Instruct (Hugging Face), small and open.", "135m, 360m, 1.7b"),
-    "falcon": ("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", "rw-1b, 7b, 7b-instruct, 40b"),
-    "granite": (
-        "350m",
-        "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts.",
-        "350m, dense-350m, moe-1b, 1b, dense-1b, h-tiny",
-    ),
+    "gpt2": Family("small", "GPT-2 (OpenAI, 2019) continues text.", CONTINUE),
+    "llama": Family("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama."),
+    "mistral": Family("7b", "Mistral 7B Instruct."),
+    "smollm2": Family("135m", "SmolLM2 Instruct (Hugging Face), small and open."),
+    "falcon": Family("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", CONTINUE),
+    "granite": Family("350m", "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts."),
 }
 
 
-def _family_help(family: str, words: str, variants: str) -> str:
-    prompt = "The capital of France is" if family in ("gpt2", "falcon") else "What is the capital of France?"
-    return f"""{words}
+class FamilyCommand(typer.core.TyperCommand):
+    """A family's subcommand: its help names the variants, which are read from the presets when somebody wants them."""
 
-Variants for --model: {variants}.
+    @property
+    def help(self) -> str | None:
+        name = self.name or ""
+        family, variants = FAMILIES[name], list(presets.variants(name))
+        return f"""{family.about}
+
+Variants for --model: {", ".join(variants)}.
 
 \b
 Examples:
-  tinyserve ask {family} "{prompt}"
-  tinyserve ask {family} --model {variants.split(", ")[-1]} "{prompt}" --max-tokens 20
+  tinyserve ask {name} "{family.prompt}"
+  tinyserve ask {name} --model {variants[-1]} "{family.prompt}" --max-tokens 20
 """
 
+    @help.setter
+    def help(self, text: str | None) -> None: ...  # Typer's, made of a docstring
 
-for _family, (_default, _words, _variants) in FAMILIES.items():
-    _command = _family_command(_family, _default)
-    ask_app.command(_family, help=_family_help(_family, _words, _variants), short_help=_words)(_command)
+
+def _family_command(name: str, family: Family) -> Callable[..., None]:
+    @with_options(sampling=_SAMPLING, options=fields_of(Options))
+    def command(
+        prompt: Prompt = None,
+        variant: Annotated[
+            str,
+            typer.Option(
+                "--model",
+                "-m",
+                metavar="VARIANT",
+                help="The variant, or a preset's name.",
+                autocompletion=lambda: list(presets.variants(name)),
+            ),
+        ] = family.default,
+        *,
+        sampling: dict[str, Any],
+        options: Options,
+    ) -> None:
+        _ask(_variant(name, variant), prompt, sampling, options)
+
+    return command
+
+
+for _name, _family in FAMILIES.items():
+    ask_app.command(_name, cls=FamilyCommand, short_help=_family.about)(_family_command(_name, _family))

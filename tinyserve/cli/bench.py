@@ -102,8 +102,8 @@ def bench(
     from tinyserve.checkpoints import hub
     from tinyserve.cli._answer import load
     from tinyserve.loading import open_model
-    from tinyserve.model_runner import available_memory
-    from tinyserve.models.matrix import resolve_dtype
+    from tinyserve.models.cache_plan import available_memory
+    from tinyserve.models.dtypes import resolve_dtype
 
     repetitions = repetitions or (measure.QUICK_REPETITIONS if quick else measure.REPETITIONS)
     wanted = measure.works(

@@ -13,21 +13,7 @@ import typer
 from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
 from tinyserve.cli._backends import Backend, find_backend
-from tinyserve.cli._options import (
-    ApiKey,
-    Dtype,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    Server,
-    System,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    TypicalP,
-    Verbose,
-)
+from tinyserve.cli._options import ApiKey, Dtype, Server, System, Threads, Verbose, sampling_options, with_options
 from tinyserve.cli._sampling import given
 from tinyserve.errors import TinyserveError, UserError
 
@@ -35,6 +21,12 @@ DEFAULT_MAX_TOKENS = 512
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line."
 
 
+@with_options(
+    sampling=sampling_options(
+        f"At most this many tokens an answer.  [default: the model's own, else {DEFAULT_MAX_TOKENS}]",
+        leave_out=["stop"],
+    )
+)
 def chat(
     model: Annotated[
         str | None,
@@ -45,20 +37,8 @@ def chat(
         ),
     ] = None,
     system: System = None,
-    temperature: Temperature = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="NUMBER",
-            help=f"At most this many tokens an answer.  [default: the model's own, else {DEFAULT_MAX_TOKENS}]",
-        ),
-    ] = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    typical_p: TypicalP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
+    *,
+    sampling: dict[str, Any],
     dtype: Dtype = "auto",
     threads: Threads = None,
     server: Server = None,
@@ -76,10 +56,6 @@ def chat(
       tinyserve chat smollm2-360m --system "You are a pirate." --temp 0.7
       tinyserve chat --server http://127.0.0.1:8000
     """
-    sampling: dict[str, Any] = {
-        "temperature": temperature, "max_tokens": max_tokens, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "typical_p": typical_p, "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
     given(**sampling)
     backend = find_backend(model, dtype=dtype, threads=threads, server=server, api_key=api_key)
     if not backend.chats:

@@ -13,11 +13,12 @@ from tinyserve.cli import _names
 from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig, costs, parse_config
 from tinyserve.models.config.description import architecture, attention_kind
+from tinyserve.models.dtypes import KV_CACHE_DTYPES, resolve_kv_cache_dtype
 from tinyserve.models.lookup import load_raw_config
 from tinyserve.progress import count, size
 
 KV_TOKENS = 1000
-KV_DTYPE = "bfloat16"  # what keys and values are kept in unless something else is asked for
+KV_DTYPE = resolve_kv_cache_dtype("auto", "auto")
 
 
 def compare(
@@ -53,7 +54,7 @@ def compare(
 
 def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
     """Collect one model's column, as plain data; sizes are bytes."""
-    kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in costs.KV_DTYPES}
+    kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in KV_CACHE_DTYPES}
     return {
         "model": model,
         "model_type": config.model_type,
@@ -69,7 +70,7 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
         "state_bytes_per_sequence": costs.state_bytes_per_sequence(config),
         "flops_per_token": costs.matmul_flops_per_token(config),
-        "attention_window": costs.attention_window(config),
+        "attention_window": config.attention_window,
         "attention_flops_per_position": costs.attention_flops_per_position(config),
     }
 

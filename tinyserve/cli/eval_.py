@@ -91,7 +91,7 @@ def evaluate(
     from tinyserve.cli._progress import TokenBar
     from tinyserve.evaluation import perplexity as measure
     from tinyserve.loading import open_model
-    from tinyserve.models.matrix import resolve_dtype
+    from tinyserve.models.dtypes import resolve_dtype
     from tinyserve.tensor._jit import cpu_name
 
     reference = None if against == NO_REFERENCE else resolve_dtype(against)

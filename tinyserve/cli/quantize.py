@@ -30,7 +30,7 @@ def quantize(
     """
     from tinyserve import quantize as packing
     from tinyserve.cli._progress import StartLine
-    from tinyserve.models.matrix import resolve_dtype
+    from tinyserve.models.dtypes import resolve_dtype
     from tinyserve.tensor import _jit
 
     start, compiled = perf_counter(), 0

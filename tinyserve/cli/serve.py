@@ -4,13 +4,15 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tinyserve.cli import _names
 from tinyserve.cli._options import Dtype, Threads
+from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
+from tinyserve.server.options import ServeOptions
 
 KEY_VARIABLE = "TINYSERVE_API_KEY"
 
@@ -25,8 +27,10 @@ def serve(
             autocompletion=_names.models,
         ),
     ],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="NUMBER", help="The port; 0 takes any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen at.")] = ServeOptions.host,
+    port: Annotated[
+        int, typer.Option(metavar="NUMBER", help="The port; 0 takes any that is free.")
+    ] = ServeOptions.port,
     api_key_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help=f"Keys, one a line, of which clients need one. {KEY_VARIABLE} has one, too."),
@@ -43,12 +47,16 @@ def serve(
         int | None,
         typer.Option(metavar="TOKENS", help="Of prompt and answer.  [default: the model's own, or what fits]"),
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(metavar="NUMBER", help="Answers that are computed at once.")] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="Tokens of one step.")] = 512,
+    max_num_seqs: Annotated[
+        int, typer.Option(metavar="NUMBER", help="Answers that are computed at once.")
+    ] = EngineOptions.max_num_seqs,
+    max_num_batched_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="Tokens of one step.")] = (
+        EngineOptions.max_num_batched_tokens
+    ),
     max_queue: Annotated[
         int,
         typer.Option(metavar="NUMBER", help="Answers that may wait for each model; beyond, 429 tells to come again."),
-    ] = 128,
+    ] = ServeOptions.max_queue,
     memory: Annotated[
         float | None,
         typer.Option(metavar="GB", help="For all models; idle ones make room.  [default: 80 % of what is free]"),
@@ -73,8 +81,8 @@ def serve(
     threads: Threads = None,
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
-    ] = 30.0,
-    max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = 16.0,
+    ] = ServeOptions.drain_timeout,
+    max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = ServeOptions.max_body / 1e6,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")] = False,
 ) -> None:
     """Serve models over HTTP, as OpenAI does.
@@ -91,21 +99,20 @@ def serve(
     check(port=port, max_queue=max_queue, memory=memory, kv_cache_memory=kv_cache_memory, max_body=max_body,
           drain_timeout=drain_timeout, threads=threads)  # fmt: skip
     try:
-        from tinyserve.server.run import ServeOptions
         from tinyserve.server.run import serve as run
     except ImportError as error:
         raise UserError(f"serve needs the extra of that name ({error}): pip install 'tinyserve[serve]'.") from None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("tinyserve").setLevel(logging.WARNING if quiet else logging.INFO)
-    llm_options: dict[str, Any] = {
-        "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype,
-        "kv_cache_memory": _bytes(kv_cache_memory), "num_threads": threads, "load_format": load_format,
-        "speculative_config": {"method": "ngram"} if ngram else None,
-    }  # fmt: skip
+    engine = EngineOptions(
+        dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=_bytes(kv_cache_memory), num_threads=threads, load_format=load_format,
+        speculative_config={"method": "ngram"} if ngram else None,
+    )  # fmt: skip
     options = ServeOptions(
         models=names(models),
-        llm_options=llm_options,
+        engine=engine,
         host=host,
         port=port,
         api_keys=keys(api_key_file),

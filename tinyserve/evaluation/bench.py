@@ -11,24 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import (
     attention_flops_per_position,
-    attention_window,
     matmul_flops_per_token,
     state_bytes_per_sequence,
     weight_bytes,
     weight_bytes_per_token,
 )
+from tinyserve.models.dtypes import WEIGHT_DTYPES, resolve_kv_cache_dtype
 from tinyserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tinyserve.llm import LLM
+    from tinyserve.models.cache_plan import CacheNeeds
 
 PREFILL, DEPTHS, BATCHES, DECODE, REPETITIONS = (128, 512, 2048), (0, 512, 4096), (1, 8, 32), 32, 5
 QUICK_PREFILL, QUICK_DEPTHS, QUICK_BATCHES, QUICK_REPETITIONS = (512,), (0,), (1,), 3
-STEP, BLOCK = 512, 16  # the engine's token budget of a step, and the cache's block
+STEP, BLOCK = EngineOptions().max_num_batched_tokens, EngineOptions().block_size
 MOST_SEQUENCES = STEP // 2  # more would leave no room in a step for prompts
 
 Progress = Callable[[str], None]
@@ -112,7 +114,7 @@ def plan(
     fitting, skipped = [], []
     for work in wanted:
         tokens = work.most_tokens(repetitions)
-        need = _cache_bytes(config, dtype, work, repetitions) + _state_bytes(config, [work])
+        need = _cache_bytes(config, dtype, work, repetitions) + _state_bytes(config, dtype, [work])
         if tokens > config.max_position_embeddings:
             reason = f"{work} comes to {tokens} tokens, and the context holds {config.max_position_embeddings}"
             skipped.append(Skipped(work, reason, by_context=True))
@@ -128,7 +130,7 @@ def plan(
         "max_num_seqs": max(work.batch for work in fitting),
         "max_model_len": max(2, *(work.most_tokens(repetitions) for work in fitting)),
         "kv_cache_memory": max(_cache_bytes(config, dtype, work, repetitions) for work in fitting)
-        + _state_bytes(config, fitting),
+        + _state_bytes(config, dtype, fitting),
         "max_num_batched_tokens": STEP,
         "block_size": BLOCK,
         "enable_prefix_caching": False,  # what is measured is computed
@@ -137,17 +139,20 @@ def plan(
 
 
 def _cache_bytes(config: ModelConfig, dtype: str, work: Work, repetitions: int) -> int:
-    from tinyserve.model_runner import resolve_kv_cache_dtype
-    from tinyserve.models.kv_cache import KVCache
-
+    """Keys and values of a work's sequences."""
     blocks = work.batch * math.ceil(work.most_tokens(repetitions) / BLOCK)
-    return blocks * KVCache.block_nbytes(config, BLOCK, resolve_kv_cache_dtype("auto", dtype))
+    return blocks * _needs(config, dtype, work.batch).block_nbytes
 
 
-def _state_bytes(config: ModelConfig, works: Sequence[Work]) -> int:
-    from tinyserve.model_runner import state_nbytes
+def _state_bytes(config: ModelConfig, dtype: str, works: Sequence[Work]) -> int:
+    """States of as many sequences as the largest batch has."""
+    return _needs(config, dtype, max(work.batch for work in works)).without_blocks().nbytes
 
-    return state_nbytes(config, max(work.batch for work in works))
+
+def _needs(config: ModelConfig, dtype: str, max_num_seqs: int) -> "CacheNeeds":
+    from tinyserve.models.cache_plan import CacheNeeds
+
+    return CacheNeeds(config, dtype, resolve_kv_cache_dtype("auto", dtype), BLOCK, max_num_seqs)
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------
@@ -167,14 +172,14 @@ def decode_cost(config: ModelConfig, weights: float, kv: float, batch: int, cont
     `weights` are the bytes that a step reads of them, whatever the batch; `kv` those of a token's keys and values. A
     recurrent state is read and written.
     """
-    seen = min(context, attention_window(config) or math.inf)
+    seen = min(context, config.attention_window or math.inf)
     per_token = matmul_flops_per_token(config) + seen * attention_flops_per_position(config)
     return Cost(weights + batch * (seen * kv + 2 * state_bytes_per_sequence(config)), batch * per_token)
 
 
 def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, step: int = STEP) -> Cost:
     """A prompt of `tokens`, `step` at a time: all weights each time, and the head for the last token only."""
-    window = attention_window(config) or math.inf
+    window = config.attention_window or math.inf
     head = 2 * config.vocab_size * config.hidden_size
     pairs = sum(min(position, window) for position in range(1, tokens + 1))
     operations = tokens * (matmul_flops_per_token(config) - head) + head + pairs * attention_flops_per_position(config)
@@ -265,21 +270,21 @@ class Measurement:
 
 def measure_limits(llm: "LLM") -> Limits:
     """This machine's limits with the threads of `llm`: reading memory, and the operations of its dtype."""
-    from tinyserve.models.matrix import bits_of, is_integer
     from tinyserve.tensor import _jit, limits
 
+    kind = WEIGHT_DTYPES[llm.dtype]
     with _jit.one_at_a_time(llm.num_threads):
-        peak = limits.integer_peak(*bits_of(llm.dtype)) if is_integer(llm.dtype) else limits.float_peak()
+        peak = limits.integer_peak(kind.weight_bits, kind.activation_bits) if kind.is_integer else limits.float_peak()
         return Limits(limits.memory_bandwidth(), peak)
 
 
 def machine(dtype: str) -> dict[str, str]:
     """The processor, and which of its instructions multiply in this dtype."""
-    from tinyserve.models.matrix import is_integer
     from tinyserve.tensor import dot_product
     from tinyserve.tensor._jit import cpu_name
 
-    return {"processor": cpu_name(), "dot_product": dot_product.PATH if is_integer(dtype) else "float32 fma"}
+    product = dot_product.PATH if WEIGHT_DTYPES[dtype].is_integer else "float32 fma"
+    return {"processor": cpu_name(), "dot_product": product}
 
 
 def run(

@@ -1,37 +1,26 @@
-"""One file per architecture, and the table that finds it: config and checkpoint in, model out.
-
-The only place that tells architectures apart by name.
-"""
+"""Config and checkpoint in, model out. An architecture is models/config/X.py, models/X.py and a line of registry.py."""
 
 from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyserve.errors import ConfigError
+from tinyserve.models import registry
 from tinyserve.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.checkpoint import Array, Checkpoint
-    from tinyserve.models.base import Model
+    from tinyserve.models.base import DecoderModel
     from tinyserve.models.matrix import Matrix
-
-_HOMES = {
-    "gpt2": ("gpt2", "GPT2"),
-    "falcon": ("falcon", "Falcon"),
-    "llama": ("llama", "Llama"),
-    "mistral": ("llama", "Llama"),
-    "granite": ("granite", "Granite"),
-    "granitemoe": ("granite", "Granite"),
-    "granitemoehybrid": ("granite", "Granite"),
-}
 
 
 def check_supported(config: ModelConfig) -> None:
     """Raise ConfigError for a family whose config is understood but whose forward pass is not built yet."""
-    if config.model_type not in _HOMES:
+    families = registry.by_model_type()
+    if families[config.model_type].model is None:
+        runs = ", ".join(name for name, family in families.items() if family.model)
         raise ConfigError(
             f"model_type {config.model_type!r} cannot run yet: its family is not built, only described "
-            f"(inspect-config and compare know it). What runs: {', '.join(_HOMES)}."
+            f"(inspect-config and compare know it). What runs: {runs}."
         )
 
 
@@ -42,7 +31,7 @@ def build_model(
     max_model_len: int,
     progress: Callable[[int, int], None] | None = None,
     built: "dict[str, Matrix | Array] | None" = None,
-) -> "Model":
+) -> "DecoderModel":
     """Load a model's weights in this dtype; `progress` hears (numbers packed, numbers in all).
 
     `built` receives every matrix and array of the model under the names it was built from.
@@ -52,10 +41,10 @@ def build_model(
     from tinyserve.models.base import Loader
 
     check_supported(config)
-    module_name, class_name = _HOMES[config.model_type]
-    module: Any = import_module(f"tinyserve.models.{module_name}")
+    family = registry.by_model_type()[config.model_type]
+    module = family.model_module()
     loader = Loader(config, module.sanitize(checkpoint, config), dtype, max_model_len, progress)
-    model: Model = getattr(module, class_name)(config, loader)
+    model: DecoderModel = getattr(module, str(family.model))(config, loader)
     if built is not None:
         built.update(loader.built)
     return model

@@ -1,13 +1,12 @@
 """What every architecture shares: the face of a model, and how its layers are built from a checkpoint.
 
-Knows no architecture by name; `models/__init__.py` keeps that table.
+Knows no architecture by name; registry.py keeps that table.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain
-from typing import Protocol
+from itertools import chain
 
 import numpy as np
 
@@ -15,48 +14,94 @@ from tinyserve.checkpoints.checkpoint import Checkpoint, Index, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
-from tinyserve.models.config.costs import tensor_shapes
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 from tinyserve.models.kv_cache import KVCache
-from tinyserve.models.layers import Embedding, Experts, LayerNorm, Linear, RMSNorm
+from tinyserve.models.layers import Block, Embedding, Experts, LayerNorm, Linear, RMSNorm
 from tinyserve.models.matrix import (
     IntegerMatrix,
     Matrix,
-    at_least_8_bits,
-    bits_of,
-    is_integer,
     no_bias,
     pack_parts,
     repack,
     stack_panels,
 )
+from tinyserve.models.row_orders import (
+    Places,
+    RowOrder,
+    concatenated,
+    expert_by_expert,
+    interleaved_halves,
+    interleaved_panels,
+    within,
+)
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
-from tinyserve.tensor.quant import BLOCK, PANEL, Packed, padded
+from tinyserve.tensor.quant import BLOCK, Packed, padded
 
 Array = np.ndarray
 
 
-class Model(Protocol):
-    """Token ids to logits. Holds weights and nothing else: state belongs to sequences, in the cache."""
+class DecoderModel:
+    """Token ids to logits: embedding, blocks, a last norm, a head, which is the embedding again where the two are tied.
 
-    config: ModelConfig
+    Holds weights and nothing else: state belongs to sequences, in the cache.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        loader: "Loader",
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        norm: RMSNorm | LayerNorm,
+    ):
+        self.config = config
+        self.embedding, self.blocks, self.norm = embedding, blocks, norm
+        self.head = embedding.head if config.tie_word_embeddings else loader.head("lm_head")
+        self.nbytes = loader.nbytes  # of all weights as they are kept
+
+    def embed(self, batch: Batch) -> Array:
+        """-> (tokens, hidden): what the first block reads."""
+        return self.embedding(batch.token_ids)
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         """-> hidden states (tokens, hidden) float32, before the last norm."""
-        ...
+        x = self.embed(batch)
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, batch, layer_cache)
+        return x
 
     def normed(self, hidden: Array) -> Array:
         """hidden (rows, hidden) -> (rows, hidden) behind the last norm: transformers' last_hidden_state."""
-        ...
+        return self.norm(hidden).array()
 
     def logits(self, hidden: Array) -> Array:
         """hidden (rows, hidden) -> (rows, vocab) float32: the last norm, and the head."""
-        ...
+        return self.head(self.norm(hidden))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights as they are kept."""
-        ...
+
+def gguf_names(
+    parts: Mapping[str, str],
+    embedding: str = "model.embed_tokens",
+    layers: str = "model.layers",
+    norm: str = "model.norm",
+    **others: str,
+) -> Callable[[str], str]:
+    """A function from llama.cpp's name of a tensor to Hugging Face's; a name that it does not know stays as it is.
+
+    `parts` are those of a layer, "attn_q" for example, and `others` those beside embedding, last norm and head.
+    """
+    outside = {"token_embd": embedding, "output_norm": norm, "output": "lm_head"} | others
+
+    def renamed(name: str) -> str:
+        match name.split("."):
+            case [part, kind] if part in outside:
+                return f"{outside[part]}.{kind}"
+            case ["blk", layer, part, kind] if part in parts:
+                return f"{layers}.{layer}.{parts[part]}.{kind}"
+        return name
+
+    return renamed
 
 
 class Loader:
@@ -78,7 +123,7 @@ class Loader:
         self._progress = progress or (lambda done, total: None)
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
-        shapes = {tensor.name: tensor.shape for tensor in tensor_shapes(config)}
+        shapes = {tensor.name: tensor.shape for tensor in config.tensor_shapes()}
         packed: set[str] = set()
         parts: set[str] = set()
         for key in checkpoint:
@@ -103,62 +148,62 @@ class Loader:
 
     def linear(self, *names: str, transposed: bool = False, activation: int = PLAIN) -> Linear:
         """The layers `names` as one, outputs one after the other; `transposed` where the file has (inputs, outputs)."""
-        bias = self._bias(names, _one_after_the_other)
-        return Linear(self._matrix(names, self.dtype, _one_after_the_other, transposed), bias, activation)
+        bias = self._bias(names, concatenated)
+        return Linear(self._matrix(names, self.dtype, concatenated, transposed), bias, activation)
 
     def gated(self, *names: str) -> Linear:
         """silu(gate(x)) · up(x) as one product: a panel of gates, the panel that they let through, and so on.
 
         `names` are gate and up, or the one layer that has the gates above what they let through.
         """
-        arrange = _panel_by_panel if len(names) == 2 else _halves_panel_by_panel
+        order = interleaved_panels if len(names) == 2 else interleaved_halves
         width = sum(self._shapes[f"{name}.weight"][0] for name in names) // 2
-        return Linear(self._matrix(names, self.dtype, arrange), self._bias(names, arrange), SILU_MUL, width)
+        return Linear(self._matrix(names, self.dtype, order), self._bias(names, order), SILU_MUL, width)
 
     def experts(self, name: str) -> Experts:
         """The experts of a tensor (experts, outputs, inputs)."""
         experts, width, _ = self._shapes[f"{name}.weight"]
-        matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _one_after_the_other, experts))
+        matrix = self._matrix((name,), self.dtype, partial(expert_by_expert, concatenated, experts))
         return Experts(matrix, PLAIN, width)
 
     def gated_experts(self, name: str) -> Experts:
         """The same for experts that have gates above what they let through, as in `gated`."""
         experts, rows, _ = self._shapes[f"{name}.weight"]
-        matrix = self._matrix((name,), self.dtype, partial(_block_by_block, _halves_panel_by_panel, experts))
+        matrix = self._matrix((name,), self.dtype, partial(expert_by_expert, interleaved_halves, experts))
         return Experts(matrix, SILU_MUL, rows // 2)
 
     def head(self, name: str) -> Linear:
         """A head that is no embedding, or a router: like an embedding, it keeps 8 bits."""
-        return Linear(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other), no_bias())
+        return Linear(self._matrix((name,), WEIGHT_DTYPES[self.dtype].at_least_8_bits, concatenated), no_bias())
 
     def embedding(self, name: str) -> Embedding:
         """A token embedding, which serves as the head of a model that ties them."""
-        return Embedding(self._matrix((name,), at_least_8_bits(self.dtype), _one_after_the_other))
+        return Embedding(self._matrix((name,), WEIGHT_DTYPES[self.dtype].at_least_8_bits, concatenated))
 
-    def _bias(self, names: Sequence[str], arrange: "_Arrange") -> Array:
+    def _bias(self, names: Sequence[str], order: RowOrder) -> Array:
         biases = [self.array(f"{name}.bias") for name in names if f"{name}.bias" in self._shapes]
         if not biases:
             return no_bias()
-        total, places = arrange([len(bias) for bias in biases])
+        total, places = order([len(bias) for bias in biases])
         whole = np.zeros(total, np.float32)
         for place, bias in zip(places, biases, strict=True):
             whole[place] = bias
         whole.flags.writeable = False
         return whole
 
-    def _matrix(self, names: Sequence[str], dtype: str, arrange: "_Arrange", transposed: bool = False) -> Matrix:
+    def _matrix(self, names: Sequence[str], dtype: str, order: RowOrder, transposed: bool = False) -> Matrix:
         """The weights of `names` as one matrix: as the file has it packed, or from its own blocks, or from floats."""
         key = "+".join(names)
         shapes = [self._shapes[f"{name}.weight"][:: -1 if transposed else 1] for name in names]
-        rows, places = arrange([math.prod(shape[:-1]) for shape in shapes])
+        rows, places = order([math.prod(shape[:-1]) for shape in shapes])
         shape = rows, shapes[0][-1]
         matrix: Matrix | None
         if f"{key}.{_INTEGERS}" in self.checkpoint:
             matrix = self._packed(key, shape, dtype)
         else:
             tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
-            if is_integer(dtype) and (make := tensors[0].packed):
-                matrix = IntegerMatrix(shape, make(shape, dtype), bits_of(dtype)[1])
+            if WEIGHT_DTYPES[dtype].is_integer and (make := tensors[0].packed):
+                matrix = IntegerMatrix(shape, make(shape, dtype), WEIGHT_DTYPES[dtype].activation_bits)
             else:
                 matrix = None if transposed else self._from_blocks(key, tensors, shape, places, dtype)
         if matrix is None:
@@ -183,10 +228,10 @@ class Loader:
                 f"{self.checkpoint.source}: {key!r} is packed as {shapes}, which is no matrix of {list(shape)}: write "
                 f"the checkpoint again with this version's `tinyserve quantize`."
             )
-        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+        return IntegerMatrix(shape, packed, WEIGHT_DTYPES[dtype].activation_bits)
 
     def _from_blocks(
-        self, key: str, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: "_Places", dtype: str
+        self, key: str, tensors: Sequence[LazyTensor], shape: tuple[int, int], places: Places, dtype: str
     ) -> Matrix | None:
         """A matrix from GGUF's blocks without a loss; None where they are of several kinds, or do not fit the dtype."""
         blocks = [tensor.blocks() for tensor in tensors if tensor.blocks]
@@ -200,7 +245,7 @@ class Loader:
                 raw = blocks[0].raw[start:end]
             else:
                 raw = np.zeros((end - start, width), np.uint8)
-                for i, source, place in _within(start, end, places):
+                for i, source, place in within(start, end, places):
                     raw[place] = blocks[i].raw[source]
             packed = repack(Blocks(kind, raw, (end - start, shape[1])), dtype)
             for tensor in tensors:
@@ -218,10 +263,10 @@ class Loader:
                 f"{tensors[0].file}: the weights of {key!r} hold scales that are no numbers: they are damaged, "
                 f"download them again."
             )
-        return IntegerMatrix(shape, packed, bits_of(dtype)[1])
+        return IntegerMatrix(shape, packed, WEIGHT_DTYPES[dtype].activation_bits)
 
     def _from_floats(
-        self, names: Sequence[str], shape: tuple[int, int], places: "_Places", dtype: str, transposed: bool
+        self, names: Sequence[str], shape: tuple[int, int], places: Places, dtype: str, transposed: bool
     ) -> Matrix:
         """A few rows at a time are floats: the peak is the packed matrix and those."""
         whole_names = [f"{name}.weight" for name in names]
@@ -231,7 +276,7 @@ class Loader:
         def parts() -> Iterator[Array]:
             for start, end in _steps(*shape) if alone else [(0, shape[0])]:
                 rows = np.empty((0, 0), np.float32)
-                for i, source, place in _within(start, end, places):
+                for i, source, place in within(start, end, places):
                     taken = self._take(whole_names[i], source, transposed)
                     if len(taken) == end - start and isinstance(place, slice):
                         rows = taken
@@ -290,8 +335,6 @@ class Loader:
 
 _AT_ONCE = 1 << 20  # weights that are floats at the same time while a matrix is packed
 _INTEGERS = Packed._fields[0]
-_Places = Sequence[slice | Array]
-_Arrange = Callable[[Sequence[int]], tuple[int, _Places]]
 
 
 def _names(key: str) -> list[str]:
@@ -303,42 +346,3 @@ def _steps(rows: int, columns: int) -> list[tuple[int, int]]:
     """First and last rows of the parts in which a matrix is packed, each a multiple of BLOCK but for the last."""
     step = padded(max(1, _AT_ONCE // max(1, columns)), BLOCK)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _within(start: int, end: int, places: _Places) -> Iterator[tuple[int, Index, Index]]:
-    """Which rows of which parts belong into rows start..end, and where there: (part, rows of it, rows of these)."""
-    for i, place in enumerate(places):
-        if isinstance(place, slice):
-            first, last = max(start, place.start), min(end, place.stop)
-            if first < last:
-                yield i, slice(first - place.start, last - place.start), slice(first - start, last - start)
-        elif len(mine := np.flatnonzero((place >= start) & (place < end))):
-            is_run = mine[-1] - mine[0] + 1 == len(mine)
-            yield i, slice(mine[0], mine[-1] + 1) if is_run else mine, place[mine] - start
-
-
-def _one_after_the_other(rows: Sequence[int]) -> tuple[int, _Places]:
-    """How many rows parts of so many rows come to, and which ones each part's are."""
-    ends = list(accumulate(rows))
-    return ends[-1], [slice(end - count, end) for end, count in zip(ends, rows, strict=True)]
-
-
-def _panel_by_panel(rows: Sequence[int]) -> tuple[int, _Places]:
-    """The same for parts of equal size, a panel of each in turn; the last panels are filled up with zeros."""
-    row, parts = np.arange(rows[0]), len(rows)
-    places = [(row // PANEL * parts + i) * PANEL + row % PANEL for i in range(parts)]
-    return -(-rows[0] // PANEL) * PANEL * parts, places
-
-
-def _halves_panel_by_panel(rows: Sequence[int]) -> tuple[int, _Places]:
-    """The same for the two halves of one part."""
-    total, halves = _panel_by_panel([rows[0] // 2] * 2)
-    return total, [np.concatenate([np.arange(total)[half] for half in halves])]
-
-
-def _block_by_block(arrange: _Arrange, count: int, rows: Sequence[int]) -> tuple[int, _Places]:
-    """One part that is `count` matrices one above the other, each arranged by itself and in whole blocks of rows."""
-    total, places = arrange([rows[0] // count])
-    whole = padded(total, BLOCK)
-    each = np.arange(total)[places[0]]
-    return whole * count, [(np.arange(count)[:, None] * whole + each).ravel()]

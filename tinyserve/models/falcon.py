@@ -10,10 +10,8 @@ from functools import partial
 import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
-from tinyserve.models.base import Loader
-from tinyserve.models.batch import Batch
-from tinyserve.models.config import FalconConfig
-from tinyserve.models.kv_cache import KVCache
+from tinyserve.models.base import DecoderModel, Loader, gguf_names
+from tinyserve.models.config.falcon import FalconConfig
 from tinyserve.models.layers import MLP, Attention, Block, ParallelBlock, Rope
 from tinyserve.models.llama import rope_frequencies
 from tinyserve.tensor.attention import CHUNK
@@ -21,61 +19,45 @@ from tinyserve.tensor.matmul import GELU
 from tinyserve.tensor.quant import padded
 
 
-class Falcon:
-    """Embedding, blocks, norm; the head is the embedding again where the two are tied."""
+class Falcon(DecoderModel):
+    """Parallel blocks behind LayerNorms, with rotary positions; or sequential ones, with ALiBi."""
 
     def __init__(self, config: FalconConfig, loader: Loader):
-        eps = config.layer_norm_epsilon
         rope = alibi = None
         if config.rope is None:
             alibi = alibi_table(config.num_attention_heads, loader.max_model_len)
         else:
             rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
-        self.config = config
-        self.embedding = loader.embedding("transformer.word_embeddings")
-        self.blocks: list[Block] = []
-        for i in range(config.num_hidden_layers):
-            layer = f"transformer.h.{i}"
-            attention = Attention(
-                loader.linear(f"{layer}.self_attention.query_key_value"),
-                loader.linear(f"{layer}.self_attention.dense"),
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                scale=config.head_dim**-0.5,
-                rope=rope,
-                alibi=alibi,
-            )
-            mlp = MLP(
-                loader.linear(f"{layer}.mlp.dense_h_to_4h", activation=GELU),
-                loader.linear(f"{layer}.mlp.dense_4h_to_h"),
-            )
-            if not config.parallel_attn:
-                input_norm = loader.layer_norm(f"{layer}.input_layernorm", eps)
-                mlp_norm = loader.layer_norm(f"{layer}.post_attention_layernorm", eps)
-                self.blocks.append(Block(input_norm, attention, mlp_norm, mlp))
-            elif config.num_ln_in_parallel_attn == 2:
-                attention_norm = loader.layer_norm(f"{layer}.ln_attn", eps)
-                mlp_norm = loader.layer_norm(f"{layer}.ln_mlp", eps)
-                self.blocks.append(ParallelBlock(attention_norm, attention, mlp_norm, mlp))
-            else:
-                norm = loader.layer_norm(f"{layer}.input_layernorm", eps)
-                self.blocks.append(ParallelBlock(norm, attention, norm, mlp))
-        self.ln_f = loader.layer_norm("transformer.ln_f", eps)
-        self.head = self.embedding.head if config.tie_word_embeddings else loader.head("lm_head")
-        self.nbytes = loader.nbytes
+        embedding = loader.embedding("transformer.word_embeddings")
+        blocks = [_block(config, loader, f"transformer.h.{i}", rope, alibi) for i in range(config.num_hidden_layers)]
+        norm = loader.layer_norm("transformer.ln_f", config.layer_norm_epsilon)
+        super().__init__(config, loader, embedding, blocks, norm)
 
-    def __call__(self, batch: Batch, cache: KVCache) -> Array:
-        x = self.embedding(batch.token_ids)  # (tokens, hidden)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, batch, layer_cache)
-        return x
 
-    def normed(self, hidden: Array) -> Array:
-        return self.ln_f(hidden).array()
-
-    def logits(self, hidden: Array) -> Array:
-        return self.head(self.ln_f(hidden))
+def _block(config: FalconConfig, loader: Loader, layer: str, rope: Rope | None, alibi: Array | None) -> Block:
+    eps = config.layer_norm_epsilon
+    attention = Attention(
+        loader.linear(f"{layer}.self_attention.query_key_value"),
+        loader.linear(f"{layer}.self_attention.dense"),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        scale=config.head_dim**-0.5,
+        rope=rope,
+        alibi=alibi,
+    )
+    mlp = MLP(
+        loader.linear(f"{layer}.mlp.dense_h_to_4h", activation=GELU),
+        loader.linear(f"{layer}.mlp.dense_4h_to_h"),
+    )
+    if not config.parallel_attn:
+        input_norm = loader.layer_norm(f"{layer}.input_layernorm", eps)
+        return Block(input_norm, attention, loader.layer_norm(f"{layer}.post_attention_layernorm", eps), mlp)
+    if config.num_ln_in_parallel_attn == 2:
+        attention_norm = loader.layer_norm(f"{layer}.ln_attn", eps)
+        return ParallelBlock(attention_norm, attention, loader.layer_norm(f"{layer}.ln_mlp", eps), mlp)
+    norm = loader.layer_norm(f"{layer}.input_layernorm", eps)
+    return ParallelBlock(norm, attention, norm, mlp)
 
 
 def alibi_table(heads: int, positions: int) -> Array:
@@ -102,7 +84,7 @@ def _rounded_to_bfloat16(x: Array) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-_GGUF_NAMES = {
+_GGUF_PARTS = {
     "attn_qkv": "self_attention.query_key_value",
     "attn_output": "self_attention.dense",
     "ffn_up": "mlp.dense_h_to_4h",
@@ -117,24 +99,16 @@ def sanitize(checkpoint: Checkpoint, config: FalconConfig) -> Checkpoint:
     norms = {"attn_norm": "input_layernorm"}
     if config.num_ln_in_parallel_attn == 2:
         norms = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}
-    gguf_names = _GGUF_NAMES | norms
+    renamed = gguf_names(_GGUF_PARTS | norms, embedding="word_embeddings", layers="h", norm="ln_f")
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        match name.removeprefix("transformer.").split("."):
-            case ["token_embd", kind]:
-                tensors[f"transformer.word_embeddings.{kind}"] = tensor
-            case ["output_norm", kind]:
-                tensors[f"transformer.ln_f.{kind}"] = tensor
-            case ["output" | "lm_head", kind]:
-                tensors[f"lm_head.{kind}"] = tensor
-            case ["blk", layer, part, kind] if part in gguf_names:
-                tensors[f"transformer.h.{layer}.{gguf_names[part]}.{kind}"] = tensor
-            case ["h", layer, "self_attention", "query_key_value", kind]:
-                fused = f"transformer.h.{layer}.self_attention.query_key_value"
-                is_packed = f"{fused}.integers" in checkpoint
-                tensors[f"{fused}.{kind}"] = tensor if is_packed else tensor.reordered(in_groups)
-            case parts:
-                tensors[".".join(["transformer", *parts])] = tensor
+        name = name.removeprefix("transformer.")
+        match name.split("."):
+            case ["h", layer, "self_attention", "query_key_value", _]:
+                if f"transformer.h.{layer}.self_attention.query_key_value.integers" not in checkpoint:
+                    tensor = tensor.reordered(in_groups)
+        name = renamed(name)
+        tensors[name if name.startswith("lm_head.") else f"transformer.{name}"] = tensor
     return Checkpoint(tensors, checkpoint.source)
 
 

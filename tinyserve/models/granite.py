@@ -12,10 +12,11 @@ from functools import partial
 import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor, stacked
-from tinyserve.models.base import Loader
+from tinyserve.models.base import DecoderModel, Loader, gguf_names
 from tinyserve.models.batch import Batch
-from tinyserve.models.config import MAMBA, GraniteConfig
-from tinyserve.models.kv_cache import KVCache, LayerState
+from tinyserve.models.config import MAMBA
+from tinyserve.models.config.granite import GraniteConfig
+from tinyserve.models.kv_cache import LayerState
 from tinyserve.models.layers import MLP, Attention, Block, Experts, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
 from tinyserve.models.matrix import read_only
@@ -72,38 +73,27 @@ class Mixture:
         return onto + moe.combine(rows, order, weights)
 
 
-class Granite:
-    """Embedding, blocks, norm; the head is the embedding again where the two are tied."""
+class Granite(DecoderModel):
+    """Attention or Mamba2, then an MLP or experts, each behind an RMSNorm, each scaled as it is added."""
 
     def __init__(self, config: GraniteConfig, loader: Loader):
         eps = config.rms_norm_eps
         frequencies = rope_frequencies(config.rope, config.head_dim) if config.rope else None
         rope = Rope.none() if frequencies is None else Rope(frequencies, loader.max_model_len)
-        self.config = config
-        self.embedding = loader.embedding("model.embed_tokens")
-        self.blocks = []
+        embedding = loader.embedding("model.embed_tokens")
+        blocks = []
         for i, kind in enumerate(config.layer_types):
             layer = f"model.layers.{i}"
             mixer = _mamba(config, loader, layer) if kind == MAMBA else _attention(config, loader, layer, rope)
             mixer_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
             mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
-            self.blocks.append(Block(mixer_norm, mixer, mlp_norm, _mlp(config, loader, layer)))
-        self.norm = loader.rms_norm("model.norm", eps)
-        head = self.embedding.head if config.tie_word_embeddings else loader.head("lm_head")
-        self.head = head.scaled(1 / config.logits_scaling)
-        self.nbytes = loader.nbytes
+            blocks.append(Block(mixer_norm, mixer, mlp_norm, _mlp(config, loader, layer)))
+        super().__init__(config, loader, embedding, blocks, loader.rms_norm("model.norm", eps))
+        self.head = self.head.scaled(1 / config.logits_scaling)
+        self.embedding_multiplier = np.float32(config.embedding_multiplier)
 
-    def __call__(self, batch: Batch, cache: KVCache) -> Array:
-        x = self.embedding(batch.token_ids) * np.float32(self.config.embedding_multiplier)  # (tokens, hidden)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, batch, layer_cache)
-        return x
-
-    def normed(self, hidden: Array) -> Array:
-        return self.norm(hidden).array()
-
-    def logits(self, hidden: Array) -> Array:
-        return self.head(self.norm(hidden))
+    def embed(self, batch: Batch) -> Array:
+        return super().embed(batch) * self.embedding_multiplier
 
 
 def _attention(config: GraniteConfig, loader: Loader, layer: str, rope: Rope) -> Attention:
@@ -137,7 +127,7 @@ def _mamba(config: GraniteConfig, loader: Loader, layer: str) -> Mamba:
 
 def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> FeedForward:
     shared: FeedForward | None = None
-    if config.model_type == "granite":
+    if config.has_plain_mlp:
         up = loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
         shared = MLP(up, loader.linear(f"{layer}.mlp.down_proj").scaled(config.residual_multiplier))
     elif config.shared_intermediate_size:
@@ -157,7 +147,7 @@ def _mlp(config: GraniteConfig, loader: Loader, layer: str) -> FeedForward:
     )
 
 
-_GGUF_NAMES = {
+_GGUF_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -186,19 +176,14 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
     """The checkpoint under Hugging Face's names, with what llama.cpp's converter takes apart and turns put back."""
     if "token_embd.weight" not in checkpoint:
         return checkpoint
-    plain = config.model_type == "granite"
-    names = _GGUF_NAMES | (_GGUF_MLP if plain else _GGUF_SHARED_MLP)
+    plain = config.has_plain_mlp
+    parts = _GGUF_PARTS | (_GGUF_MLP if plain else _GGUF_SHARED_MLP)
+    renamed = gguf_names(parts)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors: dict[str, LazyTensor] = {}
     upper_halves: set[str] = set()
     for name, tensor in checkpoint.tensors.items():
         match name.split("."):
-            case ["token_embd", kind]:
-                tensors[f"model.embed_tokens.{kind}"] = tensor
-            case ["output_norm", kind]:
-                tensors[f"model.norm.{kind}"] = tensor
-            case ["output", kind]:
-                tensors[f"lm_head.{kind}"] = tensor
             case ["rope_freqs", "weight"] if config.rope is not None:
                 check_divisors(tensor, config.rope, config.head_dim)
             case ["blk", layer, "ssm_a"]:
@@ -207,21 +192,21 @@ def sanitize(checkpoint: Checkpoint, config: GraniteConfig) -> Checkpoint:
                 tensors[f"model.layers.{layer}.mamba.D"] = _column(tensor, np.ravel)
             case ["blk", layer, "ssm_dt", "bias"]:
                 tensors[f"model.layers.{layer}.mamba.dt_bias"] = tensor
-            case ["blk", layer, part, kind] if part in names:
+            case ["blk", layer, part, kind] if part in parts:
                 if part in heads:  # permuted with or without rotary positions
                     tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
                 elif part == "ssm_conv1d" and kind == "weight":
                     tensor = tensor.map(lambda weight: weight[:, None], (*tensor.shape[:1], 1, *tensor.shape[1:]))
                 elif part == "ssm_norm":  # (groups, size)
                     tensor = tensor.map(np.ravel, (math.prod(tensor.shape),))
-                tensors[f"model.layers.{layer}.{names[part]}.{kind}"] = tensor
+                tensors[renamed(name)] = tensor
             case ["blk", layer, part, "weight"] if not plain and part in _GGUF_STACKED:
                 up, whole = _GGUF_STACKED[part]
                 if other := checkpoint.tensors.get(f"blk.{layer}.{up}.weight"):
                     tensors[f"model.layers.{layer}.{whole}.weight"] = stacked([tensor, other])
                     upper_halves.add(f"blk.{layer}.{up}.weight")
             case _:
-                tensors[name] = tensor
+                tensors[renamed(name)] = tensor
     return Checkpoint({name: tensors[name] for name in tensors if name not in upper_halves}, checkpoint.source)
 
 

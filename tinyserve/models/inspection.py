@@ -4,7 +4,8 @@ from typing import Any
 
 from tinyserve.checkpoints import presets
 from tinyserve.models.config import ModelConfig, costs
-from tinyserve.models.config.description import architecture, attention_kind, sizes
+from tinyserve.models.config.description import architecture, attention_kind
+from tinyserve.models.dtypes import KV_CACHE_DTYPES, REPORTED, resolve_kv_cache_dtype
 
 DEFAULT_BANDWIDTH = 40.0  # GB/s: what a desktop with two channels of DDR4 or DDR5 reads
 DEFAULT_CONTEXT = 1024
@@ -21,16 +22,16 @@ def inspection(
     preset = presets.find(model)
     context = min(context, config.max_position_embeddings)
     parameters = costs.parameter_count(config)
-    kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in costs.KV_DTYPES}
+    kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in KV_CACHE_DTYPES}
     state = costs.state_bytes_per_sequence(config)
     # A decoded token reads the weights and the cache once, and both reads and writes the recurrent state. The cache is
     # kept as it is by default: in bfloat16, but for float32 weights.
-    seen = min(context, costs.attention_window(config) or context)
+    seen = min(context, config.attention_window or context)
     read = {
         dtype: costs.weight_bytes_per_token(config, dtype)
-        + seen * kv["float32" if dtype == "float32" else "bfloat16"]
+        + seen * kv[resolve_kv_cache_dtype("auto", dtype)]
         + 2 * state
-        for dtype in costs.WEIGHT_DTYPES
+        for dtype in REPORTED
     }
     return {
         "model": model,
@@ -42,7 +43,7 @@ def inspection(
         "unverified": list(preset.unverified) if preset else [],
         "model_type": config.model_type,
         "architecture": architecture(config),
-        "sizes": sizes(config),
+        "sizes": config.sizes(),
         "attention_kind": attention_kind(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -52,7 +53,7 @@ def inspection(
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "attention_window": costs.attention_window(config),
+        "attention_window": config.attention_window,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": list(config.eos_token_ids),
@@ -60,7 +61,7 @@ def inspection(
         "parameters": parameters,
         "active_parameters": costs.active_parameter_count(config),
         "parameters_by_component": costs.parameters_by_component(config),
-        "weight_bytes": {dtype: costs.weight_bytes(config, dtype) for dtype in costs.WEIGHT_DTYPES},
+        "weight_bytes": {dtype: costs.weight_bytes(config, dtype) for dtype in REPORTED},
         "kv_bytes_per_token": kv,
         "kv_bytes_full_context": {dtype: n * config.max_position_embeddings for dtype, n in kv.items()},
         "state_bytes_per_sequence": state,

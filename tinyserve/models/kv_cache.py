@@ -10,12 +10,12 @@ import numpy as np
 from tinyserve.errors import UserError
 from tinyserve.models.config import MAMBA, ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence
+from tinyserve.models.dtypes import KV_CACHE_DTYPES
 from tinyserve.tensor.quant import padded
 from tinyserve.tensor.simd import LANES
 
 Array = np.ndarray
 
-KV_DTYPES = ("float32", "bfloat16", "int8")
 _KEPT_AS = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 
 
@@ -95,9 +95,9 @@ class KVCache:
     @staticmethod
     def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one block over all attention layers, keys and values."""
-        numbers = (config.head_dim + padded(config.head_dim, LANES)) * np.dtype(_KEPT_AS[dtype]).itemsize
-        per_token = config.num_key_value_heads * (numbers + (8 if dtype == "int8" else 0))
-        return per_token * block_size * config.num_attention_layers
+        kind, width = KV_CACHE_DTYPES[dtype], config.head_dim
+        per_head = kind.head_bytes(width) + kind.head_bytes(padded(width, LANES))  # keys, and values in whole vectors
+        return config.num_key_value_heads * per_head * block_size * config.num_attention_layers
 
 
 def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> LayerCache:

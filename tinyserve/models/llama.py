@@ -10,57 +10,40 @@ import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.errors import CheckpointError
-from tinyserve.models.base import Loader
-from tinyserve.models.batch import Batch
-from tinyserve.models.config import LlamaConfig, RopeParameters
-from tinyserve.models.kv_cache import KVCache
+from tinyserve.models.base import DecoderModel, Loader, gguf_names
+from tinyserve.models.config import RopeParameters
+from tinyserve.models.config.llama import LlamaConfig
 from tinyserve.models.layers import MLP, Attention, Block, Rope
 
 
-class Llama:
-    """Embedding, blocks, norm; the head is the embedding again where the two are tied."""
+class Llama(DecoderModel):
+    """Grouped attention and a gated MLP, each behind an RMSNorm."""
 
     def __init__(self, config: LlamaConfig, loader: Loader):
-        eps = config.rms_norm_eps
         rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
-        self.config = config
-        self.embedding = loader.embedding("model.embed_tokens")
-        self.blocks = []
-        for i in range(config.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            qkv = loader.linear(*(f"{layer}.self_attn.{part}_proj" for part in "qkv"))
-            attention = Attention(
-                qkv,
-                loader.linear(f"{layer}.self_attn.o_proj"),
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                scale=config.head_dim**-0.5,
-                rope=rope,
-                window=config.sliding_window or 0,
-            )
-            mlp = MLP(
-                loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
-                loader.linear(f"{layer}.mlp.down_proj"),
-            )
-            attention_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
-            mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
-            self.blocks.append(Block(attention_norm, attention, mlp_norm, mlp))
-        self.norm = loader.rms_norm("model.norm", eps)
-        self.head = self.embedding.head if config.tie_word_embeddings else loader.head("lm_head")
-        self.nbytes = loader.nbytes
+        embedding = loader.embedding("model.embed_tokens")
+        blocks = [_block(config, loader, f"model.layers.{i}", rope) for i in range(config.num_hidden_layers)]
+        super().__init__(config, loader, embedding, blocks, loader.rms_norm("model.norm", config.rms_norm_eps))
 
-    def __call__(self, batch: Batch, cache: KVCache) -> Array:
-        x = self.embedding(batch.token_ids)  # (tokens, hidden)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, batch, layer_cache)
-        return x
 
-    def normed(self, hidden: Array) -> Array:
-        return self.norm(hidden).array()
-
-    def logits(self, hidden: Array) -> Array:
-        return self.head(self.norm(hidden))
+def _block(config: LlamaConfig, loader: Loader, layer: str, rope: Rope) -> Block:
+    attention = Attention(
+        loader.linear(*(f"{layer}.self_attn.{part}_proj" for part in "qkv")),
+        loader.linear(f"{layer}.self_attn.o_proj"),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        scale=config.head_dim**-0.5,
+        rope=rope,
+        window=config.attention_window or 0,
+    )
+    mlp = MLP(
+        loader.gated(f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+        loader.linear(f"{layer}.mlp.down_proj"),
+    )
+    attention_norm = loader.rms_norm(f"{layer}.input_layernorm", config.rms_norm_eps)
+    mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", config.rms_norm_eps)
+    return Block(attention_norm, attention, mlp_norm, mlp)
 
 
 def rope_frequencies(rope: RopeParameters, head_dim: int) -> Array:
@@ -77,7 +60,7 @@ def rope_frequencies(rope: RopeParameters, head_dim: int) -> Array:
     return (1 - blend) * f / np.float32(rope.factor) + blend * f
 
 
-_GGUF_NAMES = {
+GGUF_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -94,24 +77,17 @@ def sanitize(checkpoint: Checkpoint, config: LlamaConfig) -> Checkpoint:
     """The checkpoint under Hugging Face's names, with GGUF's reordered q and k rows put back."""
     if "token_embd.weight" not in checkpoint:
         return checkpoint
+    renamed = gguf_names(GGUF_PARTS)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         match name.split("."):
-            case ["token_embd", kind]:
-                tensors[f"model.embed_tokens.{kind}"] = tensor
-            case ["output_norm", kind]:
-                tensors[f"model.norm.{kind}"] = tensor
-            case ["output", kind]:
-                tensors[f"lm_head.{kind}"] = tensor
             case ["rope_freqs", "weight"]:
                 check_divisors(tensor, config.rope, config.head_dim)
-            case ["blk", layer, part, kind] if part in _GGUF_NAMES:
-                if part in heads:
-                    tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
-                tensors[f"model.layers.{layer}.{_GGUF_NAMES[part]}.{kind}"] = tensor
-            case _:
-                tensors[name] = tensor
+                continue
+            case ["blk", _, part, _] if part in heads:
+                tensor = tensor.reordered(partial(rotate_halves, heads=heads[part]))
+        tensors[renamed(name)] = tensor
     return Checkpoint(tensors, checkpoint.source)
 
 

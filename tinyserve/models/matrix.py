@@ -3,7 +3,6 @@
 Knows dtypes and their kernels; it does not know which layer a matrix belongs to, beyond "embedding" and "not".
 """
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,33 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from tinyserve.errors import UserError
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 from tinyserve.tensor import dot_product, gguf_blocks, grouped_matmul, matmul, norm, quant
 
 Array = np.ndarray
 
-# Inputs that share a scale: activations of 8 bits want theirs finer, and 4-bit weights do.
-GROUP = {"w8a16": 64, "w8a8": 32, "w4a16": 32, "w4a8": 32}
-DTYPES = ("float32", "bfloat16", "w8a16", "w8a8", "w4a16", "w4a8")
-ALIASES = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "float32", "bf16": "bfloat16"}
 _ONE = np.float32(1.0)
 _EMPTY = np.empty(0, np.float32)
 _EMPTY.flags.writeable = False
 _EMPTY_ROWS = np.empty((0, 0), np.float32)  # writable, as residuals are
-
-
-def resolve_dtype(name: str, packed: str | None = None) -> str:
-    """A dtype's own name; raises UserError that lists the dtypes, or says what a `packed` checkpoint can be read as."""
-    if packed and name == "auto":
-        name = packed
-    dtype = ALIASES.get(name, name) if isinstance(name, str) else ""
-    if packed and dtype in DTYPES and not (is_integer(dtype) and bits_of(dtype)[0] == bits_of(packed)[0]):
-        raise UserError(f"The weights are packed as {packed}, which do not run as {dtype}: quantize the original.")
-    if dtype in DTYPES:
-        return dtype
-    nearest = difflib.get_close_matches(str(name), (*DTYPES, *ALIASES), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"dtype {name!r} is not built; there are {', '.join(DTYPES)}, and int8 and auto for w8a16.{hint}")
 
 
 @dataclass(frozen=True)
@@ -156,17 +137,6 @@ class IntegerMatrix(Matrix):
         return self.packed, self.scales, self.minimums
 
 
-def bits_of(dtype: str) -> tuple[int, int]:
-    """Bits of weights and of activations, of a dtype of integers."""
-    weights, activations = dtype.removeprefix("w").split("a")
-    return int(weights), int(activations)
-
-
-def is_integer(dtype: str) -> bool:
-    """Whether weights of this dtype are integers with scales."""
-    return dtype not in ("float32", "bfloat16")
-
-
 def pack(weight: Array, dtype: str) -> Matrix:
     """weight (N outputs, K inputs) float32 -> the matrix that this dtype's kernels read.
 
@@ -177,18 +147,19 @@ def pack(weight: Array, dtype: str) -> Matrix:
 
 def pack_parts(parts: Iterable[Array], shape: tuple[int, int], dtype: str) -> Matrix:
     """The same for a matrix whose rows come in parts, each of them but the last a multiple of quant.BLOCK."""
-    if not is_integer(dtype):
+    kind = WEIGHT_DTYPES[dtype]
+    if not kind.is_integer:
         panels = ((quant.pack_float(part, bfloat16=dtype == "bfloat16"),) for part in parts)
         return FloatMatrix(shape, *stack_panels(panels, shape[0]))
     packed = stack_panels((_pack_integers(part, dtype) for part in parts), shape[0])
-    return IntegerMatrix(shape, quant.Packed(*packed), bits_of(dtype)[1])
+    return IntegerMatrix(shape, quant.Packed(*packed), kind.activation_bits)
 
 
 def _pack_integers(weight: Array, dtype: str) -> quant.Packed:
-    bits = bits_of(dtype)[0]
-    packed = (quant.pack_bytes if bits == 8 else quant.pack_nibbles)(weight, GROUP[dtype])
+    kind = WEIGHT_DTYPES[dtype]
+    packed = (quant.pack_bytes if kind.weight_bits == 8 else quant.pack_nibbles)(weight, kind.group_size)
     if not packed.is_finite():
-        raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {bits}-bit scale holds")
+        raise OverflowError(f"weights reach {np.abs(weight).max():.3g}, which no {kind.weight_bits}-bit scale holds")
     return packed
 
 
@@ -215,12 +186,8 @@ def repack(blocks: gguf_blocks.Blocks, dtype: str) -> quant.Packed | None:
 
     8 bits are "at most 8": a file's 4 bits stay what they are.
     """
-    return gguf_blocks.repack(blocks, most_bits=bits_of(dtype)[0]) if is_integer(dtype) else None
-
-
-def at_least_8_bits(dtype: str) -> str:
-    """The dtype for embeddings, heads and routers, which 4 bits would ruin first."""
-    return dtype.replace("w4", "w8")
+    kind = WEIGHT_DTYPES[dtype]
+    return gguf_blocks.repack(blocks, most_bits=kind.weight_bits) if kind.is_integer else None
 
 
 def no_bias() -> Array:

@@ -11,8 +11,8 @@ import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.config import ModelConfig
-from tinyserve.models.config.costs import TensorShape, tensor_shapes
-from tinyserve.models.matrix import GROUP, bits_of
+from tinyserve.models.config.shapes import TensorShape
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 from tinyserve.tensor.quant import BLOCK, PANEL, ZERO_4, ZERO_8, Packed, padded
 
 # Numbers drawn once; a tensor starts at a place of its own and repeats them. A prime: no two rows begin alike.
@@ -26,14 +26,14 @@ def synthetic_checkpoint(config: ModelConfig) -> Checkpoint:
         tensor.name: LazyTensor(
             tensor.shape, "synthetic weights", partial(_draw, tensor), packed=partial(packed_matrix, tensor.name)
         )
-        for tensor in tensor_shapes(config)
+        for tensor in config.tensor_shapes()
     }
     return Checkpoint(tensors, "synthetic weights")
 
 
 def packed_matrix(name: str, shape: tuple[int, int], dtype: str) -> Packed:
     """Random integers as a packed (N, K) matrix of this dtype, at the speed of memory: nothing is rounded."""
-    bits, group = bits_of(dtype)[0], GROUP[dtype]
+    bits, group = WEIGHT_DTYPES[dtype].weight_bits, WEIGHT_DTYPES[dtype].group_size
     panels, inputs = padded(shape[0], BLOCK) // PANEL, padded(shape[1], group)
     pool, deviation = _integers(bits)
     integers = _repeat(pool, name, (panels, inputs * bits // 32, 4 * PANEL))

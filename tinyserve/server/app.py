@@ -24,11 +24,10 @@ from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.metrics import ServerMetrics
+from tinyserve.server.options import ServeOptions
 from tinyserve.server.page import page
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
-
-MAX_BODY = 16 << 20  # bytes: a context of 128k tokens is half a megabyte of text
 
 
 def create_app(
@@ -37,7 +36,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
-    max_body: int = MAX_BODY,
+    max_body: int = ServeOptions.max_body,
     tool_format: str | None = None,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:

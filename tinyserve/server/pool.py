@@ -14,9 +14,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tinyserve.async_engine import AsyncEngine
+from tinyserve.engine_options import EngineOptions
 from tinyserve.llm import LLM
 from tinyserve.progress import size
 from tinyserve.server.errors import ApiError
@@ -48,16 +49,16 @@ class ServedModel:
 
 
 class ModelPool:
-    """Hands out engines. `options` are those of LLM; `max_queue` answers may wait for each model beside those that run.
+    """Hands out engines, each with these `options`; `max_queue` answers may wait for each model beside those that run.
 
     `memory` is in bytes: where a model does not fit beside the others, idle ones make room, the least recently used
     first. One model loads at a time.
     """
 
-    def __init__(self, models: dict[str, str], options: dict[str, Any], memory: int, max_queue: int):
+    def __init__(self, models: dict[str, str], options: EngineOptions, memory: int, max_queue: int):
         self.models = {name: ServedModel(name, source) for name, source in models.items()}
         self.options, self.memory, self.max_queue = options, memory, max_queue
-        self.max_num_seqs = int(options.get("max_num_seqs", 16))
+        self.max_num_seqs = options.max_num_seqs
         self._turn = asyncio.Lock()
 
     @property
@@ -147,7 +148,9 @@ class ModelPool:
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()
-                llm = await _in_thread(partial(LLM, model.source, progress=report, reserve=reserve, **self.options))
+                llm = await _in_thread(
+                    partial(LLM, model.source, progress=report, reserve=reserve, **self.options.as_dict())
+                )
                 model.engine = AsyncEngine(llm)
                 logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(model.nbytes))
         except Exception as error:

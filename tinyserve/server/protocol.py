@@ -6,8 +6,9 @@ What the floors below check with sentences of their own (messages, tools, biases
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.errors import ApiError
 
 B = TypeVar("B", bound="Body")
@@ -30,35 +31,19 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers, which a stream here does not have
 
 
-class Decoding(Body):
+# The fields that SamplingParams has under the same name; None is not said.
+SAMPLING = {name: row.http for name, row in SamplingParams.rows.items() if row.http is not None}
+_FIELDS: dict[str, Any] = {name: (kind | None, None) for name, kind in SAMPLING.items()}
+_Sampling: Any = create_model("_Sampling", __base__=Body, **_FIELDS)
+
+
+class Decoding(_Sampling):  # type: ignore[misc]  # which fields it has, the table says
     """What chat and completions share: how tokens are chosen, and how the answer is sent."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
     # vLLM's
-    best_of: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    allowed_token_ids: list[int] | None = None
-    banned_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None

@@ -8,46 +8,26 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import TinyserveError, UserError
-from tinyserve.server.app import MAX_BODY, create_app
+from tinyserve.server.app import create_app
 from tinyserve.server.guards import MAX_HEADERS
+from tinyserve.server.options import ServeOptions
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
 from tinyserve.text.tools import format_named
-from tinyserve.text.validation import check_options
 
 logger = logging.getLogger("tinyserve.server")
 
 IDLE = 75  # seconds to keep an idle connection: more than nginx's 60, which may otherwise write to a closed one
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """How to serve. `models` maps the names that clients give to what LLM takes; the rest is as in the command."""
-
-    models: dict[str, str]
-    llm_options: dict[str, Any] = field(default_factory=dict)
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: Sequence[str] = ()
-    no_auth: bool = False
-    cors_origins: Sequence[str] = ()
-    memory: int | None = None  # bytes; by default four fifths of what is free
-    tool_format: str | None = None
-    max_queue: int = 128
-    max_body: int = MAX_BODY
-    drain_timeout: float = 30.0
-    on_listen: Callable[[str], None] = lambda url: None  # called with the URL once clients can connect
 
 
 def serve(options: ServeOptions) -> int:
@@ -99,15 +79,8 @@ def serve(options: ServeOptions) -> int:
 
 def _check(options: ServeOptions) -> None:
     """Raise UserError for mistakes that would otherwise show only when a model is loaded."""
-    from tinyserve.model_runner import resolve_kv_cache_dtype
-    from tinyserve.models.matrix import resolve_dtype
-
     if options.tool_format is not None:
         format_named(options.tool_format)
-    llm = options.llm_options
-    numbers = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_threads")
-    check_options({}, **{name: llm[name] for name in numbers if name in llm})
-    resolve_kv_cache_dtype(llm.get("kv_cache_dtype", "auto"), resolve_dtype(llm.get("dtype", "auto")))
     for source in options.models.values():
         # What has a slash may be a repository, which only the Hub knows; but no file, nor what begins like a path.
         is_repo = "/" in source and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
@@ -146,16 +119,16 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _pool(options: ServeOptions) -> ModelPool:
-    from tinyserve.model_runner import available_memory
+    from tinyserve.models.cache_plan import available_memory
 
     memory = options.memory if options.memory is not None else available_memory() * 4 // 5
     if memory <= 0:
         raise TinyserveError("No memory is free.")
-    llm_options = dict(options.llm_options)
-    if (len(options.models) > 1 or options.memory) and llm_options.get("kv_cache_memory") is None:
+    engine = options.engine
+    if (len(options.models) > 1 or options.memory) and engine.kv_cache_memory is None:
         # By default each model would plan for half of the free memory.
-        llm_options["kv_cache_memory"] = memory // (2 * len(options.models))
-    return ModelPool(options.models, llm_options, memory, options.max_queue)
+        engine = replace(engine, kv_cache_memory=memory // (2 * len(options.models)))
+    return ModelPool(options.models, engine, memory, options.max_queue)
 
 
 class _Server(uvicorn.Server):

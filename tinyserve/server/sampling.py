@@ -6,17 +6,10 @@ from typing import Any
 
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM
-from tinyserve.sampling_params import SamplingParams
+from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 from tinyserve.server.errors import ApiError
-from tinyserve.server.protocol import ChatBody, CompletionBody, Decoding
-from tinyserve.structured_outputs import StructuredOutputs
+from tinyserve.server.protocol import SAMPLING, ChatBody, CompletionBody, Decoding
 
-# Fields that SamplingParams has under the same name.
-_SAME = (
-    "n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
-    "presence_penalty", "logit_bias", "allowed_token_ids", "banned_token_ids", "bad_words", "seed", "min_tokens",
-    "stop", "include_stop_str_in_output", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-)  # fmt: skip
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
@@ -48,7 +41,7 @@ def completion_params(body: CompletionBody, llm: LLM) -> SamplingParams:
 def _params(body: Decoding, llm: LLM, extra: dict[str, Any], limit: int | None, default: int) -> SamplingParams:
     options = llm.generation_config.sampling()
     options.setdefault("max_tokens", default)
-    options |= {name: value for name in _SAME if (value := getattr(body, name)) is not None} | extra
+    options |= {name: value for name in SAMPLING if (value := getattr(body, name)) is not None} | extra
     if limit is not None:
         options["max_tokens"] = limit
     elif options.get("min_tokens", 0) > options["max_tokens"]:

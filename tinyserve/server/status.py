@@ -36,7 +36,7 @@ def _card(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
         "root": model.source,
         "loaded": llm is not None,
         "max_model_len": llm.max_model_len if llm else None,
-        "dtype": llm.dtype if llm else pool.options.get("dtype", "auto"),
+        "dtype": llm.dtype if llm else pool.options.dtype,
         "chat": llm.chat_template is not None if llm else None,
     }
 

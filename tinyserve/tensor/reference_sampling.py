@@ -5,51 +5,57 @@ Same names, same arguments, same results to rounding. Nothing here is fast, and 
 
 import numpy as np
 
+from tinyserve.tensor.sampling import FILTERS
+
 Array = np.ndarray
 
 
-def sample(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, typical_p: Array, uniform: Array
-) -> Array:
-    rows = zip(logits, temperature, top_k, top_p, min_p, typical_p, uniform, strict=True)
-    return np.array([_sample_row(*row) for row in rows], np.int64)
+def sample(logits: Array, settings: Array) -> Array:
+    return np.array([_sample_row(row, asked) for row, asked in zip(logits, settings, strict=True)], np.int64)
 
 
-def _sample_row(
-    logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float, uniform: float
-) -> int:
-    if not np.isfinite(logits.max()):
+def _sample_row(row: Array, asked: np.void) -> int:
+    if not np.isfinite(row.max()):
         return -1
-    if temperature == 0:
-        return int(logits.argmax())
-    ids = keep(logits, temperature, top_k, top_p, min_p, typical_p)
-    cumulative = np.cumsum(_probabilities(logits[ids], temperature))
-    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    if asked["temperature"] == 0:
+        return int(row.argmax())
+    ids = keep(row, asked)
+    cumulative = np.cumsum(_probabilities(row[ids], asked["temperature"]))
+    drawn = np.searchsorted(cumulative, asked["uniform"] * cumulative[-1], side="right")
     return int(ids[min(drawn, len(ids) - 1)])
 
 
-def keep(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float) -> Array:
+def keep(row: Array, asked: np.void) -> Array:
     """The ids that are left when each filter has had its say, in order: all of them where nobody has asked."""
-    order = np.argsort(-logits, kind="stable")  # likeliest first, of equals the lower id
-    wide = logits.astype(np.float64)
-    with np.errstate(divide="ignore", over="ignore"):
-        order = order[wide[order] >= wide.max() + temperature * np.log(min_p)]
-    if top_k > 0:
-        order = order[:top_k]
-    if typical_p < 1:
-        # A token's surprise less the expected one is the expected logit less its own, by the temperature.
-        probabilities = _probabilities(wide[order], temperature)
-        likely = probabilities > 0
-        expected = wide.max() + np.sum(probabilities[likely] * (wide[order][likely] - wide.max()))
-        distance = np.abs(wide[order] - expected).astype(np.float32)
-        nearest = np.argsort(distance, kind="stable")
-        last = min((np.cumsum(probabilities[nearest]) < typical_p).sum(), len(order) - 1)
-        order = order[distance <= distance[nearest[last]] + temperature * 1e-6]  # less is a rounding of the surprise
-    if top_p < 1:
-        # A token stays if those before it do not yet add up to top_p: the first one always does.
-        probabilities = _probabilities(wide[order], temperature)
-        order = order[np.cumsum(probabilities) - probabilities < top_p]
-    return np.sort(order)
+    left = np.argsort(-row, kind="stable")  # likeliest first, of equals the lower id
+    for name in FILTERS:
+        left = left[_stays(name, row[left].astype(np.float64), asked[name], asked["temperature"])]
+    return np.sort(left)
+
+
+def _stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
+    """Which of these logits, the largest first, a filter leaves."""
+    everything = np.ones(len(logits), bool)
+    match name:
+        case "min_p":
+            with np.errstate(divide="ignore", over="ignore"):
+                return logits >= logits[0] + temperature * np.log(limit)
+        case "top_k":
+            return np.arange(len(logits)) < limit if limit > 0 else everything
+        case "typical_p" if limit < 1:
+            # A token's surprise less the expected one is the expected logit less its own, by the temperature.
+            probabilities = _probabilities(logits, temperature)
+            likely = probabilities > 0
+            expected = logits[0] + np.sum(probabilities[likely] * (logits[likely] - logits[0]))
+            distance = np.abs(logits - expected).astype(np.float32)
+            nearest = np.argsort(distance, kind="stable")
+            last = min((np.cumsum(probabilities[nearest]) < limit).sum(), len(logits) - 1)
+            return distance <= distance[nearest[last]] + temperature * 1e-6  # less is a rounding of the surprise
+        case "top_p" if limit < 1:
+            # A token stays if those before it do not yet add up to top_p: the first one always does.
+            probabilities = _probabilities(logits, temperature)
+            return np.cumsum(probabilities) - probabilities < limit
+    return everything
 
 
 def _log_probabilities(logits: Array, temperature: float) -> Array:

@@ -1,19 +1,8 @@
 """From logits to a token: greedy, or drawn from what is left when each filter has had its say.
 
-The chain, in vLLM's order; what a request does not ask for is passed over:
-
-    1. the grammar's mask, then `allowed_token_ids`: no other token (logits_processors.py, and so to 5)
-    2. `banned_token_ids`: none of these, and none that would complete one of `bad_words`
-    3. `logit_bias` is added
-    4. `min_tokens`: no token that ends an answer, as long as there are fewer
-    5. `repetition_penalty` on the tokens of prompt and answer, then `frequency_penalty` and `presence_penalty` on
-       those of the answer
-    6. temperature 0: the largest logit, and nothing of what follows. Else logits are divided by the temperature
-    7. `min_p`: tokens at least this probable relative to the likeliest
-    8. `top_k`: so many of the likeliest
-    9. `typical_p`: those whose surprise is nearest to the expected one, until they have this probability
-    10. `top_p`: the likeliest, until they have this probability
-    11. one is drawn by its share of what is left
+The chain is vLLM's. PROCESSORS change logits (sampler.py, logits_processors.py). Temperature 0 takes the largest then,
+and nothing of what follows; else logits are divided by the temperature, FILTERS leave out tokens, and one is drawn by
+its share of what is left. What a request does not ask for is passed over.
 
 Each filter takes probabilities among the tokens that the one before it has left. Log-probabilities are of the model's
 own logits, before all of it.
@@ -49,37 +38,42 @@ from tinyserve.tensor.simd import (
 
 Array = np.ndarray
 
+PROCESSORS = (  # in this order, behind the grammar's mask
+    "allowed_token_ids",  # no other token
+    "banned_token_ids",  # none of these
+    "bad_words",  # no token that would complete one of these
+    "logit_bias",  # is added
+    "min_tokens",  # no token that ends an answer, as long as there are fewer
+    "penalties",  # repetition on the tokens of prompt and answer, then frequency and presence on those of the answer
+)
+FILTERS = (  # in this order; the default of SamplingParams keeps all
+    "min_p",  # tokens at least this probable relative to the likeliest
+    "top_k",  # so many of the likeliest
+    "typical_p",  # those whose surprise is nearest to the expected one, until they have this probability
+    "top_p",  # the likeliest, until they have this probability
+)
+# What is asked for a row. `uniform`, in [0, 1), chooses among the tokens that are left, in the order of their ids.
+SETTINGS = np.dtype([(name, np.float64) for name in ("temperature", *FILTERS, "uniform")])
+
 CHUNK = 256  # logits that have a largest one and a sum of weights of their own
 EVERY_LANE = (1 << LANES) - 1
 ROUNDING = 1e-6  # surprises that differ by less are equal: which of two is nearer to the mean is chance then
 SLACK = 1e-3  # what rounding can do to the logarithm of a weight, generously
 
 
-def sample(
-    logits: Array,
-    temperature: Array,
-    top_k: Array | None = None,
-    top_p: Array | None = None,
-    min_p: Array | None = None,
-    typical_p: Array | None = None,
-    uniform: Array | None = None,
-) -> Array:
+def sample(logits: Array, settings: Array) -> Array:
     """logits (rows, vocab) float32 -> a token id for each row (rows,) int64; -1 where the largest is no finite number.
 
-    temperature, top_p, min_p, typical_p and uniform (rows,) float64, top_k (rows,) int64. Temperature 0 takes the
-    largest, the first of equals, and where all do the others may be left out; otherwise `uniform`, in [0, 1), chooses
-    among those that are left in the order of their ids. top_k 0 and below, top_p 1, min_p 0 and typical_p 1 keep all.
-    Of equals top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
+    settings (rows,) of SETTINGS. Temperature 0 takes the largest, the first of equals, and looks at no other. Of equals
+    top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
     """
     rows, vocab = logits.shape
-    if rows == 1 and not temperature.any():  # whoever only takes the largest has no kernel to wait for
+    if rows == 1 and not settings["temperature"].any():  # whoever only takes the largest has no kernel to wait for
         ids = logits.argmax(axis=1)  # a nan counts as the largest
         return np.where(np.isfinite(logits[0, ids]), ids, -1)
     ids = np.empty(rows, np.int64)
     peaks = np.empty((rows, (vocab + CHUNK - 1) // CHUNK), np.float32)
-    none, zeros = np.zeros(rows, np.int64), np.zeros(rows)
-    others = (zeros if given is None else given for given in (top_p, min_p, typical_p, uniform))
-    _sample(logits, peaks, temperature, none if top_k is None else top_k, *others, ids)
+    _sample(logits, peaks, settings, ids)
     return ids
 
 
@@ -102,53 +96,54 @@ def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[
 
 
 @parallel_kernel
-def _sample(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn):
+def _sample(logits, peaks, settings, drawn):
     for m in prange(logits.shape[0]):
-        _sample_row(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, np.int64(m))
+        _sample_row(logits[np.int64(m)], peaks[np.int64(m)], settings[np.int64(m)], drawn, np.int64(m))
 
 
 @kernel
-def _sample_row(logits, peaks, temperature, top_k, top_p, min_p, typical_p, uniform, drawn, m):
-    row = logits[m]
-    drawn[m] = largest = find_peaks(row, peaks[m])
-    if temperature[m] == 0 or largest < 0:
+def _sample_row(row, peaks, asked, drawn, m):
+    drawn[m] = largest = find_peaks(row, peaks)
+    if asked.temperature == 0 or largest < 0:
         return
-    peak = row[largest]
-    ids, values = keep(row, peaks[m], peak, temperature[m], top_k[m], top_p[m], min_p[m], typical_p[m])
-    weights, sums, total = _weigh(values, peak, _inverse(temperature[m]))
-    place = _draw(weights, sums, uniform[m] * total)
+    ids, values = keep(row, peaks, row[largest], asked)
+    weights, sums, total = _weigh(values, row[largest], _inverse(asked.temperature))
+    place = _draw(weights, sums, asked.uniform * total)
     drawn[m] = ids[place] if ids.size else place
 
 
 @kernel
-def keep(row, peaks, peak, temperature, top_k, top_p, min_p, typical_p):
+def keep(row, peaks, peak, asked):
     """The ids that the filters leave and their logits, in order; no ids, and the row, where nobody has asked.
 
-    peaks are of each chunk, as `find_peaks` finds them, peak is the largest of all.
+    peaks are of each chunk, as `find_peaks` finds them, peak is the largest of all; asked is one of SETTINGS.
     """
-    warmth, inverse = _warmth(temperature), _inverse(temperature)
+    warmth, inverse = _warmth(asked.temperature), _inverse(asked.temperature)
     ids, values = np.empty(0, np.int32), row
-    count = top_k if 0 < top_k < row.size else row.size
-    if count < row.size or min_p > 0:
-        # Both take the likeliest, so the stricter of two bounds is one for both.
-        ids, values = _likeliest(row, peaks, count, peak + warmth * np.log(min_p))
-    if typical_p < 1:
+    # The first filters take the likeliest, so the strictest of their bounds is one for all.
+    count = np.int64(asked.top_k) if 0 < asked.top_k < row.size else row.size
+    bound = -np.inf
+    if asked.min_p > 0:
+        bound = max(bound, peak + warmth * np.log(asked.min_p))
+    if count < row.size or bound > -np.inf:
+        ids, values = _likeliest(row, peaks, count, bound)
+    if asked.typical_p < 1:
         weights, _, total = _weigh(values, peak, inverse)
         mean = _mean(values, weights, peak, inverse) / total
         if not ids.size:
             # Whatever is likelier than the mean is nearer to it than this, and what is farther below weighs too little.
-            least = min(2 * mean, np.log((1.0 - typical_p) * total / row.size)) - SLACK
+            least = min(2 * mean, np.log((1.0 - asked.typical_p) * total / row.size)) - SLACK
             ids, values = _gather(row, peaks, peak + warmth * least)
             weights, _, _ = _weigh(values, peak, inverse)
-        ids, values = _nearest(ids, values, weights, peak + warmth * mean, typical_p * total, warmth * ROUNDING)
-    if top_p < 1:
+        ids, values = _nearest(ids, values, weights, peak + warmth * mean, asked.typical_p * total, warmth * ROUNDING)
+    if asked.top_p < 1:
         weights, _, total = _weigh(values, peak, inverse)
         if not ids.size:
             # Those of less than this weight have less than 1 - top_p of the total together: none of them stays.
-            least = np.log((1.0 - top_p) * total / row.size) - SLACK
+            least = np.log((1.0 - asked.top_p) * total / row.size) - SLACK
             ids, values = _gather(row, peaks, peak + warmth * least)
             weights, _, _ = _weigh(values, peak, inverse)
-        ids, values = _first(ids, values, weights, top_p * total)
+        ids, values = _first(ids, values, weights, asked.top_p * total)
     return ids, values
 
 

@@ -51,8 +51,10 @@ class Generator(Protocol):
     """What is asked of an `LLM`."""
 
     tokenizer: Tokenizer | None
-    max_model_len: int
     end_tokens: Mapping[int, list[str]]
+
+    @property
+    def max_model_len(self) -> int: ...
 
     def make_request(self, prompt: Prompt, params: SamplingParams) -> list[Request]: ...
 

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tinyserve.errors import RequestError, TinyserveError
-from tinyserve.structured_outputs import StructuredOutputs, with_options
+from tinyserve.sampling_params import StructuredOutputs, with_options
 from tinyserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

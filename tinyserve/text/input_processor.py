@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from tinyserve.engine import Engine
 from tinyserve.errors import RequestError
-from tinyserve.sampling_params import SamplingParams
-from tinyserve.structured_outputs import StructuredOutputs
+from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 from tinyserve.text.chat import AnswerReader, ChatPrompt
 from tinyserve.text.request import Request
 from tinyserve.text.tokenizer import Detokenizer, Tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyserve.errors import RequestError
-from tinyserve.structured_outputs import StructuredOutputs, schema_of, with_options
+from tinyserve.sampling_params import StructuredOutputs, schema_of, with_options
 
 
 @dataclass(frozen=True)

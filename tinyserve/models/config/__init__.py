@@ -8,41 +8,21 @@ from typing import Any
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import ConfigError
+from tinyserve.models import registry
 from tinyserve.models.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
-from tinyserve.models.config.falcon import LEGACY_TYPES, FalconConfig
 from tinyserve.models.config.generation import GenerationConfig
-from tinyserve.models.config.gpt2 import GPT2Config
-from tinyserve.models.config.granite import GraniteConfig
-from tinyserve.models.config.llama import LlamaConfig
 
 __all__ = [
     "ATTENTION",
     "MAMBA",
     "PACKED",
-    "SUPPORTED_MODEL_TYPES",
-    "FalconConfig",
-    "GPT2Config",
     "GenerationConfig",
-    "GraniteConfig",
-    "LlamaConfig",
     "ModelConfig",
     "RopeParameters",
     "parse_config",
     "preset_config",
 ]
 
-_FAMILIES: dict[str, type[GPT2Config | FalconConfig | LlamaConfig | GraniteConfig]] = {
-    "gpt2": GPT2Config,
-    "falcon": FalconConfig,
-    **dict.fromkeys(LEGACY_TYPES, FalconConfig),
-    "llama": LlamaConfig,
-    "mistral": LlamaConfig,
-    "granite": GraniteConfig,
-    "granitemoe": GraniteConfig,
-    "granitemoehybrid": GraniteConfig,
-}
-
-SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
 PACKED = "tinyserve"  # the quant_method of checkpoints that `tinyserve quantize` writes
 
 
@@ -51,9 +31,10 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{source}: a config is one JSON object, but this is a {type(raw).__name__}.")
     fields = Fields(raw, source)
-    model_type = fields.choice("model_type", SUPPORTED_MODEL_TYPES)
+    families = registry.by_model_type()
+    model_type = fields.choice("model_type", tuple(families))
     _refuse_unsupported(fields)
-    return _FAMILIES[model_type].parse(fields, model_type)
+    return families[model_type].config_class().parse(fields, model_type)
 
 
 def preset_config(name: str) -> ModelConfig:

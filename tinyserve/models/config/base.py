@@ -4,11 +4,14 @@ Knows nothing of a particular architecture, of weights, or of where the file cam
 """
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Self
 
 from tinyserve.errors import ConfigError
+from tinyserve.models.config.gguf import GGUFMetadata
+from tinyserve.models.config.shapes import TensorShape
 
 ATTENTION: Final = "attention"
 MAMBA: Final = "mamba"
@@ -28,9 +31,21 @@ class RopeParameters:
     original_max_position_embeddings: int = 0
 
 
+class Description(NamedTuple):
+    """What a block is made of, in words."""
+
+    position: str
+    norm: str
+    activation: str
+    block: str
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The questions every architecture answers, under Hugging Face's names."""
+class ModelConfig(ABC):
+    """The questions every architecture answers, under Hugging Face's names.
+
+    What is abstract has no answer that would do for all families: one that does not say cannot be parsed.
+    """
 
     model_type: str
     vocab_size: int
@@ -46,6 +61,49 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     layer_types: tuple[str, ...]  # "attention" | "mamba", one per layer
 
+    @classmethod
+    @abstractmethod
+    def parse(cls, fields: "Fields", model_type: str) -> Self:
+        """Read a config.json; raises ConfigError naming file, key and value."""
+
+    @classmethod
+    @abstractmethod
+    def from_gguf(cls, file: GGUFMetadata) -> dict[str, Any]:
+        """The config.json, but for vocabulary, special tokens and the tied head, that a GGUF file's keys imply."""
+
+    @abstractmethod
+    def backbone_shapes(self) -> Iterator[TensorShape]:
+        """Yield every tensor of the Hugging Face checkpoint but an untied head's, layer by layer."""
+
+    @property
+    @abstractmethod
+    def attention_window(self) -> int | None:
+        """How many positions a token's attention sees, itself included; None where it sees all."""
+
+    @property
+    @abstractmethod
+    def active_experts(self) -> float:
+        """The share of a layer's experts that one token passes through; 1 where there are none."""
+
+    @property
+    @abstractmethod
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The float32 arrays that one recurrent layer keeps for a sequence; none where no layer is recurrent."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Say what a block is made of."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, str]:
+        """Say how wide things are, where one number does not, by the name of what is said."""
+
+    def tensor_shapes(self) -> Iterator[TensorShape]:
+        """Yield every tensor of this architecture's Hugging Face checkpoint, layer by layer."""
+        yield from self.backbone_shapes()
+        if not self.tie_word_embeddings:
+            yield TensorShape("lm_head.weight", (self.vocab_size, self.hidden_size), "head")
+
     @property
     def num_attention_layers(self) -> int:
         """How many layers keep keys and values."""
@@ -56,10 +114,21 @@ class ModelConfig:
         """How many layers keep a recurrent state."""
         return self.layer_types.count(MAMBA)
 
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(ModelConfig):
+    """A family whose layers are attention and one MLP: no experts, and nothing recurrent."""
+
+    @property
+    def active_experts(self) -> float:
+        return 1.0
+
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The float32 arrays that one recurrent layer keeps for a sequence; none where no layer is recurrent."""
         return ()
+
+    def sizes(self) -> dict[str, str]:
+        return {"hidden / MLP": f"{self.hidden_size} / {self.intermediate_size}"}
 
 
 class Fields:
@@ -216,6 +285,46 @@ class Fields:
             scaling.refuse(f"'low_freq_factor' {low} must be less than 'high_freq_factor' {high}.")
         original = scaling.integer("original_max_position_embeddings", default=max_position_embeddings)
         return RopeParameters(theta, rope_type, factor, low, high, original)
+
+
+def common_fields(
+    fields: Fields,
+    model_type: str,
+    *,
+    spellings: Mapping[str, tuple[str, ...]],
+    defaults: Mapping[str, Any],
+    **known: Any,
+) -> dict[str, Any]:
+    """Read the fields of ModelConfig, but for those that a family has worked out and hands in as `known`.
+
+    `spellings` are a field's keys where they are not its own name, the preferred one first; a field that is not in
+    `defaults` is required, but for the number of key-value heads: one for each query head.
+    """
+
+    def integer(name: str) -> int:
+        if name in known:
+            return int(known[name])
+        default = {"default": defaults[name]} if name in defaults else {}
+        return int(fields.integer(*spellings.get(name, (name,)), **default))
+
+    hidden_size, heads = integer("hidden_size"), integer("num_attention_heads")
+    defaults = {"num_key_value_heads": heads} | dict(defaults)
+    kv_heads, layers = integer("num_key_value_heads"), integer("num_hidden_layers")
+    return {
+        "model_type": model_type,
+        "vocab_size": integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": known["head_dim"] if "head_dim" in known else fields.heads(hidden_size, heads, kv_heads),
+        "intermediate_size": integer("intermediate_size"),
+        "max_position_embeddings": integer("max_position_embeddings"),
+        "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=defaults["tie_word_embeddings"]),
+        "bos_token_id": fields.token_id("bos_token_id", default=defaults["bos_token_id"]),
+        "eos_token_ids": fields.token_ids("eos_token_id", default=defaults["eos_token_id"]),
+        "layer_types": known.get("layer_types", (ATTENTION,) * layers),
+    }
 
 
 def as_float(value: Any) -> float | None:

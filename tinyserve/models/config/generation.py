@@ -4,14 +4,14 @@ Knows keys and values; what a user says instead, and what nobody says, is decide
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from tinyserve.errors import RequestError
 from tinyserve.models.config.base import Fields
-from tinyserve.sampling_params import SamplingParams
+from tinyserve.sampling_params import Param, SamplingParams
 
-_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
+_ROWS = {row.file: row for row in SamplingParams.rows.values() if row.file is not None}
 # What else changes an answer in transformers, and the values that leave it as it is.
 _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1.0,),
@@ -33,17 +33,11 @@ _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What the file says, under transformers' names; None where it says nothing."""
+    """What the file says."""
 
     source: str
     do_sample: bool = False  # false is greedy, whatever the numbers below are
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)  # those of SamplingParams, under its names
     eos_token_ids: tuple[int, ...] = ()
     not_obeyed: tuple[str, ...] = ()  # "num_beams 4": what would change answers and is not built
 
@@ -54,15 +48,13 @@ class GenerationConfig:
         config = cls(
             source=source,
             do_sample=fields.boolean("do_sample", default=False),
-            top_k=fields.integer("top_k", default=None, minimum=0),
-            max_new_tokens=fields.integer("max_new_tokens", default=None),
+            params={row.name: _read(fields, key, row) for key, row in _ROWS.items() if fields.has(key)},
             eos_token_ids=fields.token_ids("eos_token_id", default=None),
             not_obeyed=tuple(
                 f"{key} {raw[key]}"
                 for key, neutral in _NOT_BUILT.items()
                 if fields.has(key) and raw[key] not in neutral
             ),
-            **{key: fields.number(key, positive=False) for key in _NUMBERS if fields.has(key)},
         )
         try:
             SamplingParams(**config.sampling())
@@ -72,13 +64,16 @@ class GenerationConfig:
 
     def sampling(self) -> dict[str, Any]:
         """What of SamplingParams the file decides: nothing of the drawing unless it asks to sample."""
-        drawn = ("temperature", "top_p", "top_k", "min_p", "typical_p") if self.do_sample else ()
-        values = {name: getattr(self, name) for name in (*drawn, "repetition_penalty")}
-        values["max_tokens"] = self.max_new_tokens
-        return {name: value for name, value in values.items() if value is not None}
+        drawn = {row.name for row in _ROWS.values() if row.stage == "draw"}
+        return {name: value for name, value in self.params.items() if self.do_sample or name not in drawn}
 
     def as_json(self) -> dict[str, Any]:
         """The file again, as far as it is read here."""
-        keys = (*_NUMBERS, "top_k", "max_new_tokens")
-        values = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        values = {key: self.params[row.name] for key, row in _ROWS.items() if row.name in self.params}
         return {"do_sample": self.do_sample, **values, "eos_token_id": list(self.eos_token_ids)}
+
+
+def _read(fields: Fields, key: str, row: Param) -> Any:
+    if row.kind is int:
+        return fields.integer(key, minimum=0 if row.default == 0 else 1)  # 0 is off, or nothing
+    return fields.number(key, positive=False)

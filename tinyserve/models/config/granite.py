@@ -4,10 +4,24 @@ Knows only keys and values; the forward pass is tinyserve/models/granite.py.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tinyserve.models.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters, as_float
+from tinyserve.errors import ConfigError
+from tinyserve.models.config.base import (
+    ATTENTION,
+    MAMBA,
+    Description,
+    Fields,
+    ModelConfig,
+    RopeParameters,
+    as_float,
+    common_fields,
+)
+from tinyserve.models.config.description import plural, rope_words
+from tinyserve.models.config.gguf import GGUFMetadata
+from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, linear, rms_norm
 
 # transformers before 5 | since 5 -> ours
 LAYER_TYPES = {
@@ -48,6 +62,11 @@ class GraniteConfig(ModelConfig):
     time_step_limit: tuple[float, float] = (0.0, math.inf)
 
     @property
+    def has_plain_mlp(self) -> bool:
+        """Whether each layer has gate, up and down apart, as a Llama; else experts, a shared MLP, or both."""
+        return self.model_type == "granite"
+
+    @property
     def mamba_intermediate_size(self) -> int:
         """The width a Mamba layer works at: heads times head width."""
         return self.mamba_n_heads * self.mamba_d_head
@@ -68,39 +87,25 @@ class GraniteConfig(ModelConfig):
     @classmethod
     def parse(cls, fields: Fields, model_type: str) -> Self:
         """Read a config.json of any Granite; defaults are those of transformers' three classes."""
-        hidden_size = fields.integer("hidden_size")
-        heads = fields.integer("num_attention_heads")
-        kv_heads = fields.integer("num_key_value_heads", default=heads)
-        positions = fields.integer("max_position_embeddings")
-        layers = fields.integer("num_hidden_layers")
         hybrid = model_type == "granitemoehybrid"
-        layer_types = _layer_types(fields, layers) if hybrid else (ATTENTION,) * layers
-        head_dim = fields.heads(hidden_size, heads, kv_heads)
+        known: dict[str, Any] = {}
+        if hybrid:
+            known["layer_types"] = _layer_types(fields, fields.integer("num_hidden_layers"))
+        defaults = {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+        common = common_fields(fields, model_type, spellings={}, defaults=defaults, **known)
         rotates = _rotates(fields, ("rope", "nope") if hybrid else ("rope",))
         if rotates:
-            fields.check_rotary(head_dim)
+            fields.check_rotary(common["head_dim"])
         fields.choice("normalization_function", ("rmsnorm",), default="rmsnorm")
         extra: dict[str, Any] = {}
         if model_type != "granite":
             extra |= _experts(fields, minimum=0 if hybrid else 1)
         if hybrid:
             extra["shared_intermediate_size"] = fields.integer("shared_intermediate_size", default=1024)
-        if MAMBA in layer_types:
-            extra |= _mamba(fields, hidden_size)
+        if MAMBA in common["layer_types"]:
+            extra |= _mamba(fields, common["hidden_size"])
         return cls(
-            model_type=model_type,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate_size=fields.integer("intermediate_size"),
-            max_position_embeddings=positions,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
-            bos_token_id=fields.token_id("bos_token_id", default=1),
-            eos_token_ids=fields.token_ids("eos_token_id", default=2),
-            layer_types=layer_types,
+            **common,
             embedding_multiplier=fields.number("embedding_multiplier", default=1.0),
             attention_multiplier=fields.number("attention_multiplier", default=1.0),
             residual_multiplier=fields.number("residual_multiplier", default=1.0),
@@ -109,9 +114,131 @@ class GraniteConfig(ModelConfig):
             hidden_act=fields.choice("hidden_act", ("silu",), default="silu"),
             attention_bias=fields.boolean("attention_bias", default=False),
             mlp_bias=model_type == "granite" and fields.boolean("mlp_bias", default=False),
-            rope=fields.rope(positions) if rotates else None,
+            rope=fields.rope(common["max_position_embeddings"]) if rotates else None,
             **extra,
         )
+
+    @classmethod
+    def from_gguf(cls, file: GGUFMetadata) -> dict[str, Any]:
+        """Granite's three architectures: which one a file is told by its own parts, as llama.cpp tells it."""
+        raw = file.decoder()
+        experts, shared = file.key("expert_count", 0), file.key("expert_shared_feed_forward_length", 0)
+        kv_heads = raw["num_key_value_heads"]
+        if isinstance(kv_heads, list):  # one a layer; a layer without is recurrent
+            raw["num_key_value_heads"] = max(kv_heads, default=0)
+            raw["layer_types"] = ["attention" if heads else "mamba" for heads in kv_heads]
+        raw |= {
+            "attention_bias": file.layers_have("attn_q.bias"),
+            "mlp_bias": file.layers_have("ffn_gate.bias"),
+            "embedding_multiplier": file.key("embedding_scale", 1.0),
+            "attention_multiplier": file.key("attention.scale"),
+            "residual_multiplier": file.key("residual_scale", 1.0),
+            "logits_scaling": file.key("logit_scale", 1.0),
+            "num_local_experts": experts,
+            "num_experts_per_tok": file.key("expert_used_count", 0) if experts else 0,
+        }
+        rotates = file.key("rope.scaling.finetuned", True)
+        if rotates and "mamba" not in raw.get("layer_types", ()) and not shared:
+            return raw | {"model_type": "granitemoe" if experts else "granite"}
+        layers = raw["num_hidden_layers"]
+        raw |= {
+            "model_type": "granitemoehybrid",
+            "position_embedding_type": "rope" if rotates else "nope",
+            "shared_intermediate_size": shared or raw["intermediate_size"],
+            "layer_types": raw.get("layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0),
+        }
+        return raw | (_mamba_from_gguf(file) if "mamba" in raw["layer_types"] else {})
+
+    def backbone_shapes(self) -> Iterator[TensorShape]:
+        hidden = self.hidden_size
+        yield TensorShape("model.embed_tokens.weight", (self.vocab_size, hidden), "embedding")
+        for i, kind in enumerate(self.layer_types):
+            block = f"model.layers.{i}"
+            yield from rms_norm(f"{block}.input_layernorm", hidden, i)
+            if kind == MAMBA:
+                yield from _mamba_shapes(self, i)
+            else:
+                yield from grouped_attention(self, i, bias=self.attention_bias, output_bias=self.attention_bias)
+            yield from rms_norm(f"{block}.post_attention_layernorm", hidden, i)
+            if self.num_local_experts:
+                yield from _expert_shapes(self, i)
+            if self.shared_intermediate_size:
+                shared = self.shared_intermediate_size  # gate above up, in one matrix
+                yield from linear(f"{block}.shared_mlp.input_linear", 2 * shared, hidden, "mlp", i)
+                yield from linear(f"{block}.shared_mlp.output_linear", hidden, shared, "mlp", i)
+            if self.has_plain_mlp:
+                yield from gated_mlp(self, i, bias=self.mlp_bias)
+        yield from rms_norm("model.norm", hidden)
+
+    @property
+    def attention_window(self) -> int | None:
+        return None
+
+    @property
+    def active_experts(self) -> float:
+        return self.num_experts_per_tok / self.num_local_experts if self.num_local_experts else 1.0
+
+    def describe(self) -> Description:
+        block = "sequential"
+        if self.num_local_experts:
+            block += f", {self.num_experts_per_tok} of {self.num_local_experts} experts"
+        return Description(rope_words(self.rope, otherwise="none (NoPE)"), "RMSNorm", "SwiGLU", block)
+
+    def sizes(self) -> dict[str, str]:
+        shared, mlp = self.shared_intermediate_size, f"{self.hidden_size} / {self.intermediate_size}"
+        if self.num_local_experts:
+            mlp += f" in each of {self.num_local_experts} experts" + f", {shared} shared" * bool(shared)
+        elif shared:
+            mlp = f"{self.hidden_size} / {shared}"
+        words = {"hidden / MLP": mlp}
+        if self.num_mamba_layers:
+            words["Mamba2"] = f"{self.mamba_n_heads} heads of {self.mamba_d_head}, state {self.mamba_d_state}, "
+            words["Mamba2"] += f"convolution {self.mamba_d_conv}, {plural(self.mamba_n_groups, 'group')}"
+        words["multipliers"] = f"embedding {self.embedding_multiplier:g}, attention {self.attention_multiplier:g}, "
+        words["multipliers"] += f"residual {self.residual_multiplier:g}, logits 1/{self.logits_scaling:g}"
+        return words
+
+
+def _expert_shapes(config: GraniteConfig, i: int) -> Iterator[TensorShape]:
+    name, hidden = f"model.layers.{i}.block_sparse_moe", config.hidden_size
+    experts, inner = config.num_local_experts, config.intermediate_size
+    yield TensorShape(f"{name}.router.layer.weight", (experts, hidden), "router", i)
+    yield TensorShape(f"{name}.input_linear.weight", (experts, 2 * inner, hidden), "experts", i)
+    yield TensorShape(f"{name}.output_linear.weight", (experts, hidden, inner), "experts", i)
+
+
+def _mamba_shapes(config: GraniteConfig, i: int) -> Iterator[TensorShape]:
+    name, hidden, heads = f"model.layers.{i}.mamba", config.hidden_size, config.mamba_n_heads
+    inner, conv_dim = config.mamba_intermediate_size, config.mamba_conv_dim
+    rows = inner + conv_dim + heads  # gate | x, B, C | dt
+    yield from linear(f"{name}.in_proj", rows, hidden, "mamba", i, config.mamba_proj_bias)
+    yield TensorShape(f"{name}.conv1d.weight", (conv_dim, 1, config.mamba_d_conv), "mamba", i)
+    if config.mamba_conv_bias:
+        yield TensorShape(f"{name}.conv1d.bias", (conv_dim,), "mamba", i)
+    for vector in ("dt_bias", "A_log", "D"):
+        yield TensorShape(f"{name}.{vector}", (heads,), "mamba", i)
+    yield TensorShape(f"{name}.norm.weight", (inner,), "mamba", i)
+    yield from linear(f"{name}.out_proj", hidden, inner, "mamba", i, config.mamba_proj_bias)
+
+
+def _mamba_from_gguf(file: GGUFMetadata) -> dict[str, Any]:
+    inner, heads, hidden = file.key("ssm.inner_size"), file.key("ssm.time_step_rank"), file.key("embedding_length")
+    counts = all(isinstance(size, int) and size > 0 for size in (inner, heads, hidden))
+    if not counts or inner % heads or inner % hidden:
+        raise ConfigError(
+            f"{file.source}: ssm.inner_size {inner!r} is not a multiple of ssm.time_step_rank {heads!r} and of "
+            f"embedding_length {hidden!r}; convert the model again."
+        )
+    return {
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // hidden,
+        "mamba_d_state": file.key("ssm.state_size"),
+        "mamba_d_conv": file.key("ssm.conv_kernel"),
+        "mamba_n_groups": file.key("ssm.group_count"),
+        "mamba_conv_bias": file.layers_have("ssm_conv1d.bias"),
+        "mamba_proj_bias": file.layers_have("ssm_in.bias"),
+    }
 
 
 def _rotates(fields: Fields, kinds: tuple[str, ...]) -> bool:

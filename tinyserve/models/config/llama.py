@@ -3,14 +3,18 @@
 Knows only keys and values; the forward pass is tinyserve/models/llama.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from tinyserve.models.config.base import ATTENTION, Fields, ModelConfig, RopeParameters
+from tinyserve.models.config.base import ATTENTION, DenseConfig, Description, Fields, RopeParameters, common_fields
+from tinyserve.models.config.description import rope_words
+from tinyserve.models.config.gguf import GGUFMetadata
+from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(DenseConfig):
     """Llama (Touvron et al., 2023) and Mistral (Jiang et al., 2023), which adds the sliding window."""
 
     rms_norm_eps: float
@@ -24,42 +28,52 @@ class LlamaConfig(ModelConfig):
     def parse(cls, fields: Fields, model_type: str) -> Self:
         """Read a Llama or Mistral config.json; defaults are those of transformers' classes."""
         mistral = model_type == "mistral"
-        hidden_size = fields.integer("hidden_size")
-        heads = fields.integer("num_attention_heads")
-        # Without the key a Mistral has 8; with null it has one per query head, as has a Llama either way.
-        grouped = mistral and "num_key_value_heads" not in fields.raw
-        kv_heads = fields.integer("num_key_value_heads", default=8 if grouped else heads)
-        positions = fields.integer("max_position_embeddings")
-        layers = fields.integer("num_hidden_layers")
         other_layers = set(fields.names("layer_types")) - {ATTENTION, "full_attention"}
         if other_layers:
             fields.refuse(
                 f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
             )
-        head_dim = fields.heads(hidden_size, heads, kv_heads)
-        fields.check_rotary(head_dim)
+        # Without the key a Mistral has 8; with null it has one per query head, as has a Llama either way.
+        grouped = {"num_key_value_heads": 8} if mistral and "num_key_value_heads" not in fields.raw else {}
+        defaults = {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+        common = common_fields(fields, model_type, spellings={}, defaults=defaults | grouped)
+        fields.check_rotary(common["head_dim"])
         return cls(
-            model_type=model_type,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate_size=fields.integer("intermediate_size"),
-            max_position_embeddings=positions,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
-            bos_token_id=fields.token_id("bos_token_id", default=1),
-            eos_token_ids=fields.token_ids("eos_token_id", default=2),
-            layer_types=(ATTENTION,) * layers,
+            **common,
             rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
             hidden_act=fields.choice("hidden_act", ("silu",), default="silu"),
-            rope=fields.rope(positions),
+            rope=fields.rope(common["max_position_embeddings"]),
             # Mistral has no biases, whatever its config says.
             attention_bias=not mistral and fields.boolean("attention_bias", default=False),
             mlp_bias=not mistral and fields.boolean("mlp_bias", default=False),
             sliding_window=_sliding_window(fields) if mistral else None,
         )
+
+    @classmethod
+    def from_gguf(cls, file: GGUFMetadata) -> dict[str, Any]:
+        file.require("expert_count", 0)  # Mixtral
+        return file.decoder() | {
+            "model_type": "llama",
+            "attention_bias": file.layers_have("attn_q.bias"),
+            "mlp_bias": file.layers_have("ffn_gate.bias"),
+        }
+
+    def backbone_shapes(self) -> Iterator[TensorShape]:
+        hidden = self.hidden_size
+        yield TensorShape("model.embed_tokens.weight", (self.vocab_size, hidden), "embedding")
+        for i in range(self.num_hidden_layers):
+            yield from rms_norm(f"model.layers.{i}.input_layernorm", hidden, i)
+            yield from grouped_attention(self, i, bias=self.attention_bias, output_bias=self.attention_bias)
+            yield from rms_norm(f"model.layers.{i}.post_attention_layernorm", hidden, i)
+            yield from gated_mlp(self, i, bias=self.mlp_bias)
+        yield from rms_norm("model.norm", hidden)
+
+    @property
+    def attention_window(self) -> int | None:
+        return self.sliding_window
+
+    def describe(self) -> Description:
+        return Description(rope_words(self.rope), "RMSNorm", "SwiGLU", "sequential")
 
 
 def _sliding_window(fields: Fields) -> int | None:
