@@ -38,6 +38,8 @@ LAYERS: dict[str, int | None] = {
     "llama-7b": 2,
     "llama-3.2-1b": 2,
     "mistral-7b": 2,
+    "qwen2.5-0.5b": 4,
+    "qwen3-0.6b": 4,
     "granite-350m": None,  # its attention layers are few and far between
     "granite-1b": 8,  # the sixth is the first with attention
 }

@@ -156,9 +156,10 @@ def exact(logits: np.ndarray, made: Sequence, mask: np.ndarray | None = None) ->
 
 
 EVERYTHING: dict[str, Any] = {
-    "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.002, "typical_p": 0.97, "repetition_penalty": 1.2,
-    "frequency_penalty": 0.3, "presence_penalty": -0.2, "logit_bias": {3: 2.5, 9: 4.0, 150: -5.0}, "min_tokens": 5,
-    "banned_token_ids": [0, 9, 200], "allowed_token_ids": list(range(250)), "stop_token_ids": [17],
+    "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.002, "typical_p": 0.97, "top_n_sigma": 3.0,
+    "repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.2, "min_tokens": 5,
+    "logit_bias": {3: 2.5, 9: 4.0, 150: -5.0}, "banned_token_ids": [0, 9, 200],
+    "allowed_token_ids": list(range(250)), "stop_token_ids": [17],
     "bad_words": ["of a tokenizer's making"],
 }  # fmt: skip
 BAD_WORDS = [[7, 3, 8], [12], [7, 13], [3, 999], [250, 6, 6, 7, 3, 14]]
@@ -189,7 +190,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, EVERYTHING,
     {"temperature": 0.0, "repetition_penalty": 1.5, "logprobs": 3},
     {"temperature": 2.0, "typical_p": 0.5, "logprobs": 0}, {"temperature": 1.1, "allowed_token_ids": [5, 8]},
-    {"temperature": 1.0, "min_tokens": 8, "logit_bias": {EOS: 100.0}},
+    {"temperature": 1.0, "min_tokens": 8, "logit_bias": {EOS: 100.0}}, {"temperature": 2.0, "top_n_sigma": 1.0},
 ]  # fmt: skip
 
 

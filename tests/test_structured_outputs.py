@@ -67,7 +67,7 @@ def test_kinds() -> None:
 def test_what_is_no_structure_names_its_field(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError) as error:
         StructuredOutputs(**options)
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and error.value.param
 
 
 def test_a_schema_without_end_is_refused() -> None:

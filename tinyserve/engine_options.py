@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Final, Self
 
 from tinyserve.errors import UserError
-from tinyserve.models.dtypes import resolve_dtype, resolve_kv_cache_dtype, weight_dtype
+from tinyserve.models.dtypes import HELP as DTYPE_HELP
+from tinyserve.models.dtypes import KV_CACHE_DTYPES, resolve_dtype, resolve_kv_cache_dtype, weight_dtype
 from tinyserve.scheduling.speculative import SpeculativeConfig
 
 LOAD_FORMATS: Final = ("auto", "dummy")
@@ -59,8 +60,19 @@ def _speculative_config(name: str, value: Any) -> None:
         weight_dtype(config.dtype)
 
 
-def _option(default: Any, check: Check, help: str) -> Any:
-    return field(default=default, metadata={"check": check, "help": help})
+@dataclass(frozen=True)
+class Flag:
+    """How a command shows an option: in `unit`s of its own, such as GB, and between two bounds where it says so."""
+
+    name: str
+    metavar: str
+    help: str
+    unit: float = 1
+    bounds: tuple[float, float] | None = None
+
+
+def _option(default: Any, check: Check, help: str, flag: Flag | None = None) -> Any:
+    return field(default=default, metadata={"check": check, "help": help, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +84,37 @@ class EngineOptions:
         _dtype,
         '"float32"; "bfloat16"; "w8a16" (also "int8" and "auto"): 8-bit weights, 16-bit activations; "w8a8"; "w4a16" '
         '(also "int4"); "w4a8".',
+        Flag("--dtype", "DTYPE", DTYPE_HELP),
     )
     max_model_len: int | None = _option(
         None,
         _whole(2),
         "tokens of prompt and answer together; by default the model's own limit, or what memory holds.",
+        Flag("--max-model-len", "TOKENS", "Of prompt and answer.  [default: the model's own, or what fits]"),
     )
     max_num_seqs: int = _option(
         16,
         _whole(most=1 << 16, required=True),  # each has a place in the queue, whether it is ever taken or not
         "how many requests run at once.",
+        Flag("--max-num-seqs", "NUMBER", "Answers that are computed at once."),
     )
-    max_num_batched_tokens: int = _option(512, _whole(required=True), "how many tokens one step computes.")
+    max_num_batched_tokens: int = _option(
+        512,
+        _whole(required=True),
+        "how many tokens one step computes.",
+        Flag("--max-num-batched-tokens", "NUMBER", "Tokens of one step."),
+    )
     kv_cache_memory: int | None = _option(
-        None, _whole(), "bytes for keys, values and states; by default at most half of what is free."
+        None,
+        _whole(),
+        "bytes for keys, values and states; by default at most half of what is free.",
+        Flag("--kv-cache-memory", "GB", "For each model's cache.  [default: what fits]", 1e9, (1e-6, 1e6)),
     )
     kv_cache_dtype: str = _option(
         "auto",
         _kv_cache_dtype,
         '"float32", "bfloat16", "int8", or "auto": bfloat16 unless dtype is float32.',
+        Flag("--kv-cache-dtype", "DTYPE", f"{', '.join(KV_CACHE_DTYPES)} or auto."),
     )
     block_size: int = _option(
         16, _whole(16, multiple=16, required=True), "tokens in a block of the cache, a multiple of 16."
@@ -108,10 +132,18 @@ class EngineOptions:
         '"draft_model", "model": ...} one that a smaller model drafts; no token changes. Also num_speculative_tokens '
         "(at most 11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.",
     )
-    num_threads: int | None = _option(None, _whole(), "by default the cores this process may use.")
+    num_threads: int | None = _option(
+        None,
+        _whole(),
+        "by default the cores this process may use.",
+        Flag("--threads", "NUMBER", "Threads; by default the cores this process may use.", bounds=(1, 4096)),
+    )
     seed: int | None = _option(None, _whole(0), "makes requests that have no seed of their own repeatable.")
     load_format: str = _option(
-        "auto", check_load_format, '"auto", or "dummy" for synthetic weights of the right shapes without a download.'
+        "auto",
+        check_load_format,
+        '"auto", or "dummy" for synthetic weights of the right shapes without a download.',
+        Flag("--load-format", "FORMAT", "auto, or dummy: synthetic weights, token ids only, no download."),
     )
 
     def __post_init__(self) -> None:

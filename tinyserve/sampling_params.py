@@ -35,6 +35,7 @@ class Param:
     help: str
     stage: Stage | None  # None: it says where an answer ends, or what is returned
     file: str | None  # its key in transformers' generation_config.json
+    gguf: str | None  # its name in a GGUF file's metadata, behind general.sampling
     cli: str  # its options of `ask` and `chat`, "--temperature --temp"; empty where they have none
     cli_help: str
     http: Any  # the type of the field of this name in an HTTP body; None where it has none
@@ -47,13 +48,14 @@ def param(
     help: str,
     stage: Stage | None = None,
     file: str | None = None,
+    gguf: str | None = None,
     cli: str = "",
     cli_help: str = "",
     http: Any = None,
     hash: bool | None = None,
 ) -> Any:
     """A dataclass field with its row; `http` is True for the field's own type, `cli_help` stands in for `help`."""
-    row = {"rule": rule, "help": help, "stage": stage, "file": file, "http": http}
+    row = {"rule": rule, "help": help, "stage": stage, "file": file, "gguf": gguf, "http": http}
     return field(default=default, hash=hash, metadata=row | {"cli": cli, "cli_help": cli_help or help})
 
 
@@ -271,6 +273,7 @@ class SamplingParams(Options):
         help="0 is greedy; higher is more random.",
         stage="draw",
         file="temperature",
+        gguf="temp",
         cli="--temperature --temp",
         http=True,
     )
@@ -289,6 +292,7 @@ class SamplingParams(Options):
         help="Draw from this many most likely tokens; 0 from all.",
         stage="draw",
         file="top_k",
+        gguf="top_k",
         cli="--top-k -k",
         http=True,
     )
@@ -298,6 +302,7 @@ class SamplingParams(Options):
         help="Draw from the likeliest tokens of this total probability.",
         stage="draw",
         file="top_p",
+        gguf="top_p",
         cli="--top-p -p",
         http=True,
     )
@@ -307,6 +312,7 @@ class SamplingParams(Options):
         help="Draw from tokens at least this probable relative to the best.",
         stage="draw",
         file="min_p",
+        gguf="min_p",
         cli="--min-p",
         http=True,
     )
@@ -319,12 +325,21 @@ class SamplingParams(Options):
         cli="--typical-p",
         http=True,
     )
+    top_n_sigma: float = param(
+        0.0,
+        rule=(lambda n: -_INFINITY < n < _INFINITY, "a finite number (0 or less is off)"),
+        help="Draw from tokens whose logit is at most this many standard deviations below the best; 0 from all.",
+        stage="draw",
+        cli="--top-n-sigma",
+        http=True,
+    )
     repetition_penalty: float = param(
         1.0,
         rule=(lambda p: 0 < p < _INFINITY, "a finite number above 0 (1 is off)"),
         help="Above 1, tokens of prompt and answer are less likely, below 1 more.",
         stage="penalty",
         file="repetition_penalty",
+        gguf="penalty_repeat",
         cli="--repetition-penalty",
         cli_help="Above 1, what has been said is less likely.",
         http=True,

@@ -198,6 +198,7 @@ UNSAID: dict[str, dict[str, Any]] = {
         *("gpt2", "gpt2-untied", "llama", "llama-grouped", "llama-head-dim", "llama-linear", "llama-biases"),
         *("falcon-7b", "falcon-40b", "falcon-11b"),
         *(name for name in checkpoints.CONFIGS if name.startswith("granite")),
+        *("qwen2", "qwen2-tied", "qwen3", "qwen3-head-dim", "qwen3-biases"),
     ],
 )
 def test_a_gguf_is_its_folder(name: str, llm_of: Callable[..., LLM], tmp_path: Path) -> None:
@@ -512,6 +513,22 @@ def test_a_missing_or_misshapen_tensor(name: str, tmp_path: Path) -> None:
     del tensors[name]
     path = checkpoints.write_gguf(tmp_path / "less.gguf", "llama", checkpoints.gguf_metadata(RAW), tensors)
     assert "has no tensor" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied", "qwen3", "qwen3-head-dim", "qwen3-biases"])
+def test_transformers_reads_the_same_from_a_qwen(name: str, tmp_path: Path) -> None:
+    """Names and rows as the file has them, by a second reader; the sizes are handed in, as it reads only some."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    raw, ids = checkpoints.CONFIGS[name], checkpoints.token_ids(70)
+    path = checkpoints.write_model_gguf(tmp_path / "model.gguf", raw)
+    config = transformers.AutoConfig.for_model(**raw)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=config, gguf_file=path.name, dtype=torch.float32
+    )
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    assert checkpoints.error(LLM(path, dtype="float32").logits(ids), theirs) <= 1e-4
 
 
 # --- the default model, for real ----------------------------------------------------------------------------------

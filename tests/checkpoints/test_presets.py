@@ -37,6 +37,9 @@ NAMES = [
     "smollm2-360m",
     "smollm2-1.7b",
     "mistral-7b",
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
     "granite-350m",
     "granite-1b",
     "granite-4.0-350m",
@@ -58,6 +61,9 @@ SIZES = {
     "tinyllama-1.1b": (22, 2048, 32, 4, 64, 5632, 32000, 2048),
     "smollm2-135m": (30, 576, 9, 3, 64, 1536, 49152, 8192),
     "mistral-7b": (32, 4096, 32, 8, 128, 14336, 32768, 32768),
+    "qwen2.5-0.5b": (24, 896, 14, 2, 64, 4864, 151936, 32768),
+    "qwen3-0.6b": (28, 1024, 16, 8, 128, 3072, 151936, 40960),
+    "qwen3-1.7b": (28, 2048, 16, 8, 128, 6144, 151936, 40960),
     "granite-350m": (32, 768, 12, 4, 64, 2048, 100352, 32768),
     "granite-1b": (40, 1536, 12, 4, 128, 4096, 100352, 131072),
     "granite-4.0-350m": (28, 1024, 16, 4, 64, 2048, 100352, 32768),
@@ -206,7 +212,8 @@ def test_variants_are_the_family_by_size() -> None:
     assert list(presets.variants("gpt2")) == ["small", "medium", "large", "xl"]
     assert list(presets.variants("falcon")) == ["rw-1b", "7b", "7b-instruct", "40b"]
     assert next(iter(presets.variants("granite").values())) == "granite-350m"
-    assert presets.variants("qwen") == {}
+    assert list(presets.variants("qwen")) == ["2.5-0.5b", "3-0.6b", "3-1.7b"]
+    assert presets.variants("gemma") == {}
     families = {presets.get(name).family for name in NAMES}
     assert sum(len(presets.variants(family)) for family in families) == len(NAMES)
 

@@ -72,13 +72,13 @@ def test_options_are_sent_by_their_names(shell: Shell, server: FakeOpenAI) -> No
     """And no others: for those the server's defaults are as good as ours."""
     server.says(*answer("Hi"))
     options = (
-        "--temp 0.5 --max-tokens 9 --top-k 3 --top-p 0.9 --min-p 0.1 --typical-p 0.8 --repetition-penalty 1.1 --seed 7 "
-        "--stop a --stop b --system Short."
+        "--temp 0.5 --max-tokens 9 --top-k 3 --top-p 0.9 --min-p 0.1 --typical-p 0.8 --top-n-sigma 2 "
+        "--repetition-penalty 1.1 --seed 7 --stop a --stop b --system Short."
     )
     assert shell("ask", "Hello", "--server", server.url, *options.split()).code == 0
     assert sent(server) == {
         "model": "first", "temperature": 0.5, "max_tokens": 9, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8,
-        "repetition_penalty": 1.1, "seed": 7, "stop": ["a", "b"],
+        "top_n_sigma": 2.0, "repetition_penalty": 1.1, "seed": 7, "stop": ["a", "b"],
         "messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": "Hello"}],
     }  # fmt: skip
 

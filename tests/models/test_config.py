@@ -1,9 +1,11 @@
 """Reading config.json: both dialects give one answer, and what is wrong is refused by file, key and value."""
 
+import ast
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tinyserve.models.config.falcon import FalconConfig
 from tinyserve.models.config.gpt2 import GPT2Config
 from tinyserve.models.config.granite import GraniteConfig
 from tinyserve.models.config.llama import LlamaConfig
+from tinyserve.models.config.qwen import QwenConfig
 
 pytestmark = pytest.mark.fast
 
@@ -75,7 +78,11 @@ HYBRID = GRANITE | {
     "mamba_expand": 2,
     "position_embedding_type": "nope",
 }
-EVERY = {"gpt2": GPT2, "llama": LLAMA, "falcon": FALCON, "granite": GRANITE, "hybrid": HYBRID}
+QWEN2, QWEN3 = LLAMA | {"model_type": "qwen2"}, LLAMA | {"model_type": "qwen3", "head_dim": 128}
+EVERY = {
+    "gpt2": GPT2, "llama": LLAMA, "falcon": FALCON, "granite": GRANITE, "hybrid": HYBRID, "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}  # fmt: skip
 REQUIRED = {
     "gpt2": list(GPT2),
     "llama": [key for key in LLAMA if key not in ("num_key_value_heads", "rms_norm_eps")],
@@ -100,6 +107,19 @@ def test_every_family_answers_every_question_itself() -> None:
             assert question in vars(config), (family, question)
     named = [name for family in registry.FAMILIES for name in family.model_types]
     assert len(set(named)) == len(named)
+
+
+def test_nobody_else_tells_families_apart() -> None:
+    """A comparison of `model_type`, or a match on a config's class, is a question that the config should answer."""
+    package = Path(registry.__file__).parents[1]
+    classes = {family.config for family in registry.FAMILIES}
+    own = {package / "models" / f"{family.module}.py" for family in registry.FAMILIES}
+    for path in set(package.rglob("*.py")) - set((package / "models" / "config").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                compared = [node.left, *node.comparators]
+                assert not any(isinstance(one, ast.Attribute) and one.attr == "model_type" for one in compared), path
+            assert not (isinstance(node, ast.Name) and node.id in classes and path not in own), path
 
 
 def test_a_family_is_imported_when_it_is_asked_for() -> None:
@@ -161,6 +181,10 @@ def test_a_size_of_the_wrong_kind_is_refused_with_its_value(family: str, value: 
         ("gpt2", "activation_function", "relu"),
         ("llama", "hidden_act", "gelu"),
         ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("qwen3", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("qwen2", "layer_types", ["sliding_attention"] * 28),
+        ("qwen2", "layer_types", ["full_attention"] * 27),
+        ("qwen3", "hidden_act", "gelu"),
         ("llama", "rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
         ("falcon", "activation", "relu"),
         ("granite", "hidden_act", "relu"),
@@ -170,7 +194,7 @@ def test_a_size_of_the_wrong_kind_is_refused_with_its_value(family: str, value: 
         ("hybrid", "time_step_limit", [1.0]),
         ("hybrid", "time_step_limit", [0.5, 0.1]),
         ("llama", "layer_types", ["sliding_attention"] * 28),
-        ("llama", "model_type", "qwen2"),
+        ("llama", "model_type", "gemma"),
         ("llama", "architectures", ["LlamaForSequenceClassification"]),
         ("llama", "quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("llama", "tie_word_embeddings", "yes"),
@@ -209,8 +233,8 @@ def test_what_is_not_supported_is_refused_by_key(family: str, key: str, value: o
 
 
 def test_the_unsupported_names_what_is_supported() -> None:
-    with pytest.raises(ConfigError, match="'qwen2', which is not supported; supported: gpt2, falcon") as error:
-        parse_config(LLAMA | {"model_type": "qwen2"})
+    with pytest.raises(ConfigError, match="'gemma', which is not supported; supported: gpt2, falcon") as error:
+        parse_config(LLAMA | {"model_type": "gemma"})
     assert "granitemoehybrid" in str(error.value)
     with pytest.raises(ConfigError, match="'gptq'"):
         parse_config(LLAMA | {"quantization_config": {"quant_method": "gptq"}})
@@ -276,6 +300,52 @@ def test_end_of_text_is_an_int_a_list_or_nothing() -> None:
     assert parse_config(LLAMA).eos_token_ids == (2,)
     assert parse_config(LLAMA | {"bos_token_id": None}).bos_token_id is None
     assert parse_config(LLAMA).bos_token_id == 1
+
+
+def test_qwen2_has_biases_on_queries_keys_and_values_alone() -> None:
+    for said in ({}, {"attention_bias": False}, {"attention_bias": True}):
+        config = parse_config(QWEN2 | said)
+        assert isinstance(config, QwenConfig)
+        assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, False)
+    assert config.head_dim == LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
+def test_qwen3_has_norms_and_biases_only_where_it_says_so() -> None:
+    for bias in (False, True):
+        config = parse_config(QWEN3 | {"attention_bias": bias})
+        assert isinstance(config, QwenConfig)
+        assert (config.qkv_bias, config.output_bias, config.qk_norm) == (bias, bias, True)
+    assert parse_config(without(QWEN3, "head_dim")).head_dim == 128  # transformers' own default
+    with pytest.raises(ConfigError, match="not a multiple of the 32 key-value heads"):
+        parse_config(without(QWEN3, "num_key_value_heads"))
+    assert parse_config(QWEN3 | {"num_key_value_heads": None}).num_key_value_heads == LLAMA["num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [
+        ({"sliding_window": 512, "max_window_layers": 0}, None),  # off, unless it is asked for
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 28}, None),
+        ({"use_sliding_window": True, "sliding_window": 512}, None),  # the first 28 of 28 layers see all
+        ({"use_sliding_window": True, "sliding_window": 512, "layer_types": ["sliding_attention"] * 28}, 512),
+        ({"use_sliding_window": True, "sliding_window": 512, "layer_types": ["full_attention"] * 28}, None),
+    ],
+)
+def test_qwen_has_a_window_of_all_layers_or_none(said: dict[str, Any], window: int | None) -> None:
+    for raw in (QWEN2, QWEN3):
+        assert parse_config(raw | said).attention_window == window
+
+
+def test_a_window_of_some_layers_is_refused_by_key() -> None:
+    windowed = QWEN2 | {"use_sliding_window": True, "sliding_window": 512}
+    with pytest.raises(ConfigError, match=r"'max_window_layers' is 21: with 'use_sliding_window' the other 7 layers"):
+        parse_config(windowed | {"max_window_layers": 21})
+    mixed = ["full_attention", "sliding_attention"] * 14
+    with pytest.raises(ConfigError, match=r"'layer_types' has full_attention, sliding_attention; supported"):
+        parse_config(windowed | {"layer_types": mixed})
 
 
 def test_mistral_has_a_window_and_no_biases() -> None:

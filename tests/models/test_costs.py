@@ -56,6 +56,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", LLAMA | {"tie_word_embeddings": True, "head_dim": 16}),
     "llama-bias": ("llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", LLAMA),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2-window": ("qwen2", LLAMA | {"use_sliding_window": True, "max_window_layers": 0}),
+    "qwen2-all-heads": ("qwen2", LLAMA | {"num_key_value_heads": None, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", LLAMA),
+    "qwen3-bias": ("qwen3", LLAMA | {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
     "falcon-7b": ("falcon", FALCON),
     "falcon-40b": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": (
@@ -88,6 +93,8 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
     "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
     "granite-350m": 340_332_224,
 }
 

@@ -167,6 +167,10 @@ def test_ask_obeys_the_file_and_a_flag_comes_first(shell: Shell, model: Callable
     assert typical.outputs[0].token_ids != own.outputs[0].token_ids
     flags = "--raw", "--seed", "5", "--typical-p", "0.2"
     assert ids(shell, folder, "Hello", *flags) == typical.outputs[0].token_ids
+    (near,) = llm.generate("Hello", SamplingParams(**params, top_n_sigma=1.0))
+    assert near.outputs[0].token_ids != own.outputs[0].token_ids
+    flags = "--raw", "--seed", "5", "--top-n-sigma", "1"
+    assert ids(shell, folder, "Hello", *flags) == near.outputs[0].token_ids
     assert ids(shell, folder, "Hello", "--raw", "--temp", "0", "--max-tokens", "3") == greedy.outputs[0].token_ids[:3]
     quiet = model(temperature=2.0)  # and does not ask to sample
     assert ids(shell, quiet, "Hello", "--raw", "--max-tokens", "12") == greedy.outputs[0].token_ids
@@ -185,6 +189,7 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
         "top_p        0.9  [generation_config.json]",
         "min_p        0.05  [generation_config.json]",
         "typical_p    1  [default]",
+        "top_n_sigma  0  [default]",
         "repetition_penalty 1.1  [generation_config.json]",
         "max_tokens   122  [what is left; 256 by default]",
         f"ends at      7 {LLM(folder).tokenizer.token_bytes(7).decode(errors='replace')}  [generation_config.json]",
@@ -240,7 +245,9 @@ def install(root: Path, name: str, template: str | None) -> Path:
     folder = root / f"models--{preset.repo.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
-    kind = {"smollm2": "llama", "granite": "granite-hybrid", "falcon": "falcon-7b"}.get(preset.family, preset.family)
+    kind = {"smollm2": "llama", "granite": "granite-hybrid", "falcon": "falcon-7b", "qwen": "qwen3"}.get(
+        preset.family, preset.family
+    )
     snapshot = checkpoints.write_folder(folder / "snapshots" / commit, checkpoints.CONFIGS[kind])
     (snapshot / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return snapshot

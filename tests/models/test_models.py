@@ -97,6 +97,8 @@ SAVES = [(name, "float32", {}) for name in NAMES] + [
     ("llama-grouped", "float32", {"max_shard_size": "300KB"}),
     ("falcon-40b", "bfloat16", {"max_shard_size": "200KB"}),
     ("falcon-rw", "float16", {}),
+    ("qwen2", "bfloat16", {}),
+    ("qwen3", "bfloat16", {"max_shard_size": "300KB"}),
 ]
 
 
@@ -117,7 +119,11 @@ def test_live_logits(name: str, saved: str, options: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama-3", "mistral", "falcon-7b", "falcon-40b", "falcon-rw", "granite", "granite-hybrid"]
+    "name",
+    [
+        *("gpt2", "llama-3", "mistral", "falcon-7b", "falcon-40b", "falcon-rw", "granite", "granite-hybrid"),
+        *("qwen2-window", "qwen3"),
+    ],
 )
 def test_live_greedy_generation(name: str, tmp_path: Path, oracle: Oracle) -> None:
     """Thirty-two greedy tokens, past the window of the sliding one, are those of transformers' generate."""
@@ -143,6 +149,8 @@ FAMILIES = [
     "gpt2",
     "llama-3",
     "mistral",
+    "qwen2",
+    "qwen3-head-dim",
     "falcon-7b",
     "falcon-40b",
     "falcon-rw",

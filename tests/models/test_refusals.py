@@ -18,7 +18,7 @@ from tinyserve.models.config import parse_config
 CONFIGS = checkpoints.CONFIGS
 FAMILIES = [
     *("gpt2", "gpt2-untied", "falcon-7b", "falcon-40b", "llama-grouped", "llama-biases", "mistral"),
-    *("granite", "granite-moe", "granite-hybrid", "granite-hybrid-moe"),
+    *("granite", "granite-moe", "granite-hybrid", "granite-hybrid-moe", "qwen2", "qwen3", "qwen3-head-dim"),
 ]
 ACTIVATIONS = {"gpt2": "activation_function", "falcon": "activation"}  # elsewhere: hidden_act
 Shapes = Mapping[str, tuple[int, ...]]
@@ -78,9 +78,9 @@ def test_every_tensor_of_a_gguf_is_checked_before_any_is_read(name: str) -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_tensor_left_over_is_named(name: str) -> None:
     for shapes, file, extra in (
-        (folder_shapes(name), "x.safetensors", "model.layers.0.self_attn.q_norm.weight"),
+        (folder_shapes(name), "x.safetensors", "model.layers.0.self_attn.v_norm.weight"),
         (folder_shapes(name), "x.safetensors", "transformer.h.0.ln_3.weight"),
-        (gguf_shapes(name), "x.gguf", "blk.0.attn_q_norm.weight"),
+        (gguf_shapes(name), "x.gguf", "blk.0.attn_v_norm.weight"),
         (gguf_shapes(name), "x.gguf", "blk.2.ffn_up_odd.weight"),
     ):
         if name == "mistral" and file == "x.gguf":
@@ -114,6 +114,17 @@ def test_an_expert_or_a_gate_without_its_other_half() -> None:
         shapes = gguf_shapes(name)
         less = {key: shape for key, shape in shapes.items() if key != f"blk.1.{part}.weight"}
         assert "no tensor 'model.layers.1." in refusal(name, less, "x.gguf")
+
+
+def test_a_tied_qwen_may_keep_a_copy_of_its_embedding_as_a_head() -> None:
+    """As Qwen3-0.6B does, and transformers ignores; untied, the head is asked for, and its shape checked."""
+    head = {"lm_head.weight": (checkpoints.VOCAB, 144)}
+    with pytest.raises(AssertionError, match="read before"):
+        load("qwen3", {**folder_shapes("qwen3"), **head}, "x.safetensors")
+    assert "'lm_head.weight'" in refusal("llama-grouped", {**folder_shapes("llama-grouped"), **head}, "x.safetensors")
+    assert "no tensor 'lm_head.weight'" in refusal(
+        "qwen2", {name: shape for name, shape in folder_shapes("qwen2").items() if name not in head}, "x.safetensors"
+    )
 
 
 @pytest.mark.parametrize("is_gguf", [False, True])

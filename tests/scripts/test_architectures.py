@@ -93,8 +93,8 @@ def test_the_lines_of_a_figure_meet(figure: str) -> None:
 
 def test_every_family_has_its_figures() -> None:
     drawn = {preset_config(name).model_type for _, name, _, _ in FIGURES}
-    assert drawn >= {"gpt2", "falcon", "llama", "granitemoehybrid"}
-    for section in ("GPT-2", "Falcon", "Llama and Mistral", "Granite"):
+    assert drawn >= {"gpt2", "falcon", "llama", "qwen3", "granitemoehybrid"}
+    for section in ("GPT-2", "Falcon", "Llama and Mistral", "Qwen", "Granite"):
         body = TEXT.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
         for part in (
             "tinyserve/models/",
@@ -121,6 +121,8 @@ def test_what_the_text_says_of_sizes_is_so() -> None:
     assert f"past it after {tokens:.0f} tokens" in TEXT.replace("\n", " ")
     full = hybrid.max_position_embeddings
     assert 5.5 < full * costs.kv_bytes_per_token(dense, "bfloat16") / (full * kv + state) < 6.5  # "a sixth"
+    qwen2, qwen3 = (costs.kv_bytes_per_token(preset_config(name)) for name in ("qwen2.5-0.5b", "qwen3-0.6b"))
+    assert 9 * qwen2 < qwen3 < 9.5 * qwen2
     falcon, gpt2 = preset_config("falcon-7b"), preset_config("gpt2")
     assert 4 * costs.kv_bytes_per_token(falcon) < costs.kv_bytes_per_token(gpt2)
     assert int(costs.parameter_count(falcon) / costs.parameter_count(gpt2)) == 55

@@ -40,6 +40,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_QWEN2, _QWEN3 = _LLAMA | {"model_type": "qwen2"}, _LLAMA | {"model_type": "qwen3", "head_dim": 24}
 _GRANITE = _LLAMA | {
     "model_type": "granite", "embedding_multiplier": 6.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5,
     "logits_scaling": 3.0,
@@ -75,6 +76,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-linear": _LLAMA | {"rope_parameters": _LINEAR},
     "llama-biases": _LLAMA | _GROUPED | {"attention_bias": True, "mlp_bias": True},
     "mistral": _LLAMA | _GROUPED | {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": _QWEN2 | _GROUPED,
+    "qwen2-tied": _QWEN2 | {"tie_word_embeddings": True, "attention_bias": False},
+    "qwen2-window": _QWEN2 | {
+        "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0,
+    },
+    "qwen3": _QWEN3 | _GROUPED | {"tie_word_embeddings": True},
+    "qwen3-head-dim": _QWEN3 | {"hidden_size": 100, "num_key_value_heads": 1, "rope_parameters": _LINEAR},
+    "qwen3-biases": _QWEN3 | _GROUPED | {"attention_bias": True, "head_dim": 40},
     "granite": _GRANITE,
     "granite-grouped": _GRANITE | _GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "granite-moe": _GRANITE | _EXPERTS | {"model_type": "granitemoe"},
@@ -208,6 +217,7 @@ _GGUF_NAMES = {
     "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mamba.in_proj": "ssm_in", "mamba.conv1d": "ssm_conv1d",
     "mamba.norm": "ssm_norm", "mamba.out_proj": "ssm_out", "block_sparse_moe.router.layer": "ffn_gate_inp",
@@ -268,7 +278,7 @@ def gguf_tensors(raw: Mapping[str, Any]) -> dict[str, Array]:
                 part, new_name = stem, f"{_GGUF_NAMES[stem]}.{kind}"
         if part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj") and value.ndim == 2:
             value = value.T  # Conv1D
-        if part in ("self_attn.q_proj", "self_attn.k_proj"):
+        if part in ("self_attn.q_proj", "self_attn.k_proj") and not raw["model_type"].startswith("qwen"):
             heads = raw["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
             value = permute(value, heads)
         if part == "self_attention.query_key_value":

@@ -210,6 +210,37 @@ def test_norms(shape):
         close(norm.layer_norm(x, weight, bias, np.float32(1e-5)), reference.layer_norm(x, weight, bias, 1e-5), 1e-5)
 
 
+HEADS = [(1, 1, 1), (5, 5, 24), (6, 2, 20), (3, 1, 100), (16, 8, 128)]  # heads, kv_heads, head_dim
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_norms_of_heads(heads, kv_heads, head_dim, tokens):
+    qkv = random(1, tokens, (heads + 2 * kv_heads) * head_dim) * 3 + 1
+    weights = random(2, head_dim), random(3, head_dim)
+    expected, values = qkv.copy(), qkv[:, (heads + kv_heads) * head_dim :].copy()
+    reference.rms_norm_heads(expected, heads, kv_heads, *weights, 1e-6)
+    norm.rms_norm_heads(qkv, heads, kv_heads, *weights, np.float32(1e-6))
+    close(qkv, expected)
+    np.testing.assert_array_equal(qkv[:, (heads + kv_heads) * head_dim :], values)
+
+
+@pytest.mark.parametrize("batch", [2, 7, 33])
+def test_a_token_whose_heads_are_normalised_does_not_depend_on_its_batch(batch):
+    x, weights = random(1, batch, 10 * 24), (random(2, 24), random(3, 24))
+
+    def normed(rows, threads):
+        _jit.set_threads(threads)
+        rows = rows.copy()
+        norm.rms_norm_heads(rows, 6, 2, *weights, np.float32(1e-6))
+        return rows
+
+    together = normed(x, 2)
+    np.testing.assert_array_equal(normed(x, 1), together)
+    for m in range(batch):
+        np.testing.assert_array_equal(normed(x[m : m + 1], 1), together[m : m + 1])
+
+
 @kernel
 def _apply(x, y, which):
     for i in range(0, x.size, 16):

@@ -70,18 +70,20 @@ ASKED = {
     "temperature": st.sampled_from([1e-300, 1e-6, 0.1, 0.7, 1.0, 2.0, 100.0, 1e30]),
     "top_k": st.sampled_from([-1, 0, 1, 2, 7, 40, 999, 10**9]),
     "top_p": st.sampled_from([1e-300, 1e-6, 0.1, 0.5432, 0.9, 0.999, 1 - 1e-16, 1.0]),
+    "top_n_sigma": st.sampled_from([-1.0, 0.0, 1e-300, 0.1, 0.5, 1.0, 1.7, 3.0, 1e300]),
     "min_p": st.sampled_from([0.0, 1e-300, 1e-3, 0.1, 0.5, 1.0]),
     "typical_p": st.sampled_from([1e-300, 0.1, 0.5432, 0.9, 0.999, 1.0]),
 }
 
 
 def near(asked):
-    """What is asked for, and that with each limit on a sum a rounding earlier and later."""
-    sums = [
-        sorted({asked[name] * (1 - NEAR), asked[name], min(1.0, asked[name] * (1 + NEAR))})
-        for name in ("top_p", "typical_p")
+    """What is asked for, and that with each limit on a sum, or made of one, a rounding earlier and later."""
+    limits = {"top_p": 1.0, "typical_p": 1.0, "top_n_sigma": np.inf}
+    values = [
+        sorted({asked[name] * (1 - NEAR), asked[name], min(most, asked[name] * (1 + NEAR))})
+        for name, most in limits.items()
     ]
-    return [asked | {"top_p": p, "typical_p": t} for p, t in product(*sums)]
+    return [asked | dict(zip(limits, some, strict=True)) for some in product(*values)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,6 +141,7 @@ def test_the_filters_keep_what_their_twins_keep(shape, vocab, seed, asked):
     "filters",
     [
         {"top_k": 40}, {"min_p": 0.03}, {"top_p": 0.9}, {"typical_p": 0.9}, {"typical_p": 0.2},
+        {"top_n_sigma": 1.0}, {"top_n_sigma": 2.5}, {"top_n_sigma": 1.5, "top_k": 9, "top_p": 0.9},
         {"top_k": 300, "min_p": 1e-4, "typical_p": 0.95, "top_p": 0.9},
     ],
     ids=lambda filters: "+".join(filters),
@@ -183,6 +186,7 @@ def test_the_twins_agree_nearly_always():
         temperature=random.choice([0.0, 0.5, 1.0, 1.7], 2000),
         top_k=random.choice([0, 1, 30, 300], 2000),
         top_p=random.choice([0.3, 0.9, 1.0], 2000),
+        top_n_sigma=random.choice([0.0, 1.5, 3.0], 2000),
         min_p=random.choice([0.0, 0.02], 2000),
         typical_p=random.choice([0.7, 1.0], 2000),
         uniform=random.random(2000),
@@ -190,10 +194,14 @@ def test_the_twins_agree_nearly_always():
     assert (sample(logits, asked) != reference.sample(logits, asked)).sum() <= 3
 
 
-def exact(logits, temperature=1, top_k=0, top_p=1, min_p=0, typical_p=1):
+def exact(logits, temperature=1, top_k=0, top_p=1, min_p=0, typical_p=1, top_n_sigma=0):
     """Each token's probability, token by token, as the papers put it."""
     weights = [float(np.exp(np.float64(x - max(logits)) / temperature)) for x in logits]
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if top_n_sigma > 0:
+        mean = sum(map(float, logits)) / len(logits)
+        deviation = (sum((x - mean) ** 2 for x in map(float, logits)) / len(logits)) ** 0.5
+        ranked = [i for i in ranked if logits[i] >= logits[ranked[0]] - top_n_sigma * deviation]
     ranked = [i for i in ranked if weights[i] >= min_p * weights[ranked[0]]]
     if top_k:
         ranked = ranked[:top_k]
@@ -227,7 +235,9 @@ def exact(logits, temperature=1, top_k=0, top_p=1, min_p=0, typical_p=1):
         {"top_p": 0.8},
         {"min_p": 0.1},
         {"typical_p": 0.7},
-        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+        {"top_n_sigma": 1},
+        {"temperature": 3, "top_n_sigma": 1.5},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "top_n_sigma": 2},
         {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.8},
     ],
     ids=str,
@@ -239,6 +249,32 @@ def test_tokens_come_as_often_as_they_should(asked):
     logits[7] = logits[200] = logits.max() - 1  # equals
     ids = sample(np.tile(logits, (draws, 1)), settings_of(draws, **asked, uniform=random.random(draws)))
     assert_drawn_from(exact(logits, **asked), ids)
+
+
+def test_top_n_sigma_is_that_of_llama_cpp():
+    """Impossible tokens count neither in the mean nor in the deviation, which is of all others, not of a sample."""
+    random = np.random.default_rng(7)
+    for masked in (0.0, 0.3, 0.99):
+        for n in (0.5, 1.0, 2.0):
+            logits = random.standard_normal(5000, dtype=np.float32) * 3 + 8
+            logits[random.random(5000) < masked] = -np.inf
+            possible = logits[logits > -np.inf].astype(np.float64)
+            deviation = np.sqrt(((possible - possible.mean()) ** 2).mean())
+            wanted = set(np.flatnonzero(logits >= possible.max() - n * deviation).tolist())
+            for temperature in (0.3, 1.0, 4.0):  # which divides both sides
+                assert kept(logits, {"temperature": temperature, "top_n_sigma": n}) == wanted
+
+
+@pytest.mark.parametrize("off", [0.0, -0.0, -1.0, -1e300])
+def test_top_n_sigma_off_changes_no_bit(off):
+    """Beside other filters, and alone, where nothing is gathered."""
+    logits = logits_of("plain", 5000, 1)
+    for others in ({}, {"top_k": 40}, {"min_p": 0.01}, {"typical_p": 0.9, "top_p": 0.9}):
+        assert kept(logits, others | {"top_n_sigma": off}) == kept(logits, others)
+    peaks = np.empty(-(-logits.size // CHUNK), np.float32)
+    find_peaks(logits, peaks)
+    ids, values = keep(logits, peaks, logits.max(), settings_of(1, top_n_sigma=off)[0])
+    assert not ids.size and values.size == logits.size
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -274,6 +310,7 @@ def test_a_row_does_not_depend_on_its_batch():
         temperature=random.choice([0.0, 0.9, 1.5], 40),
         top_k=random.choice([0, 50], 40),
         top_p=random.choice([0.7, 1.0], 40),
+        top_n_sigma=random.choice([-1.0, 0.0, 1.0], 40),
         min_p=random.choice([0.0, 0.1], 40),
         typical_p=random.choice([0.8, 1.0], 40),
         uniform=random.random(40),

@@ -1,17 +1,20 @@
 """Options that several commands share, with one help text each, and how a command takes many of them at once.
 
-Knows Typer, how shells complete, and the table of sampling parameters; not what any of them does.
+Knows Typer, how shells complete, and the tables of sampling parameters and engine options; not what any of them does.
 """
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from tinyserve.cli import _names
+from tinyserve.engine_options import EngineOptions, Flag
+from tinyserve.errors import UserError
+from tinyserve.models import dtypes
 from tinyserve.sampling_params import Param, SamplingParams
 
 Model = Annotated[
@@ -34,7 +37,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="DTYPE",
-        help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8.",
+        help=dtypes.HELP,
         autocompletion=_names.dtypes,
     ),
 ]
@@ -98,6 +101,40 @@ def _sampling_option(row: Param, help: str) -> inspect.Parameter:
     option = typer.Option(*row.cli.split(), metavar=metavar, help=help)
     kind = Annotated[row.kind | None, option]  # type: ignore[name-defined]  # known when the program runs
     return inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def engine_options() -> Group:
+    """Those of EngineOptions that have a flag, as an EngineOptions. Raises UserError for a number out of range."""
+    flags = {row.name: row.metadata["flag"] for row in fields(EngineOptions) if row.metadata["flag"]}
+    names = {flag.name.removeprefix("--").replace("-", "_"): name for name, flag in flags.items()}
+
+    def make(**said: Any) -> EngineOptions:
+        given = {names[word]: value for word, value in said.items()}
+        for name, value in given.items():
+            flag = flags[name]
+            if value is not None and flag.bounds is not None:
+                check_range(flag.name, value, *flag.bounds)
+            if value is not None and flag.unit != 1:
+                given[name] = round(value * flag.unit)
+        return EngineOptions(**given)
+
+    return Group(make, tuple(_engine_option(word, name, flags[name]) for word, name in names.items()))
+
+
+def _engine_option(word: str, name: str, flag: Flag) -> inspect.Parameter:
+    row = EngineOptions.__dataclass_fields__[name]
+    kind = float | None if flag.unit != 1 else row.type
+    completion = _names.dtypes if name == "dtype" else None
+    option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, autocompletion=completion)
+    return inspect.Parameter(
+        word, inspect.Parameter.KEYWORD_ONLY, default=row.default, annotation=Annotated[kind, option]
+    )
+
+
+def check_range(option: str, value: float, low: float, high: float) -> None:
+    """Raise UserError for a number that is out of range."""
+    if not low <= value <= high:
+        raise UserError(f"{option} is {value}; it must be between {low:g} and {high:g}.")
 
 
 def with_options(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

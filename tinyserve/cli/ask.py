@@ -93,7 +93,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No statistics.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class AskOptions:
     """What `ask` can be told beside the model, the prompt and the sampling."""
 
     json_schema: JsonSchema = None
@@ -115,7 +115,7 @@ _SAMPLING = sampling_options(
 )
 
 
-def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], options: Options) -> None:
+def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], options: AskOptions) -> None:
     """Build the question and have it answered."""
     sampling = {**sampling, "structured_outputs": structure(options.json_schema, options.regex)}
     given(**sampling)
@@ -151,7 +151,7 @@ def _families_and_models(incomplete: str) -> list[str]:
 
 
 @ask_app.command(ANY, hidden=True, cls=AnyModel)
-@with_options(sampling=_SAMPLING, options=fields_of(Options))
+@with_options(sampling=_SAMPLING, options=fields_of(AskOptions))
 def any_model(
     model: Annotated[
         str | None,
@@ -174,7 +174,7 @@ def any_model(
     ] = None,
     *,
     sampling: dict[str, Any],
-    options: Options,
+    options: AskOptions,
 ) -> None:
     """Ask any model: a preset, a Hugging Face repo id, a folder of safetensors, a .gguf file."""
     words = [word for word in (model, prompt) if word is not None]
@@ -222,6 +222,7 @@ FAMILIES = {
     "llama": Family("3.2-1b", "Llama 2 and 3 (Meta), and TinyLlama."),
     "mistral": Family("7b", "Mistral 7B Instruct."),
     "smollm2": Family("135m", "SmolLM2 Instruct (Hugging Face), small and open."),
+    "qwen": Family("3-0.6b", "Qwen2.5 and Qwen3 (Alibaba), the dense ones."),
     "falcon": Family("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", CONTINUE),
     "granite": Family("350m", "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts."),
 }
@@ -249,7 +250,7 @@ Examples:
 
 
 def _family_command(name: str, family: Family) -> Callable[..., None]:
-    @with_options(sampling=_SAMPLING, options=fields_of(Options))
+    @with_options(sampling=_SAMPLING, options=fields_of(AskOptions))
     def command(
         prompt: Prompt = None,
         variant: Annotated[
@@ -264,7 +265,7 @@ def _family_command(name: str, family: Family) -> Callable[..., None]:
         ] = family.default,
         *,
         sampling: dict[str, Any],
-        options: Options,
+        options: AskOptions,
     ) -> None:
         _ask(_variant(name, variant), prompt, sampling, options)
 

@@ -3,13 +3,14 @@
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tinyserve.cli import _names
-from tinyserve.cli._options import Dtype, Threads
+from tinyserve.cli._options import check_range, engine_options, with_options
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
 from tinyserve.server.options import ServeOptions
@@ -17,6 +18,7 @@ from tinyserve.server.options import ServeOptions
 KEY_VARIABLE = "TINYSERVE_API_KEY"
 
 
+@with_options(engine=engine_options())
 def serve(
     models: Annotated[
         list[str],
@@ -27,6 +29,7 @@ def serve(
             autocompletion=_names.models,
         ),
     ],
+    *,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen at.")] = ServeOptions.host,
     port: Annotated[
         int, typer.Option(metavar="NUMBER", help="The port; 0 takes any that is free.")
@@ -42,17 +45,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Pages of this origin may call the server; several times, '*' for all."),
     ] = None,
-    dtype: Dtype = "auto",
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", help="Of prompt and answer.  [default: the model's own, or what fits]"),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(metavar="NUMBER", help="Answers that are computed at once.")
-    ] = EngineOptions.max_num_seqs,
-    max_num_batched_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="Tokens of one step.")] = (
-        EngineOptions.max_num_batched_tokens
-    ),
+    engine: EngineOptions,
     max_queue: Annotated[
         int,
         typer.Option(metavar="NUMBER", help="Answers that may wait for each model; beyond, 429 tells to come again."),
@@ -61,10 +54,6 @@ def serve(
         float | None,
         typer.Option(metavar="GB", help="For all models; idle ones make room.  [default: 80 % of what is free]"),
     ] = None,
-    kv_cache_memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="For each model's cache.  [default: what fits]")
-    ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, int8 or auto.")] = "auto",
     ngram: Annotated[
         bool, typer.Option("--ngram", help="Guess what repeats the prompt, and check several tokens a step.")
     ] = False,
@@ -74,11 +63,6 @@ def serve(
             metavar="NAME", help="How tools are called: llama-3, hermes, json...  [default: as chat templates show]"
         ),
     ] = None,
-    load_format: Annotated[
-        str,
-        typer.Option(metavar="FORMAT", help="auto, or dummy: synthetic weights, token ids only, no download."),
-    ] = "auto",
-    threads: Threads = None,
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
@@ -96,20 +80,15 @@ def serve(
       tinyserve serve tiny=./my-model.gguf granite-350m --port 8080
       TINYSERVE_API_KEY=secret tinyserve serve llama-3.2-1b --host 0.0.0.0
     """
-    check(port=port, max_queue=max_queue, memory=memory, kv_cache_memory=kv_cache_memory, max_body=max_body,
-          drain_timeout=drain_timeout, threads=threads)  # fmt: skip
+    check(port=port, max_queue=max_queue, memory=memory, max_body=max_body, drain_timeout=drain_timeout)
     try:
         from tinyserve.server.run import serve as run
     except ImportError as error:
         raise UserError(f"serve needs the extra of that name ({error}): pip install 'tinyserve[serve]'.") from None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("tinyserve").setLevel(logging.WARNING if quiet else logging.INFO)
-    engine = EngineOptions(
-        dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory=_bytes(kv_cache_memory), num_threads=threads, load_format=load_format,
-        speculative_config={"method": "ngram"} if ngram else None,
-    )  # fmt: skip
+    if ngram:
+        engine = replace(engine, speculative_config={"method": "ngram"})
     options = ServeOptions(
         models=names(models),
         engine=engine,
@@ -166,17 +145,19 @@ def keys(file: Path | None) -> list[str]:
 
 
 _RANGES = {
-    "port": (0, 65535), "max_queue": (0, 1e6), "memory": (1e-3, 1e6), "kv_cache_memory": (1e-6, 1e6),
-    "max_body": (1e-3, 1e3), "drain_timeout": (0, 86400), "threads": (1, 4096),
-}  # fmt: skip
+    "port": (0, 65535),
+    "max_queue": (0, 1e6),
+    "memory": (1e-3, 1e6),
+    "max_body": (1e-3, 1e3),
+    "drain_timeout": (0, 86400),
+}
 
 
 def check(**options: float | None) -> None:
     """Raise UserError for a number that is out of range."""
     for name, value in options.items():
-        low, high = _RANGES[name]
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}.")
+        if value is not None:
+            check_range(f"--{name.replace('_', '-')}", value, *_RANGES[name])
 
 
 def _bytes(gigabytes: float | None) -> int | None:

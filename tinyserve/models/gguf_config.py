@@ -10,6 +10,7 @@ from tinyserve.checkpoints.gguf import GGUFFile, open_gguf
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
 from tinyserve.models.config.gguf import GGUFMetadata
+from tinyserve.sampling_params import SamplingParams
 
 
 def config_from_gguf(path: Path) -> dict[str, Any]:
@@ -44,9 +45,8 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
 
 def generation_config(file: GGUFFile) -> dict[str, Any]:
     """What the metadata says of sampling, under the keys of generation_config.json."""
-    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names["repetition_penalty"] = "penalty_repeat"
-    found = {key: file.metadata.get(f"general.sampling.{name}") for key, name in names.items()}
+    rows = [row for row in SamplingParams.rows.values() if row.gguf]
+    found = {str(row.file): file.metadata.get(f"general.sampling.{row.gguf}") for row in rows}
     # Seven digits: 0.6 is kept as the float32 nearest to it.
     raw = {key: float(f"{n:.7g}") if isinstance(n, float) else n for key, n in found.items() if n is not None}
     return raw | {"do_sample": bool(raw.get("temperature"))}

@@ -130,6 +130,17 @@ class Rope:
         return cls(np.empty(0, np.float32), 0)
 
 
+class QKNorm:
+    """An RMSNorm of each query head and one of each key head, before they are rotated."""
+
+    def __init__(self, q_norm: RMSNorm, k_norm: RMSNorm):
+        self.q_norm, self.k_norm = q_norm.norm, k_norm.norm
+
+    def __call__(self, qkv: Array, heads: int, kv_heads: int) -> None:
+        """qkv (tokens, (heads + 2·kv_heads)·head_dim): its queries and keys are normalised in place."""
+        norms.rms_norm_heads(qkv, heads, kv_heads, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+
 class MLP:
     """down(up(x)), where `up` ends in an activation: a GELU, or SwiGLU's silu(gate(x)) · up(x)."""
 
@@ -158,15 +169,19 @@ class Attention:
         rope: Rope | None = None,
         window: int = 0,
         alibi: Array | None = None,
+        qk_norm: QKNorm | None = None,
     ):
         self.qkv, self.out, self.rope = qkv, out, rope or Rope.none()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale, self.window = np.float32(scale), window
         self.alibi = _NO_ALIBI if alibi is None else alibi  # (heads, positions), as tensor/attention.py wants it
+        self.qk_norm = qk_norm
 
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerCache, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the answer (tokens, hidden); each token sees its own sequence up to itself."""
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
+        if self.qk_norm is not None:
+            self.qk_norm(qkv, self.heads, self.kv_heads)
         kv_cache.rotate_and_store(
             qkv, self.rope.cosines, self.rope.sines, batch.positions, self.heads, self.kv_heads, self.head_dim,
             batch.slots, *cache,

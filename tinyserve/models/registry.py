@@ -41,6 +41,7 @@ FAMILIES = (
         ("granite", "granitemoe", "granitemoehybrid"),
         ("granite", "granitemoe", "granitehybrid"),
     ),
+    Family("qwen", "QwenConfig", "Qwen", ("qwen2", "qwen3"), ("qwen2", "qwen3")),
 )
 
 

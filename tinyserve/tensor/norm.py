@@ -13,16 +13,21 @@ NONE, RMS, LAYER = 0, 1, 2  # the norms that a matrix product can begin with
 
 
 @kernel
-def _rms_row(x, weight, eps, y, m):
-    H = x.shape[1]
+def _rms(x, weight, eps, y, at, H):
+    """H numbers of x, the first of them at index `at` of all, normalised into the same place of y, which may be x."""
     squares = splat(np.float32(0.0))
     for h in range(0, H, LANES):
-        v = load_first(x, m * H + h, H - h)
+        v = load_first(x, at + h, H - h)
         squares = fma(v, v, squares)
     inverse = splat(np.float32(1.0) / np.sqrt(sum_lanes(squares) / np.float32(H) + eps))
     for h in range(0, H, LANES):
-        v = load_first(x, m * H + h, H - h) * inverse
-        store_first(y, m * H + h, v * load_first(weight, h, H - h), H - h)
+        v = load_first(x, at + h, H - h) * inverse
+        store_first(y, at + h, v * load_first(weight, h, H - h), H - h)
+
+
+@kernel
+def _rms_row(x, weight, eps, y, m):
+    _rms(x, weight, eps, y, m * x.shape[1], x.shape[1])
 
 
 @parallel_kernel
@@ -35,6 +40,27 @@ def rms_norm(x, weight, eps):
         for m in prange(x.shape[0]):
             _rms_row(x, weight, eps, y, np.int64(m))
     return y
+
+
+@kernel
+def _rms_heads(qkv, heads, kv_heads, q_weight, k_weight, eps, m):
+    head_dim = q_weight.shape[0]
+    for head in range(heads + kv_heads):
+        at = m * qkv.shape[1] + head * head_dim
+        _rms(qkv, q_weight if head < heads else k_weight, eps, qkv, at, head_dim)
+
+
+@parallel_kernel
+def rms_norm_heads(qkv, heads, kv_heads, q_weight, k_weight, eps):
+    """Normalise each query head and each key head of qkv (tokens, (heads + 2·kv_heads)·head_dim) float32 in place.
+
+    q_weight, k_weight (head_dim,): head h becomes weight · h / sqrt(mean(h²) + eps).
+    """
+    if qkv.shape[0] == 1:
+        _rms_heads(qkv, heads, kv_heads, q_weight, k_weight, eps, 0)
+    else:
+        for m in prange(qkv.shape[0]):
+            _rms_heads(qkv, heads, kv_heads, q_weight, k_weight, eps, np.int64(m))
 
 
 @kernel

@@ -181,6 +181,12 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return weight * x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + np.float32(eps))
 
 
+def rms_norm_heads(qkv: Array, heads: int, kv_heads: int, q_weight: Array, k_weight: Array, eps: float) -> None:
+    parts = qkv.reshape(len(qkv), heads + 2 * kv_heads, len(q_weight))  # (tokens, heads, head_dim)
+    for part, weight in ((parts[:, :heads], q_weight), (parts[:, heads : heads + kv_heads], k_weight)):
+        part[:] = weight * part / np.sqrt(np.mean(np.square(part), axis=2, keepdims=True) + np.float32(eps))
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     centred = x - x.mean(axis=1, keepdims=True)
     return weight * centred / np.sqrt(np.mean(np.square(centred), axis=1, keepdims=True) + np.float32(eps)) + bias

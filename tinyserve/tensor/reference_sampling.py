@@ -37,6 +37,10 @@ def _stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
     """Which of these logits, the largest first, a filter leaves."""
     everything = np.ones(len(logits), bool)
     match name:
+        case "top_n_sigma" if limit > 0:
+            distances = logits[logits > -np.inf] - logits[0]
+            with np.errstate(over="ignore"):
+                return logits >= logits[0] - limit * distances.std()
         case "min_p":
             with np.errstate(divide="ignore", over="ignore"):
                 return logits >= logits[0] + temperature * np.log(limit)

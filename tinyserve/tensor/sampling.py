@@ -8,8 +8,9 @@ Each filter takes probabilities among the tokens that the one before it has left
 own logits, before all of it.
 
 Meister et al. 2022, arXiv:2202.00666 (typical_p); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Nguyen et al. 2024,
-arXiv:2407.01082 (min_p). A row's answer depends on its own logits and its own random number. Nothing is sorted: what a
-filter keeps is everything above one number, and that number is found by its bits.
+arXiv:2407.01082 (min_p); Tang et al. 2024, arXiv:2411.07641 (top_n_sigma, as in llama.cpp). A row's answer depends on
+its own logits and its own random number. Nothing is sorted: what a filter keeps is everything above one number, and
+that number is found by its bits.
 
 Weights, e^((logit - largest) / temperature), are float32 and added up in chunks, the chunks in float64. Probabilities
 are right to about a part in a million, which is what a logit's own rounding does to them.
@@ -22,6 +23,7 @@ from tinyserve.tensor._jit import kernel, parallel_kernel
 from tinyserve.tensor.simd import (
     LANES,
     bits_at_least,
+    bits_to_lanes,
     exp,
     first_bit,
     first_lanes,
@@ -47,6 +49,7 @@ PROCESSORS = (  # in this order, behind the grammar's mask
     "penalties",  # repetition on the tokens of prompt and answer, then frequency and presence on those of the answer
 )
 FILTERS = (  # in this order; the default of SamplingParams keeps all
+    "top_n_sigma",  # tokens whose logit is so many standard deviations of all of them below the largest, or nearer
     "min_p",  # tokens at least this probable relative to the likeliest
     "top_k",  # so many of the likeliest
     "typical_p",  # those whose surprise is nearest to the expected one, until they have this probability
@@ -123,6 +126,8 @@ def keep(row, peaks, peak, asked):
     # The first filters take the likeliest, so the strictest of their bounds is one for all.
     count = np.int64(asked.top_k) if 0 < asked.top_k < row.size else row.size
     bound = -np.inf
+    if asked.top_n_sigma > 0:
+        bound = peak - asked.top_n_sigma * _deviation(row, peak)
     if asked.min_p > 0:
         bound = max(bound, peak + warmth * np.log(asked.min_p))
     if count < row.size or bound > -np.inf:
@@ -251,6 +256,33 @@ def _mean(values, weights, largest, inverse):
             total = fma(load_first(weights, i, end - i), maximum(x, splat(np.float32(-100.0))), total)
         whole += sum_lanes(total)
     return whole
+
+
+@kernel
+def _deviation(row, peak):
+    """The standard deviation of the logits of possible tokens, of all of them and not of a sample."""
+    count, distance = _moment(row, peak, np.float32(1.0), False)
+    mean = min(distance / count, -1e-37)  # the mean's distance from the peak, in which the squares are measured
+    _, squares = _moment(row, np.float32(peak + mean), np.float32(1.0 / mean), True)
+    return -mean * np.sqrt(squares / count)
+
+
+@kernel
+def _moment(row, center, inverse, squared):
+    """How many tokens are possible, and the sum of their (logit - center) · inverse, or of its square."""
+    count, whole = 0.0, 0.0
+    zero, one, lowest = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(np.float32(-3e38))
+    for start in range(0, row.size, CHUNK):
+        possible, total, end = zero, zero, min(row.size, start + CHUNK)
+        for i in range(start, end, LANES):
+            logits = _lanes(row, i, end - i)
+            x = (logits - splat(center)) * splat(inverse)
+            bits = np.uint32(bits_at_least(logits, lowest))
+            possible = possible + bits_to_lanes(bits, one, zero)
+            total = total + bits_to_lanes(bits, x * x if squared else x, zero)
+        count += sum_lanes(possible)
+        whole += sum_lanes(total)
+    return count, whole
 
 
 @kernel

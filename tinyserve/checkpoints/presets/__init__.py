@@ -22,7 +22,7 @@ class Preset:
     name: str
     repo: str
     revision: str  # a commit, or "main" where none is known for certain
-    family: str  # the subcommand of `tinyserve ask`: gpt2 falcon llama mistral smollm2 granite
+    family: str  # the subcommand of `tinyserve ask`
     variant: str
     gated: bool  # the Hub asks for a token and an accepted licence
     chat: bool  # tuned to follow instructions

@@ -220,15 +220,18 @@ class Fields:
                 self.refuse(f"{key!r} must be a token id or a list of them, but it is {value!r}.")
         return tuple(dict.fromkeys(listed))
 
-    def heads(self, hidden_size: int, heads: int, kv_heads: int) -> int:
-        """Check that query heads share key heads evenly, and return the width of one head."""
+    def heads(self, hidden_size: int, heads: int, kv_heads: int, default: int | None = None) -> int:
+        """Check that query heads share key heads evenly, and return the width of one head.
+
+        Without a `head_dim` and a `default` they share the hidden size out.
+        """
         if heads % kv_heads:
             self.refuse(
                 f"'num_attention_heads' {heads} is not a multiple of the {kv_heads} key-value heads "
                 "('num_key_value_heads'), so they cannot be shared out."
             )
-        if self.has("head_dim"):
-            return int(self.integer("head_dim"))
+        if self.has("head_dim") or default is not None:
+            return int(self.integer("head_dim", default=default))
         self._check_shares(hidden_size, heads, ", and there is no 'head_dim' to say how wide a head is")
         return hidden_size // heads
 
@@ -317,7 +320,7 @@ def common_fields(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": known["head_dim"] if "head_dim" in known else fields.heads(hidden_size, heads, kv_heads),
+        "head_dim": known.get("head_dim") or fields.heads(hidden_size, heads, kv_heads, defaults.get("head_dim")),
         "intermediate_size": integer("intermediate_size"),
         "max_position_embeddings": integer("max_position_embeddings"),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", default=defaults["tie_word_embeddings"]),

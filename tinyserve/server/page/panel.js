@@ -155,9 +155,9 @@ function snippets() {
   const quoted = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
   const curl = [`curl -N ${location.origin}${path}`, "-H 'Content-Type: application/json'",
     ...(apiKey ? ['-H "Authorization: Bearer $TINYSERVE_API_KEY"'] : []), `-d '${quoted}'`].join(" \\\n  ");
-  // OpenAI's client does not know these names.
-  const { top_k, min_p, repetition_penalty, ...known } = body;
-  const extra = JSON.parse(JSON.stringify({ top_k, min_p, repetition_penalty })); // without those that are undefined
+  const isExtra = ([field]) => FIELDS.some(({ name, isExtra }) => isExtra && name === field);
+  const extra = Object.fromEntries(Object.entries(body).filter(isExtra));
+  const known = Object.fromEntries(Object.entries(body).filter((entry) => !isExtra(entry)));
   const named = { ...known, ...(Object.keys(extra).length && { extra_body: extra }) };
   const key = apiKey ? 'os.environ["TINYSERVE_API_KEY"]' : '"none"';
   const lines = [

@@ -108,6 +108,7 @@ async function loadModels() {
 const TOP_OF_TEXTS = 5; // alternatives of each token: OpenAI's most for completions
 
 // What is left empty is not sent, and the model's makers decide. Small models ramble at a temperature of 1.
+// Those that are extra OpenAI's client does not know.
 const FIELDS = [
   { name: "max_tokens", label: "Most tokens", value: 512, min: 1, step: 1,
     hint: "Where an answer is cut off." },
@@ -115,11 +116,11 @@ const FIELDS = [
     hint: "0 takes the likeliest token each time; above 1, unlikely ones gain." },
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01,
     hint: "Draws from the likeliest tokens that add up to this." },
-  { name: "top_k", label: "Top k", min: 0, step: 1,
+  { name: "top_k", label: "Top k", isExtra: true, min: 0, step: 1,
     hint: "Draws from this many of the likeliest tokens." },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01,
+  { name: "min_p", label: "Min p", isExtra: true, min: 0, max: 1, step: 0.01,
     hint: "Leaves out tokens below this share of the likeliest." },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.05, step: 0.05,
+  { name: "repetition_penalty", label: "Repetition penalty", isExtra: true, min: 0.05, step: 0.05,
     hint: "Above 1, what was said is less likely to come again." },
   { name: "seed", label: "Seed", step: 1,
     hint: "The same seed draws the same answer." },
