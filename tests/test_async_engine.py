@@ -11,9 +11,10 @@ import checkpoints
 import pytest
 from checkpoints import BOS, USER
 from conftest import settle
+from refusals import refused
 
 from tinyserve import LLM, AsyncEngine, BeamSearchParams, SamplingParams
-from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
+from tinyserve.errors import EngineDeadError, TinyserveError
 from tinyserve.text.request import StreamChunk
 
 PROMPTS = [checkpoints.token_ids(3 + 2 * i, seed=i) for i in range(12)]
@@ -99,10 +100,10 @@ def test_beam_searches_beside_others(llm: LLM) -> None:
         *found, chunks = await asyncio.gather(*searches, collect(engine.generate(PROMPTS[4], greedy(40))))
         assert found == expected and engine._jobs == {}
         assert tokens(chunks) == llm.generate(PROMPTS[4], greedy(40))[0].outputs[0].token_ids
-        for bad, words in (([], "empty"), ([1] * 1000, "1000")):
-            with pytest.raises(RequestError, match=words):
+        for bad in ([], [1] * 1000):
+            with refused("prompt"):
                 await engine.beam_search(bad, params)
-        with pytest.raises(RequestError, match="BeamSearchParams"):
+        with refused("params"):
             await engine.beam_search([1], greedy())  # type: ignore[arg-type]
 
     run(main())
@@ -208,14 +209,14 @@ def test_every_way_to_end_a_request(llm: LLM) -> None:
 def test_what_is_refused(llm: LLM) -> None:
     async def main() -> None:
         engine = AsyncEngine(llm)
-        for prompt, words in (([], "empty"), ([1] * 1000, "1000"), ([-1], "vocabulary"), (None, "A prompt is")):
-            with pytest.raises(RequestError, match=words):
+        for prompt in ([], [1] * 1000, [-1], None):
+            with refused("prompt"):
                 await collect(engine.generate(prompt, greedy()))
-        with pytest.raises(RequestError, match="SamplingParams"):
+        with refused("sampling_params"):
             await collect(engine.generate([1], {"temperature": 0}))  # type: ignore[arg-type]
         first = engine.generate([1], greedy(50), request_id="a")
         await anext(first)
-        with pytest.raises(RequestError, match="request 'a' already"):
+        with refused("request_id", "request 'a' already"):
             await collect(engine.generate([1], greedy(), request_id="a"))
         await first.aclose()
         assert len(tokens(await collect(engine.generate([1], greedy(), request_id="a")))) == 12

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 from fakes import FakeRunner
+from refusals import refused
 
 from tinyserve.engine import Engine
-from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
@@ -140,12 +140,12 @@ def test_the_context_ends_a_sequence() -> None:
 
 def test_requests_that_can_never_be_served_are_refused() -> None:
     engine = build(max_model_len=100, num_blocks=4)
-    with pytest.raises(RequestError, match="empty"):
+    with refused("prompt", "empty"):
         engine.add([], params())
     for length in (100, 101):
-        with pytest.raises(RequestError, match=rf"{length} tokens.*100"):
+        with refused("prompt", f"{length} tokens and the context (max_model_len) holds 100"):
             engine.add([5] * length, params())
-    with pytest.raises(RequestError, match=r"80 tokens.*64"):
+    with refused("max_tokens", "80 tokens and the cache holds 64"):
         engine.add([5] * 60, params(20))
     assert not engine.has_work() and engine.scheduler.blocks.num_free == 4
     engine.add([5] * 60, params(4))

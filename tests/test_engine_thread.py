@@ -1,5 +1,6 @@
 """The engine's thread with a runner that computes nothing: updates, failures, death; nobody waits for ever."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -196,6 +197,16 @@ def test_closing_in_the_middle_of_a_step(thread: EngineThread, engine: Engine, g
 
 def test_closing_what_never_worked(engine: Engine) -> None:
     EngineThread(engine).close()
+
+
+def test_closing_after_ctrl_c_while_the_thread_is_started(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not started cannot be joined, which a process said at its end."""
+    thread = EngineThread(engine)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", lambda _: signal.raise_signal(signal.SIGINT))
+        thread.submit([make(engine)], Sink())
+    thread.close()
+    assert not thread._thread.is_alive()
 
 
 def test_a_call_runs_between_steps(thread: EngineThread, engine: Engine, gate: Gate) -> None:

@@ -62,7 +62,10 @@ class AsyncEngine:
         """
         params = self.llm.resolve(sampling_params)
         if params.best_of is not None and params.best_of > params.n:
-            raise RequestError(f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.")
+            raise RequestError(
+                f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.",
+                param="best_of",
+            )
         async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as updated:
             async for request in updated:
                 yield request.chunk()
@@ -198,7 +201,9 @@ class AsyncEngine:
     def _job(self, name: str | None) -> Iterator["_Job"]:
         """What runs under this name, as long as it runs; without one nobody else can find it."""
         if name in self._jobs:
-            raise RequestError(f"There is a request {name!r} already: give each an id of its own, or none.")
+            raise RequestError(
+                f"There is a request {name!r} already: give each an id of its own, or none.", param="request_id"
+            )
         job = _Job()
         key = name if name is not None else job
         self._jobs[key] = job

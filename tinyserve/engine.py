@@ -72,19 +72,21 @@ class Engine:
         """
         max_model_len, blocks = self.scheduler.max_model_len, self.scheduler.blocks
         if not prompt_token_ids:
-            raise RequestError("The prompt is empty: it has no tokens, and nothing can follow from nothing.", "prompt")
+            raise RequestError(
+                "The prompt is empty: it has no tokens, and nothing can follow from nothing.", param="prompt"
+            )
         if len(prompt_token_ids) >= max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
                 f"{max_model_len}, the answer included: shorten the prompt.",
-                "prompt",
+                param="prompt",
             )
         needed = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         if blocks.blocks_for(needed) > blocks.num_blocks:
             raise RequestError(
                 f"The request can come to {needed} tokens and the cache holds "
                 f"{blocks.num_blocks * blocks.block_size}: lower max_tokens, or raise kv_cache_memory.",
-                "max_tokens",
+                param="max_tokens",
             )
         first, *siblings = (
             Sequence(next(self._ids), list(prompt_token_ids), _params_of_answer(params, i), priority)
@@ -259,7 +261,7 @@ class EngineThread:
             self._is_closed = True
             thread = self._thread
             self._commands.put(lambda: None)  # wakes it
-        if thread is None or thread is current_thread():
+        if thread is None or thread.ident is None or thread is current_thread():  # or Ctrl-C came while it was started
             return
         thread.join(0.05)
         if thread.is_alive():

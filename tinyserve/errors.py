@@ -34,12 +34,16 @@ class CheckpointError(UserError):
 class RequestError(UserError):
     """A prompt or a sampling parameter cannot be served; the message has the numbers.
 
-    `param` is the parameter at fault, where the sentence does not begin with its name.
+    `param` is the parameter at fault, as the Python API names it, with its place: messages[0].content. It is None only
+    where no single one is.
     """
 
-    def __init__(self, message: str, param: str | None = None):
+    def __init__(self, message: str, param: str | None):
         super().__init__(message)
         self.param = param
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str | None]]:
+        return type(self), (str(self), self.param)  # an exception is pickled with its message alone
 
 
 class IncompleteError(TinyserveError):

@@ -152,7 +152,9 @@ class LLM:
         params = self.resolve(sampling_params)
         for name in ("n", "best_of"):
             if (count := getattr(params, name) or 1) > 1:
-                raise RequestError(f"A stream is one answer, and {name} is {count}: use generate, or several streams.")
+                raise RequestError(
+                    f"A stream is one answer, and {name} is {count}: use generate, or several streams.", param=name
+                )
         (request,) = self.make_request(prompt, params)
         return Stream(self, request)
 
@@ -198,10 +200,10 @@ class LLM:
         parallel_tool_calls: an answer may have several calls; else it ends behind the first.
         tool_format: how calls are written, where the chat template does not tell (`tools.FORMATS`).
 
-        Raises RequestError for a malformed message, tool or choice, UserError for a model that has no chat template.
+        Raises RequestError for a malformed message, tool or choice, and for a model that has no chat template.
         """
         for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
-            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).")
+            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).", param=name)
         options = ToolOptions(tools, tool_choice, parallel_tool_calls, tool_format)
         return self._chats.request(messages, self.resolve(sampling_params), options, template_variables)
 
@@ -212,8 +214,9 @@ class LLM:
     @cached_property
     def _chats(self) -> ChatFormat:
         if self.tokenizer is None or self.chat_template is None:
-            raise UserError(
-                f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream."
+            raise RequestError(
+                f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream.",
+                param="messages",
             )
         return ChatFormat(self.name, self.tokenizer, self.chat_template)
 
@@ -255,7 +258,7 @@ class LLM:
         Raises RequestError for a text that cannot be read, before any is.
         """
         if not isinstance(normalize, bool):
-            raise RequestError(f"normalize is {normalize!r:.60}; it must be True or False.")
+            raise RequestError(f"normalize is {normalize!r:.60}; it must be True or False.", param="normalize")
         batch = as_prompts(prompts)
         texts = [self._pooling.checked(self._input_processor.token_ids(prompt)) for prompt in batch]
         outputs = []

@@ -194,14 +194,15 @@ def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
     return schema
 
 
-def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
     """The schema as llguidance is to read it: little white space, and nothing it does not support passed over.
 
     A schema can ask for other white space with its own "x-guidance" (llguidance's docs/json_schema.md).
+    Raises RequestError with this `param` where that is no object.
     """
     own = schema.get("x-guidance") or {}
     if not isinstance(own, Mapping):
-        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param="structured_outputs")
+        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
     spaced = {} if "whitespace_flexible" in own else {"whitespace_pattern": WHITESPACE}
     return {**schema, "x-guidance": {**spaced, **own, "lenient": False}}
 

@@ -16,7 +16,7 @@ from command_line import Shell
 
 from tinyserve.cli.serve import keys, names
 from tinyserve.errors import UserError
-from tinyserve.server.run import _listen, is_loopback
+from tinyserve.server.run import _listen, listens_on_loopback
 
 
 class Process:
@@ -199,5 +199,5 @@ def test_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     file.write_text("two words\n")
     with pytest.raises(UserError, match="header"):
         keys(file)
-    assert is_loopback("127.8.0.1") and is_loopback("::1") and is_loopback("localhost")
-    assert not is_loopback("0.0.0.0") and not is_loopback("example.org")
+    assert listens_on_loopback("127.8.0.1") and listens_on_loopback("::1") and listens_on_loopback("localhost")
+    assert not listens_on_loopback("0.0.0.0") and not listens_on_loopback("example.org")

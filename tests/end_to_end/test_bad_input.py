@@ -13,9 +13,10 @@ import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
 from command_line import Shell, run
 from conftest import answers
+from refusals import refused
 
 from tinyserve import LLM, SamplingParams
-from tinyserve.errors import IncompleteError, RequestError, TinyserveError, UserError
+from tinyserve.errors import IncompleteError, TinyserveError, UserError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=20)
 WORD = ord("!")  # the token whose embedding is too large
@@ -77,14 +78,14 @@ def test_the_default_model_continues_its_special_tokens(smollm2: Path) -> None:
 def test_what_is_no_token(token: Any, llm_of: Callable[..., LLM]) -> None:
     llm = llm_of("llama")
     for call in (llm.generate, llm.stream, llm.logits):
-        with pytest.raises(RequestError, match=r"outside .*vocabulary of 261|text or a list of token ids"):
+        with refused("prompt"):
             call([5, token])
     assert not llm.engine.has_work()
 
 
 @pytest.mark.parametrize("prompts", [np.array(3), np.array(1.5), object(), {"a"}, (i for i in "ab")])
 def test_what_is_no_prompt(prompts: Any, llm_of: Callable[..., LLM]) -> None:
-    with pytest.raises(RequestError, match="A prompt is text or a list of token ids"):
+    with refused("prompt", "A prompt is text or a list of token ids"):
         llm_of("llama").generate(prompts, GREEDY)
 
 
@@ -92,7 +93,7 @@ def test_what_is_no_prompt(prompts: Any, llm_of: Callable[..., LLM]) -> None:
 def test_what_are_no_parameters(params: Any, llm_of: Callable[..., LLM]) -> None:
     llm = llm_of("llama")
     for call in (lambda: llm.generate("a", params), lambda: llm.stream("a", params)):
-        with pytest.raises(RequestError, match="sampling_params is a SamplingParams or a list of them, not"):
+        with refused("sampling_params", "sampling_params is a SamplingParams or a list of them, not"):
             call()
 
 
@@ -127,7 +128,7 @@ def test_memory_for_less_than_a_block(name: str, kept: str, folder_of: Callable[
     assert (llm.cache_plan.num_blocks, llm.max_model_len) == (1, 16)
     [output] = llm.generate([[1] * 10], SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 6
-    with pytest.raises(RequestError, match="16 tokens and the context"):
+    with refused("prompt"):
         llm.generate([[1] * 16], GREEDY)
 
 

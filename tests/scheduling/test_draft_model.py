@@ -63,9 +63,9 @@ def test_any_family_drafts_for_any_other(name: str, folder_of: Callable[[str], P
         Spoiled(llm)
         assert answers(llm.generate(PROMPTS, PARAMS)) == expected
         stats = llm.stats()
-        assert stats.draft_tokens > stats.accepted_tokens
-        if draft == name:  # the same weights in 8 bits: mostly right
-            assert stats.accepted_tokens > 0
+        assert stats.accepted_tokens < stats.draft_tokens
+        if draft == name:  # its int8 copy is right in half of its drafts, as each is spoiled somewhere
+            assert stats.accepted_tokens > 0.3 * stats.draft_tokens
         assert_all_is_free(llm)
 
 

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinyserve.errors import TinyserveError, UserError
-from tinyserve.server.client import Answer, Client, events, is_loopback, lines, parse_url
+from tinyserve.server.client import Answer, Client, events, lines, parse_url, reaches_this_machine
 
 pytestmark = pytest.mark.fast
 
@@ -328,9 +328,9 @@ def test_nonsense_is_no_url(written: str, says: str) -> None:
 
 def test_loopback() -> None:
     for host in ("localhost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1", "0.0.0.0"):
-        assert is_loopback(host), host
+        assert reaches_this_machine(host), host
     for host in ("example.com", "10.0.0.1", "localhost.example.com", "::2"):
-        assert not is_loopback(host), host
+        assert not reaches_this_machine(host), host
 
 
 def test_proxies_are_for_others(server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,13 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
+    def wait_for_more(self, timeout: float = 120) -> None:
+        """Read until something was shown after what earlier calls have waited for."""
+        deadline = time.monotonic() + timeout
+        while not self.shown:
+            assert time.monotonic() < deadline, "nothing more was shown"
+            assert self._read(), "the program ended and showed nothing more"
+
     def wait_until_it_sleeps(self) -> None:
         """Python asks for signals before it reads: a Ctrl-C between prompt and read is seen after the next key only."""
         asleep, deadline = 0, time.monotonic() + 60

@@ -11,6 +11,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+from refusals import refused
 from rich.progress import Progress
 
 from tinyserve import LLM, BeamSearchParams, SamplingParams
@@ -235,15 +236,15 @@ def test_a_bar_counts_tokens(llm_of: Callable[..., LLM], monkeypatch: pytest.Mon
 def test_a_prompt_that_cannot_be_served(prompt: Any, max_tokens: int, says: str, llm_of: Callable[..., LLM]) -> None:
     llm = llm_of("llama")
     steps = llm.stats().steps
-    with pytest.raises(RequestError, match=says):
+    with refused("prompt", says):
         llm.beam_search([[1, 2], prompt], BeamSearchParams(beam_width=2, max_tokens=max_tokens))
     assert llm.stats().steps == steps  # before any is
 
 
 def test_what_is_no_beam_search_params(llm_of: Callable[..., LLM]) -> None:
-    with pytest.raises(RequestError, match=r"^params is SamplingParams\(.*BeamSearchParams\(beam_width=, max_tokens="):
+    with refused("params", "beam search takes BeamSearchParams(beam_width=, max_tokens=)"):
         llm_of("llama").beam_search([[1]], SamplingParams())
-    with pytest.raises(RequestError, match=r"a SamplingParams or a list of them, not BeamSearchParams\("):
+    with refused("sampling_params"):
         llm_of("llama").generate([[1]], BeamSearchParams(beam_width=1, max_tokens=1))
 
 

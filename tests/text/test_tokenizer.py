@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Oracle
+from refusals import refused
 from tokenizers import Regex, pre_tokenizers
 
 from tinyserve.checkpoints.gguf import open_gguf
-from tinyserve.errors import CheckpointError, RequestError
+from tinyserve.errors import CheckpointError
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.gguf import TokenType, _merges_from_scores
 
@@ -217,7 +218,7 @@ def test_spm_without_scores_names_the_key() -> None:
 
 
 def test_a_lone_surrogate_is_a_request_error() -> None:
-    with pytest.raises(RequestError, match=r"character 2 is the lone surrogate U\+D800"):
+    with refused("prompt", "character 2 is the lone surrogate U+D800"):
         Tokenizer.from_gguf(metadata_of("gpt-2"), "f").encode("ab\ud800")
 
 

@@ -1,6 +1,6 @@
 """What `ask` and its subcommands share: a prompt in, a streamed answer and its statistics out.
 
-Knows the terminal; which words on the command line are the model is told by ask.py, who answers by _speakers.py.
+Knows the terminal; ask.py finds the model on the command line, and _backends.py reaches it.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
+    from tinyserve.cli._backends import Backend
     from tinyserve.cli._progress import StartLine
-    from tinyserve.cli._speakers import Speaker
     from tinyserve.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
@@ -76,39 +76,39 @@ def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[
     return llm, line
 
 
-def answer(question: Question, speaker: "Speaker") -> None:
+def answer(question: Question, backend: "Backend") -> None:
     """Answer on stdout as the tokens come, statistics on stderr; with `json`, one object on stdout at the end."""
-    chats = speaker.chats and not question.raw
+    chats = backend.chats and not question.raw
     if question.system and not chats:
-        raise UserError(f"--system needs a chat template, which {speaker.name} does not have (or --raw turns off).")
+        raise UserError(f"--system needs a chat template, which {backend.name} does not have (or --raw turns off).")
     system = [{"role": "system", "content": question.system}] if question.system else []
-    asked = [*system, {"role": "user", "content": question.prompt}] if chats else question.prompt
-    reply = speaker.reply(asked, question.sampling, DEFAULT_MAX_TOKENS)
+    prompt = [*system, {"role": "user", "content": question.prompt}] if chats else question.prompt
+    completion = backend.complete(prompt, question.sampling, DEFAULT_MAX_TOKENS)
     if question.verbose:
         raw = "continued as it is (--raw)" if question.raw else "continued as it is: the model has no chat template"
-        speaker.line.clear()
-        print(reply.explain("by the model's chat template" if chats else raw), file=sys.stderr)
+        backend.line.clear()
+        print(completion.explain("by the model's chat template" if chats else raw), file=sys.stderr)
     text = ""
     try:
-        with closing(reply.stream()) as pieces:
+        with closing(completion.stream()) as pieces:
             for piece in pieces:
-                speaker.line.clear()
+                backend.line.clear()
                 text += piece
                 if not question.json:
                     print(piece, end="", flush=True)
     except (KeyboardInterrupt, TinyserveError):
-        speaker.line.clear()
+        backend.line.clear()
         if text and not question.json:
             print(flush=True)  # what follows in the terminal begins on a line of its own
         raise
-    speaker.line.clear()
-    statistics = reply.statistics()
+    backend.line.clear()
+    statistics = completion.statistics()
     if question.json:
         print(json.dumps({"text": text, **statistics}, ensure_ascii=False))
         return
     print(flush=True)
     if not question.quiet:
-        print(describe(statistics, speaker.max_model_len), file=sys.stderr)
+        print(describe(statistics, backend.max_model_len), file=sys.stderr)
 
 
 def describe(statistics: dict[str, Any], max_model_len: int | None) -> str:

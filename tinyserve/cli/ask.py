@@ -1,6 +1,6 @@
 """`tinyserve ask`: one question, one answer. A subcommand an architecture, and any other model in the same place.
 
-Knows how a command line names a model; who that is, is in _speakers.py, and answering in _answer.py.
+Knows how a command line names a model; _backends.py reaches it, and _answer.py prints its answer.
 """
 
 import sys
@@ -14,6 +14,7 @@ import typer
 from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
+from tinyserve.cli._backends import find_backend
 from tinyserve.cli._options import (
     ApiKey,
     Dtype,
@@ -28,7 +29,6 @@ from tinyserve.cli._options import (
     with_options,
 )
 from tinyserve.cli._sampling import given, structure
-from tinyserve.cli._speakers import find_speaker
 from tinyserve.errors import UserError
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -129,10 +129,10 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
         quiet=options.quiet,
         verbose=options.verbose,
     )
-    speaker = find_speaker(
+    backend = find_backend(
         model, dtype=options.dtype, threads=options.threads, server=options.server, api_key=options.api_key
     )
-    answer(question, speaker)
+    answer(question, backend)
 
 
 def _variant(family: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """`tinyserve chat`: a conversation in the terminal.
 
-Knows the loop of asking and answering; who answers is in _speakers.py.
+Knows the loop of asking and answering; what answers is in _backends.py.
 """
 
 import sys
@@ -12,9 +12,9 @@ import typer
 
 from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
+from tinyserve.cli._backends import Backend, find_backend
 from tinyserve.cli._options import ApiKey, Dtype, Server, System, Threads, Verbose, sampling_options, with_options
 from tinyserve.cli._sampling import given
-from tinyserve.cli._speakers import Speaker, find_speaker
 from tinyserve.errors import TinyserveError, UserError
 
 DEFAULT_MAX_TOKENS = 512
@@ -57,11 +57,11 @@ def chat(
       tinyserve chat --server http://127.0.0.1:8000
     """
     given(**sampling)
-    speaker = find_speaker(model, dtype=dtype, threads=threads, server=server, api_key=api_key)
-    if not speaker.chats:
-        command = f"tinyserve ask {model or speaker.name}" + (f" --server {server}" if server else "")
-        raise UserError(f"{speaker.name} has no chat template: let it continue a text with `{command}`.")
-    print(f"{speaker.introduction} {HELP}", file=sys.stderr)
+    backend = find_backend(model, dtype=dtype, threads=threads, server=server, api_key=api_key)
+    if not backend.chats:
+        command = f"tinyserve ask {model or backend.name}" + (f" --server {server}" if server else "")
+        raise UserError(f"{backend.name} has no chat template: let it continue a text with `{command}`.")
+    print(f"{backend.introduction} {HELP}", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
@@ -93,11 +93,11 @@ def chat(
         elif line.startswith("/"):
             print(f"There is no {command}: {HELP}", file=sys.stderr)
         elif line:
-            messages += _turn(speaker, messages, line, sampling, verbose)
+            messages += _turn(backend, messages, line, sampling, verbose)
 
 
 def _turn(
-    speaker: Speaker, messages: list[dict[str, str]], line: str, sampling: Mapping[str, Any], verbose: bool
+    backend: Backend, messages: list[dict[str, str]], line: str, sampling: Mapping[str, Any], verbose: bool
 ) -> list[dict[str, str]]:
     """Ask and answer once; the two messages that the conversation has more, or none where there is no answer."""
     from tinyserve.cli._answer import check_text
@@ -106,21 +106,21 @@ def _turn(
     text = ""
     try:
         check_text(line)
-        reply = speaker.reply([*messages, question], sampling, DEFAULT_MAX_TOKENS)
+        completion = backend.complete([*messages, question], sampling, DEFAULT_MAX_TOKENS)
         if verbose:
-            speaker.line.clear()
-            print(reply.explain("the conversation so far"), file=sys.stderr)
-        with closing(reply.stream()) as pieces:
+            backend.line.clear()
+            print(completion.explain("the conversation so far"), file=sys.stderr)
+        with closing(completion.stream()) as pieces:
             for piece in pieces:
-                speaker.line.clear()
+                backend.line.clear()
                 text += piece
                 print(piece, end="", flush=True)
-        speaker.line.clear()
+        backend.line.clear()
     except KeyboardInterrupt:
-        speaker.line.clear()
+        backend.line.clear()
         print(" [stopped]", end="", file=sys.stderr)
     except TinyserveError as error:
-        speaker.line.clear()
+        backend.line.clear()
         if text:
             print(flush=True)
         way_out = " (/reset begins anew)" if isinstance(error, UserError) else ""

@@ -71,7 +71,9 @@ def encode_pair(llm: "LLM", context: str, continuation: str) -> Pair:
         prefix, ids = prefix_token(llm), tokenizer_of(llm).encode(continuation, add_special_tokens=False)
         pair = Pair([prefix], ids[1:] if ids[:1] == [prefix] else ids)
     if not pair.continuation:
-        raise RequestError(f"{continuation!r:.60} adds no token to {context!r:.60}: there is nothing to score.")
+        raise RequestError(
+            f"{continuation!r:.60} adds no token to {context!r:.60}: there is nothing to score.", param="continuation"
+        )
     return pair
 
 
@@ -101,7 +103,8 @@ def loglikelihoods(llm: "LLM", pairs: Sequence[Pair], progress: Progress = silen
         if len(continuation) > llm.max_model_len:
             raise RequestError(
                 f"A continuation has {len(continuation)} tokens, and {llm.name} reads {llm.max_model_len}: raise "
-                f"max_model_len, or shorten it."
+                f"max_model_len, or shorten it.",
+                param="continuation",
             )
         ids = [*context, *continuation[:-1]]
         if len(ids) > llm.max_model_len:

@@ -58,7 +58,8 @@ class TinyserveLM(LM):  # type: ignore[misc]
             if room < 1:
                 raise RequestError(
                     f"The task asks for {one.max_tokens} new tokens, and {self.llm.name} has room for "
-                    f"{self.llm.max_model_len}, prompt included: lower max_gen_toks, or raise max_model_len."
+                    f"{self.llm.max_model_len}, prompt included: lower max_gen_toks, or raise max_model_len.",
+                    param="max_gen_toks",
                 )
             prompts.append(encode(self.llm, request.args[0])[-room:])
         found = [output.outputs[0].text for output in self.llm.generate(prompts, params)]

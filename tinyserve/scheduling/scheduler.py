@@ -314,7 +314,8 @@ class Scheduler:
         if not self._make_free(needed):
             raise RequestError(
                 f"A text of {len(token_ids)} tokens needs {needed} blocks of the cache, and {self.blocks.num_free} "
-                "are free."
+                "are free.",
+                param="prompt",
             )
         return PrefillOnlySequence(token_ids, CacheState(self.blocks.allocate(needed), state_slot))
 

@@ -1,4 +1,1 @@
-"""An OpenAI-compatible server: HTTP in, answers out. The only layer that knows HTTP.
-
-Models, engines and text belong to the layers below; here are names, numbers and bytes on the wire.
-"""
+"""An OpenAI-compatible server, and a client. Only this package knows HTTP; models and text belong to lower layers."""

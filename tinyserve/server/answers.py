@@ -1,4 +1,4 @@
-"""Log-probabilities and usage as OpenAI's clients read them, from what the engine says of an answer."""
+"""Usage and log-probabilities in OpenAI's form, from the engine's metrics, tokens and logprobs."""
 
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -25,8 +25,8 @@ def total(usages: SequenceOf[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(one[key] for one in usages) for key in keys} | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-class Counted:
-    """What the chunks of one prompt's answers have come to."""
+class UsageCounter:
+    """Adds up the chunks of one prompt's answers."""
 
     def __init__(self) -> None:
         self._tokens, self._metrics = 0, Metrics()
@@ -34,7 +34,7 @@ class Counted:
         self._calls: dict[int, int] = {}
 
     def is_first(self, chunk: StreamChunk) -> bool:
-        """Count a chunk; whether it is its answer's first."""
+        """Count a chunk; returns whether it is its answer's first."""
         self._tokens += len(chunk.token_ids)
         self._metrics = chunk.metrics
         first = chunk.index not in self._seen
@@ -42,7 +42,7 @@ class Counted:
         return first
 
     def calls(self, chunk: StreamChunk) -> int:
-        """Count a chunk's tool calls; how many its answer has had before."""
+        """Count a chunk's tool calls; returns how many its answer had before."""
         before = self._calls.get(chunk.index, 0)
         self._calls[chunk.index] = before + len(chunk.tool_calls)
         return before

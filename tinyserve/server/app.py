@@ -1,4 +1,9 @@
-"""The application: which path is whose, and what stands before them."""
+"""The application: its routes, and the middleware around them.
+
+To add an endpoint: a class of its body in protocol.py; a handler that calls `state.read` for the body and enters
+`state.engine` for the model (tokenize.py has short ones); a Route below; a row in docs/serving.md. A field that has
+another name than the parameter of the Python API it goes to needs a line in aliases.py, so that errors name the field.
+"""
 
 import asyncio
 import base64
@@ -16,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinyserve.errors import TinyserveError
-from tinyserve.server import chat, completions, guards, status, texts
+from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.options import ServeOptions
@@ -35,26 +40,26 @@ def create_app(
     tool_format: str | None = None,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
-    """The server of a pool as an ASGI application, which loads the pool's first model when it starts.
+    """The ASGI application that serves the models of a pool; it loads the first when it starts.
 
-    api_keys: who has none of these is refused; without any, nobody is asked.
-    hosts: names by which it may be called; without any, all.
+    api_keys: a request must carry one of these; empty for no authentication.
+    hosts: the Host headers that are accepted; empty for all.
     cors_origins: pages of these origins may call it, "*" for all.
     max_body: bytes.
-    tool_format: how models write calls whose chat templates do not tell (`tools.FORMATS`).
-    on_failure: hears why the first model cannot be loaded.
+    tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
+    on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format)
     routes = [
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
-        Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
         Route("/v1/models", status.models),
         Route("/v1/models/{name:path}", status.model),
-        Route("/tokenize", texts.tokenize, methods=["POST"]),
-        Route("/detokenize", texts.detokenize, methods=["POST"]),
-        Route("/tokenizer_info", texts.tokenizer_info),
-        Route("/apply-template", texts.apply_template, methods=["POST"]),
+        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenize.tokenizer_info),
+        Route("/apply-template", tokenize.apply_template, methods=["POST"]),
         Route("/health", status.health),
         Route("/ready", status.ready),
         Route("/metrics", status.metrics),
@@ -63,21 +68,21 @@ def create_app(
         Route("/", _page()),
     ]
     paths = [route.path for route in routes]
-    middleware = [Middleware(guards.Counting, state=state, paths=paths)]
+    middleware = [Middleware(guards.RequestMetrics, state=state, paths=paths)]
     if cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
         )
     if hosts:
-        middleware.append(Middleware(guards.KnownHosts, hosts=hosts))
-    middleware.append(Middleware(guards.Ended, state=state))
+        middleware.append(Middleware(guards.AllowedHosts, hosts=hosts))
+    middleware.append(Middleware(guards.Unavailable, state=state))
     if api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
-    middleware.append(Middleware(guards.Sizes, limit=max_body))
+    middleware.append(Middleware(guards.SizeLimits, limit=max_body))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        first = asyncio.create_task(_load_first(state, on_failure))  # whoever asks meanwhile waits for the same loading
+        first = asyncio.create_task(_load_first(state, on_failure))  # requests meanwhile wait for the same load
         try:
             yield
         finally:
@@ -92,7 +97,7 @@ def create_app(
             ApiError: _api_error,
             TinyserveError: _api_error,
             HTTPException: _http_error,
-            ClientDisconnect: _nobody,
+            ClientDisconnect: _client_closed,
             Exception: _api_error,
         },
     )
@@ -115,19 +120,19 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: a path or a method that is not there."""
+    """Starlette's own errors: an unknown path or method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method").response()
     return await status.not_found(request, error)
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # the client has gone: nobody reads this
+async def _client_closed(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's "client closed request", for the metrics: nobody reads it
 
 
 def _page() -> Callable[[Request], Awaitable[Response]]:
-    """The page at /, which may run its own script and style, and nothing else from anywhere."""
+    """The page at /, under a Content-Security-Policy that allows its own script and style alone."""
     text = page()
     scripts = " ".join(_hash(body) for body in re.findall("<script>(.*?)</script>", text, re.DOTALL))
     policy = (

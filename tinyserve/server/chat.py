@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from contextlib import AbstractAsyncContextManager, aclosing
+from inspect import signature
 from typing import Any
 
 from starlette.requests import Request
@@ -11,17 +12,16 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
-from tinyserve.server.answers import Counted, chat_logprobs, usage
-from tinyserve.server.outbox import EventStream, Outbox
+from tinyserve.server.answers import UsageCounter, chat_logprobs, usage
+from tinyserve.server.errors import ApiError
 from tinyserve.server.pool import OnProgress
-from tinyserve.server.protocol import ChatBody
-from tinyserve.server.sampling import chat_params, structure_field
-from tinyserve.server.state import Json, State, read, state_of, unless_gone
+from tinyserve.server.protocol import ChatBody, TemplateBody
+from tinyserve.server.sampling import chat_params
+from tinyserve.server.sse import EventStream, SSEWriter
+from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
 from tinyserve.text.chat import ChatRequest
 from tinyserve.text.request import CompletionOutput, StreamChunk
 from tinyserve.text.tool_parser import ToolCall
-
-FIELDS = frozenset(ChatBody.model_fields)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -29,20 +29,34 @@ async def chat_completions(request: Request) -> Response:
     chat = _Chat(state_of(request), body)
     if body.stream:
         return EventStream(chat.stream)
-    return Json(await unless_gone(request, chat.whole()))
+    return Json(await cancel_on_disconnect(request, chat.whole()))
+
+
+# What a call of `chat_request` is given by other fields.
+_RESERVED = frozenset(signature(LLM.chat_request).parameters) - {"template_variables"} | {"add_generation_prompt"}
+
+
+def template_variables(body: ChatBody | TemplateBody) -> dict[str, Any]:
+    """`chat_template_kwargs`; raises ApiError for a name that another field sets."""
+    given = body.chat_template_kwargs or {}
+    for name in given:
+        if name in _RESERVED:
+            field = f"chat_template_kwargs.{name}"
+            raise ApiError(400, f"{field} is given, and it is no variable for the template: leave it out.", param=field)
+    return given
 
 
 class _Chat:
-    """One request: its answers are the choices of what is sent."""
+    """One request, whose answers are the choices of its response."""
 
     def __init__(self, state: State, body: ChatBody):
         self._state, self._body = state, body
-        self._model = state.pool.find(body.model)
+        self._model, self._variables = state.pool.find(body.model), template_variables(body)
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._answers = body.best_of or body.n or 1
 
     async def whole(self) -> dict[str, Any]:
-        """The response, when all of it is there."""
+        """The whole response."""
         async with self._engine() as engine:
             prompt, params = await asyncio.to_thread(self._request, engine.llm)
             with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
@@ -53,28 +67,27 @@ class _Chat:
             tokens = sum(len(answer.token_ids) for answer in output.outputs)
             return {**self._head("chat.completion"), "choices": choices, "usage": usage(output.metrics, tokens)}
 
-    async def stream(self, outbox: Outbox) -> None:
-        """The same in pieces; a choice's first has its role."""
-        counted = Counted()
-        async with self._engine(outbox.progress) as engine:
+    async def stream(self, events: SSEWriter) -> None:
+        """The response as events; the first of each choice has its role."""
+        counter = UsageCounter()
+        async with self._engine(events.progress) as engine:
             prompt, params = await asyncio.to_thread(self._request, engine.llm)
             with self._state.metrics.watch(self._model.name, self._body.n or 1) as watch:
-                news = engine.generate(prompt, params, self._id, self._body.priority, outbox.prefill)
-                async with aclosing(news) as chunks:
+                stream = engine.generate(prompt, params, self._id, self._body.priority, events.prefill)
+                async with aclosing(stream) as chunks:
                     async for chunk in chunks:
-                        if counted.is_first(chunk):
-                            self._send(outbox, {"index": chunk.index, "delta": {"role": "assistant", "content": ""}})
-                        self._send_chunk(outbox, engine.llm, chunk, counted)
+                        if counter.is_first(chunk):
+                            self._send(events, {"index": chunk.index, "delta": {"role": "assistant", "content": ""}})
+                        self._send_chunk(events, engine.llm, chunk, counter)
                         if chunk.finish_reason is not None:
                             watch.ended(chunk.metrics, chunk.finish_reason)
         options = self._body.stream_options
         if options is not None and options.include_usage:
-            outbox.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counted.usage()})
-        outbox.done()
+            events.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counter.usage()})
+        events.done()
 
     def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
-        aliases = {"prompt": "messages", "structured_outputs": structure_field(self._body)}
-        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
+        return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _request(self, llm: LLM) -> ChatRequest:
         body = self._body
@@ -86,13 +99,13 @@ class _Chat:
             tool_format=self._state.tool_format if body.tools else None,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             add_generation_prompt=body.add_generation_prompt,
-            **(body.chat_template_kwargs or {}),
+            **self._variables,
         )
 
-    def _send_chunk(self, outbox: Outbox, llm: LLM, chunk: StreamChunk, counted: Counted) -> None:
+    def _send_chunk(self, events: SSEWriter, llm: LLM, chunk: StreamChunk, counter: UsageCounter) -> None:
         delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
         if chunk.tool_calls:
-            first = counted.calls(chunk)
+            first = counter.calls(chunk)
             delta["tool_calls"] = [{"index": first + i, **_call(call)} for i, call in enumerate(chunk.tool_calls)]
         choice = {"index": chunk.index, "delta": delta}
         if self._body.logprobs:
@@ -100,11 +113,11 @@ class _Chat:
         if chunk.finish_reason is not None:
             choice |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
         if delta or "logprobs" in choice or chunk.finish_reason is not None:
-            self._send(outbox, choice)
+            self._send(events, choice)
 
-    def _send(self, outbox: Outbox, choice: dict[str, Any]) -> None:
+    def _send(self, events: SSEWriter, choice: dict[str, Any]) -> None:
         choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None} | choice
-        outbox.event({**self._head("chat.completion.chunk"), "choices": [choice]})
+        events.event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def _choice(self, llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -119,7 +132,7 @@ class _Chat:
         }
 
     def _logprobs(self, llm: LLM, answer: CompletionOutput | StreamChunk) -> dict[str, Any]:
-        assert llm.tokenizer is not None  # a conversation was rendered
+        assert llm.tokenizer is not None  # it has encoded the conversation
         return chat_logprobs(llm.tokenizer, answer.token_ids, answer.logprobs or [], self._body.top_logprobs or 0)
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Client:
         self.server = str(url).removesuffix("/v1")
         self._read_timeout = read_timeout
         self._key = _checked_key(api_key)
-        local = is_loopback(url.host)
+        local = reaches_this_machine(url.host)
         self._http = httpx2.Client(
             base_url=url,
             headers={"User-Agent": f"tinyserve/{__version__}"}
@@ -286,8 +286,8 @@ def parse_url(server: str) -> URL:
     return url.copy_with(path=path if path.endswith("/v1") else f"{path}/v1", query=None, fragment=None)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself, by its name or its address."""
+def reaches_this_machine(host: str) -> bool:
+    """Whether a client that connects to this host reaches this machine: 0.0.0.0, too, is a way to write it."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

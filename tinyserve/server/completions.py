@@ -1,4 +1,4 @@
-"""POST /v1/completions: each prompt gone on with, whole or as a stream; with `echo`, the prompts as well."""
+"""POST /v1/completions: each prompt is continued, whole or as a stream; with `echo`, the text begins with it."""
 
 import asyncio
 import time
@@ -15,16 +15,15 @@ from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
-from tinyserve.server.answers import Counted, completion_logprobs, total, usage
+from tinyserve.server.answers import UsageCounter, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
-from tinyserve.server.outbox import EventStream, Outbox
 from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
-from tinyserve.server.sampling import completion_params, structure_field
-from tinyserve.server.state import Json, State, read, state_of, unless_gone
+from tinyserve.server.sampling import completion_params
+from tinyserve.server.sse import EventStream, SSEWriter
+from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
 from tinyserve.text.request import RequestOutput
 
-FIELDS = frozenset(CompletionBody.model_fields)
 MOST_PROMPTS = 1024
 
 TextOrIds = str | list[int]
@@ -43,7 +42,7 @@ async def completions(request: Request) -> Response:
     work = _Completion(state_of(request), body)
     if body.stream:
         return EventStream(work.stream)
-    return Json(await unless_gone(request, work.whole()))
+    return Json(await cancel_on_disconnect(request, work.whole()))
 
 
 def prompts_of(given: Any, field: str) -> list[TextOrIds]:
@@ -82,7 +81,7 @@ class _Completion:
             raise ApiError(400, "echo with logprobs comes whole: leave out stream, or one of the two.", param="echo")
 
     async def whole(self) -> dict[str, Any]:
-        """The response, when all of it is there."""
+        """The whole response."""
         async with self._engine() as engine:
             params = completion_params(self._body, engine.llm)
             outputs = await _together(self._complete(engine, prompt, params) for prompt in self._prompts)
@@ -100,27 +99,27 @@ class _Completion:
                 watch.ended(answer.metrics, answer.finish_reason)
             return output
 
-    async def stream(self, outbox: Outbox) -> None:
-        """The same in pieces, those of several prompts as they come."""
-        async with self._engine(outbox.progress) as engine:
+    async def stream(self, events: SSEWriter) -> None:
+        """The response as events; those of several prompts are interleaved."""
+        async with self._engine(events.progress) as engine:
             params = completion_params(self._body, engine.llm)
             counts = await _together(
-                self._stream(outbox, engine, p, prompt, params) for p, prompt in enumerate(self._prompts)
+                self._stream(events, engine, p, prompt, params) for p, prompt in enumerate(self._prompts)
             )
         options = self._body.stream_options
         if options is not None and options.include_usage:
-            outbox.event({**self._head(), "choices": [], "usage": total([count.usage() for count in counts])})
-        outbox.done()
+            events.event({**self._head(), "choices": [], "usage": total([count.usage() for count in counts])})
+        events.done()
 
     async def _stream(
-        self, outbox: Outbox, engine: AsyncEngine, p: int, prompt: TextOrIds, params: SamplingParams
-    ) -> Counted:
-        counted, offsets = Counted(), [0] * self._n
+        self, events: SSEWriter, engine: AsyncEngine, p: int, prompt: TextOrIds, params: SamplingParams
+    ) -> UsageCounter:
+        counter, offsets = UsageCounter(), [0] * self._n
         with self._state.metrics.watch(self._model.name, self._n) as watch:
-            news = engine.generate(prompt, params, self._name(p), self._body.priority, outbox.prefill)
-            async with aclosing(news) as chunks:
+            stream = engine.generate(prompt, params, self._name(p), self._body.priority, events.prefill)
+            async with aclosing(stream) as chunks:
                 async for chunk in chunks:
-                    first = counted.is_first(chunk)
+                    first = counter.is_first(chunk)
                     text = "" if self._scores_only else chunk.text
                     if first and self._body.echo:
                         text = _text_of(engine.llm, prompt) + text
@@ -130,14 +129,13 @@ class _Completion:
                         choice["logprobs"] = self._logprobs(engine.llm, tokens, offsets[chunk.index])
                         offsets[chunk.index] += sum(map(len, choice["logprobs"]["tokens"]))
                     if text or chunk.logprobs or chunk.finish_reason is not None:
-                        outbox.event({**self._head(), "choices": [choice]})
+                        events.event({**self._head(), "choices": [choice]})
                     if chunk.finish_reason is not None:
                         watch.ended(chunk.metrics, chunk.finish_reason)
-        return counted
+        return counter
 
     def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
-        aliases = {"structured_outputs": structure_field(self._body)}
-        return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
+        return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _choices(self, llm: LLM, p: int, prompt: TextOrIds, output: RequestOutput) -> list[dict[str, Any]]:
         choices = []
@@ -160,7 +158,7 @@ class _Completion:
         return completion_logprobs(tokens, names, self._body.logprobs or 0, offset)
 
     def _name(self, p: int) -> str:
-        """What the engine calls a prompt."""
+        """The request id of a prompt in the engine."""
         return self._id if len(self._prompts) == 1 else f"{self._id}-{p}"
 
     def _head(self) -> dict[str, Any]:
@@ -184,7 +182,7 @@ def _spelled(llm: LLM, token: int, row: Logprobs | None) -> str:
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results; where one fails the others are cancelled, and its error is everybody's."""
+    """All results; where one fails the others are cancelled, and its error is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]

@@ -1,6 +1,6 @@
-"""Whatever goes wrong, as OpenAI's clients expect it: a status, and a body that names the field."""
+"""Errors as OpenAI's clients expect them: a status, and a body that names the field at fault."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """What a client is told. `param` is the field at fault, `code` a word for programs."""
+    """An error response. `param` is the field at fault, `code` a word for programs, `retry_after` in seconds."""
 
     def __init__(
         self,
@@ -51,36 +51,29 @@ class ApiError(Exception):
 
 
 @contextmanager
-def told(fields: Container[str], aliases: Mapping[str, str]) -> Iterator[None]:
-    """Have errors of the layers below name the client's field: one of `fields`, or what `aliases` say it is here."""
+def error_context(aliases: Mapping[str, str]) -> Iterator[None]:
+    """Turn errors of lower layers into ApiErrors. `aliases` has the client's field where it is not the parameter's."""
     try:
         yield
     except TinyserveError as error:
-        raise as_api_error(error, fields, aliases) from error
+        raise as_api_error(error, aliases) from error
 
 
-def as_api_error(
-    error: BaseException, fields: Container[str] = (), aliases: Mapping[str, str] = NO_ALIASES
-) -> ApiError:
-    """What a client is told of an error of the layers below, as `told` has it."""
+def as_api_error(error: BaseException, aliases: Mapping[str, str] = NO_ALIASES) -> ApiError:
+    """The response to an error of the lower layers; `aliases` as in `error_context`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     if isinstance(error, HubError):
         return ApiError(503, str(error), code="model_unavailable")
-    if isinstance(error, RequestError | UserError):
-        param = getattr(error, "param", None) or _field_in(str(error), fields)
-        return ApiError(400, str(error), param=aliases.get(param, param) if param else None)
+    if isinstance(error, RequestError):
+        param = aliases.get(error.param, error.param) if error.param is not None else None
+        return ApiError(400, str(error), param=param)
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
     if isinstance(error, TinyserveError):
         return ApiError(500, str(error))
     if isinstance(error, MemoryError):
         return ApiError(503, "There is not enough memory for this now.", code="out_of_memory", retry_after=10)
     return ApiError(500, f"The server made a mistake ({type(error).__name__}); its log says more.")
-
-
-def _field_in(message: str, fields: Container[str]) -> str | None:
-    """Sentences about a field begin with its name, which may go on: messages[0].content."""
-    word = message.split(maxsplit=1)[0] if message else ""
-    name = word.replace("[", ".").split(".")[0]
-    return word.rstrip(":,") if name.rstrip(":,") in fields else None

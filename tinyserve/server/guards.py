@@ -1,4 +1,4 @@
-"""Who is let in: the layers around the handlers, in plain ASGI. Each refuses in OpenAI's form, or steps aside."""
+"""ASGI middleware around the handlers: refusals in OpenAI's form, and counts of responses."""
 
 import hashlib
 import hmac
@@ -11,19 +11,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinyserve.server.errors import ApiError
 from tinyserve.server.state import State
 
-# What is open without a key: the page, which asks for one, and what supervisors ask.
+# Paths that need no key: the page, which asks its user for one, and the probes of supervisors.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
 class Guard(ABC):
-    """Lets a request pass unless `refusal` has a reason."""
+    """Passes a request on unless `refusal` returns an error."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (reason := self.refusal(scope)) is not None:
-            await reason.response()(scope, receive, send)
+        if scope["type"] == "http" and (error := self.refusal(scope)) is not None:
+            await error.response()(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -32,8 +32,8 @@ class Guard(ABC):
         """Why this request is refused, or None."""
 
 
-class Ended(Guard):
-    """Refuses everything, /health too, once an engine has died, or the server is about to end."""
+class Unavailable(Guard):
+    """Refuses every path, /health too, once the server is draining or an engine is dead."""
 
     def __init__(self, app: ASGIApp, state: State):
         super().__init__(app)
@@ -47,18 +47,18 @@ class Ended(Guard):
 
 
 class ApiKeys(Guard):
-    """Asks for one of the keys, compared in a time that says nothing about them."""
+    """Requires one of the API keys, compared in constant time."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         super().__init__(app)
         self._digests = [_digest(key) for key in keys]
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":  # a browser's preflight has no key
+        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":  # a CORS preflight carries no key
             return None
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         given = _digest(key.strip())
-        # Every key is compared, and digests are as long as each other.
+        # Every key is compared, and all digests have one length: the time does not depend on which matches.
         matches = sum(hmac.compare_digest(given, digest) for digest in self._digests)
         if kind.lower() == "bearer" and matches:
             return None
@@ -70,10 +70,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class KnownHosts(Guard):
-    """Refuses names that are not this machine's own.
+class AllowedHosts(Guard):
+    """Refuses a Host header that is not among `hosts`, against DNS rebinding.
 
-    A page of somebody else's can have its name mean 127.0.0.1, and its scripts then pass for this server's own.
+    A foreign page can let its own name resolve to 127.0.0.1; its scripts would then be of this server's origin.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]):
@@ -95,8 +95,8 @@ class KnownHosts(Guard):
 MAX_HEADERS = 16 << 10  # bytes
 
 
-class Sizes:
-    """Refuses headers above MAX_HEADERS, and bodies above `limit` bytes, announced or not."""
+class SizeLimits:
+    """Refuses headers above MAX_HEADERS bytes, and bodies above `limit` bytes, with a Content-Length or without."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self._limit = app, limit
@@ -115,7 +115,7 @@ class Sizes:
             return
         size = 0
 
-        async def counted() -> Message:
+        async def limited_receive() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
@@ -123,7 +123,7 @@ class Sizes:
                 raise self._error(size)
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, limited_receive, send)
 
     def _error(self, size: int) -> ApiError:
         return ApiError(
@@ -131,17 +131,18 @@ class Sizes:
         )
 
 
-class Counting:
+class RequestMetrics:
     """Counts responses by path and status."""
 
     def __init__(self, app: ASGIApp, state: State, paths: Sequence[str]):
         self.app, self._state, self._paths = app, state, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
+        async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self._paths else "other"  # paths are the clients' to choose
+                # Clients may ask for any path: a label for each would fill the memory.
+                path = scope["path"] if scope["path"] in self._paths else "other"
                 self._state.metrics.responded(path, message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+        await self.app(scope, receive, counted_send if scope["type"] == "http" else send)

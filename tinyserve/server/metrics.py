@@ -1,6 +1,6 @@
-"""What Prometheus reads: counts of the engines as they are, and how long requests took.
+"""Metrics for Prometheus: the engines' counters as they are, and histograms of request latencies.
 
-A registry of its own for each server: nothing is global, and two servers in a process do not add up.
+Each server has a registry of its own, so that two in one process do not add up.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,7 +37,7 @@ _COUNTERS = {
 
 
 class ServerMetrics:
-    """What a server counts."""
+    """The metrics of one server."""
 
     def __init__(self, pool: ModelPool):
         self.registry = CollectorRegistry()
@@ -63,7 +63,7 @@ class ServerMetrics:
         )
 
     def answered(self, model: str, metrics: Metrics, reason: str | None) -> None:
-        """An answer has ended, for whatever reason."""
+        """Record the latencies and the finish reason of one answer."""
         if metrics.queue_time is not None:
             self._queue.labels(model).observe(metrics.queue_time)
         if metrics.time_to_first_token is not None:
@@ -76,7 +76,7 @@ class ServerMetrics:
 
     @contextmanager
     def watch(self, model: str, answers: int) -> "Iterator[Watch]":
-        """Count the answers of one prompt; those that have not ended by the end were given up."""
+        """Count the answers of one prompt; those that have not ended when the block does count as aborted."""
         watch = Watch(self, model)
         try:
             yield watch
@@ -85,7 +85,7 @@ class ServerMetrics:
                 self._ends.labels(model, "abort").inc()
 
     def responded(self, path: str, status: int) -> None:
-        """A response has begun."""
+        """Count a response that has begun."""
         self._responses.labels(path, str(status)).inc()
 
     def text(self) -> bytes:
@@ -94,7 +94,7 @@ class ServerMetrics:
 
 
 class Watch:
-    """Told of each answer that has ended."""
+    """Records the answers of one prompt as they end."""
 
     def __init__(self, metrics: ServerMetrics, model: str):
         self._metrics, self._model, self.count = metrics, model, 0
@@ -105,7 +105,7 @@ class Watch:
 
 
 class _Engines(Collector):
-    """The engines' own counts, asked for when Prometheus asks."""
+    """Reads the engines' own counters at each scrape."""
 
     def __init__(self, pool: ModelPool):
         self._pool = pool

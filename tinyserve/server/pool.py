@@ -1,4 +1,4 @@
-"""The models of a server: loaded when somebody asks for them, within a budget of memory; who waits, and who is refused.
+"""The models of a server: loaded on demand within a memory budget, with a bounded queue for each.
 
 Knows engines and their sizes; nothing of HTTP beyond the errors that it raises.
 """
@@ -36,9 +36,9 @@ class ServedModel:
     source: str  # a preset, a repo id, a folder or a file
     engine: AsyncEngine | None = None
     nbytes: int = 0  # weights and cache, while it is in memory
-    open: int = 0  # answers that are asked for and not finished
+    open: int = 0  # answers in progress or waiting
     last_used: float = 0.0
-    seconds: float = 1.0  # that an answer took, lately
+    seconds: float = 1.0  # per answer, an exponential moving average
     loading: "asyncio.Task[None] | None" = None
     listeners: list[OnProgress] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -63,11 +63,11 @@ class ModelPool:
 
     @property
     def default(self) -> ServedModel:
-        """The model of a request that names none."""
+        """The model of requests that name none."""
         return next(iter(self.models.values()))
 
     def find(self, name: str | None) -> ServedModel:
-        """A model by its name; raises ApiError 404 that lists those there are."""
+        """The model of this name; raises ApiError 404 that lists all names."""
         if name is None:
             return self.default
         if name not in self.models:
@@ -78,7 +78,7 @@ class ModelPool:
         return self.models[name]
 
     def dead(self) -> str | None:
-        """Why nothing can be served any more, if an engine has died."""
+        """The reason if an engine has died, after which nothing is served."""
         for model in self.models.values():
             if model.engine is not None and (error := model.llm and model.llm.thread.dead_error):
                 return f"The engine of {model.name} is dead: {error}"
@@ -88,9 +88,9 @@ class ModelPool:
     async def use(
         self, model: ServedModel, answers: int = 1, progress: OnProgress | None = None
     ) -> AsyncIterator[AsyncEngine]:
-        """The engine of a model, which stays in memory meanwhile; `progress` hears how far it is loaded.
+        """The engine of a model, which is loaded first if need be and not evicted meanwhile; `progress` is of the load.
 
-        Raises ApiError: 429 where too many answers are waiting, 503 where it cannot be loaded now.
+        Raises ApiError: 429 if its queue is full, 503 if there is no memory to load it.
         """
         limit = self.max_num_seqs + self.max_queue
         if model.open and model.open + answers > limit:
@@ -113,7 +113,7 @@ class ModelPool:
             model.last_used = time.monotonic()
 
     def _retry_after(self, model: ServedModel) -> int:
-        """Seconds until a place is free, if answers go on taking as long as they did."""
+        """An estimate of the seconds until the queue has room, from how long answers took."""
         return max(1, min(60, math.ceil(model.seconds * max(1, model.open - self.max_num_seqs) / self.max_num_seqs)))
 
     async def _load(self, model: ServedModel, progress: OnProgress | None) -> None:
@@ -123,7 +123,7 @@ class ModelPool:
             model.loading = asyncio.create_task(self._load_in_turn(model))
         task = model.loading
         try:
-            await asyncio.shield(task)  # who goes away does not take the model from those who wait for it, too
+            await asyncio.shield(task)  # a client that disconnects does not cancel the load for others
         finally:
             if progress is not None:
                 model.listeners.remove(progress)
@@ -161,7 +161,7 @@ class ModelPool:
             model.loading = None
 
     async def _make_room(self, model: ServedModel, needed: int) -> None:
-        """Give a model so many bytes, or raise ApiError."""
+        """Reserve bytes for a model, evicting idle ones; raises ApiError if that is not enough."""
         if needed > self.memory:
             raise ApiError(
                 503,
@@ -191,14 +191,14 @@ class ModelPool:
         gc.collect()
 
     async def close(self) -> None:
-        """End all engines."""
+        """Shut all engines down."""
         for model in self.models.values():
             if model.engine is not None:
                 await asyncio.to_thread(model.engine.shutdown)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """The result of `work` in a thread that nobody waits for when the process ends, as they do for a pool's."""
+    """The result of `work` in a daemon thread: a thread of a pool would delay the end of the process."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -1,6 +1,6 @@
-"""A server as a process: its socket, its signals, its end.
+"""A server as a process: its socket, its signals, its shutdown.
 
-The first SIGTERM or SIGINT lets what runs be finished and refuses what is new; a second one stops at once.
+The first SIGTERM or SIGINT drains it: running requests are finished, new ones refused. A second one stops it at once.
 """
 
 import ipaddress
@@ -27,12 +27,12 @@ from tinyserve.text.tools import format_named
 
 logger = logging.getLogger("tinyserve.server")
 
-IDLE = 75  # seconds for which an idle connection is kept: longer than nginx's 60, or it may speak to a closed one
+IDLE = 75  # seconds to keep an idle connection: more than nginx's 60, which may otherwise write to a closed one
 
 
 def serve(options: ServeOptions) -> int:
     """Serve until a signal comes; returns the exit code. Raises UserError for options that would be unsafe or wrong."""
-    if not (options.api_keys or options.no_auth or is_loopback(options.host)):
+    if not (options.api_keys or options.no_auth or listens_on_loopback(options.host)):
         raise UserError(
             f"--host {options.host} lets other machines in: set an API key (TINYSERVE_API_KEY, or --api-key-file), or "
             "say --no-auth if everybody may use it."
@@ -46,9 +46,11 @@ def serve(options: ServeOptions) -> int:
         server.should_exit = True
 
     host, port = listener.getsockname()[:2]
-    # Where nobody is asked for a key, the name that a browser was given is all that tells who sent it here.
+    # Without API keys, only the Host header tells this machine's own pages from those of a rebound name.
     hosts = (
-        ("localhost", "127.0.0.1", "::1", options.host) if is_loopback(options.host) and not options.api_keys else ()
+        ("localhost", "127.0.0.1", "::1", options.host)
+        if listens_on_loopback(options.host) and not options.api_keys
+        else ()
     )
     app = create_app(
         _pool(options),
@@ -76,7 +78,7 @@ def serve(options: ServeOptions) -> int:
 
 
 def _check(options: ServeOptions) -> None:
-    """Raise UserError for a mistake that would be found only when a model is loaded."""
+    """Raise UserError for mistakes that would otherwise show only when a model is loaded."""
     if options.tool_format is not None:
         format_named(options.tool_format)
     for source in options.models.values():
@@ -86,8 +88,8 @@ def _check(options: ServeOptions) -> None:
             raise presets.unknown_model(source)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+def listens_on_loopback(host: str) -> bool:
+    """Whether a server that listens on this host is out of reach for other machines: on 0.0.0.0 it is not."""
     if host == "localhost":
         return True
     try:
@@ -99,7 +101,7 @@ def is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # asyncio lets small pieces go at once where a socket says that it is TCP; else a token waits for 40 ms.
+        # asyncio sets TCP_NODELAY only if the protocol is given; without it a token waits for 40 ms.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address[:2])
@@ -124,13 +126,13 @@ def _pool(options: ServeOptions) -> ModelPool:
         raise TinyserveError("No memory is free.")
     engine = options.engine
     if (len(options.models) > 1 or options.memory) and engine.kv_cache_memory is None:
-        # A model would plan for half of all that is free.
+        # By default each model would plan for half of the free memory.
         engine = replace(engine, kv_cache_memory=memory // (2 * len(options.models)))
     return ModelPool(options.models, engine, memory, options.max_queue)
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn with its own end: it would pass the signal on, and die of it with another exit code."""
+    """Uvicorn without re-raising the signal after shutdown, which would change the exit code."""
 
     interrupted = False
 
@@ -150,7 +152,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            os._exit(128 + sig)  # whoever says it twice does not want to wait for threads, either
+            os._exit(128 + sig)  # threads included
         self.should_exit, self.interrupted = True, sig == signal.SIGINT
         self._state.is_draining = True  # until its sockets are closed, a moment later
         logger.warning("Finishing what runs; once more stops at once.")

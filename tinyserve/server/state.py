@@ -1,7 +1,7 @@
-"""What the handlers of one server share, and how a request's body is read."""
+"""What every handler uses: the server's state, a checked body, an engine, JSON, and an end when the client leaves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,45 +10,48 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
-from tinyserve.server.errors import NO_ALIASES, ApiError, told
+from tinyserve.server.aliases import aliases_of
+from tinyserve.server.errors import NO_ALIASES, ApiError, error_context
 from tinyserve.server.metrics import ServerMetrics
-from tinyserve.server.outbox import dumps, gone
 from tinyserve.server.pool import ModelPool, OnProgress, ServedModel
-from tinyserve.server.protocol import B, parse
+from tinyserve.server.protocol import B, Body, parse
+from tinyserve.server.sse import dumps, wait_disconnect
 
 T = TypeVar("T")
 
-BODY_TIMEOUT = 30.0  # seconds for a body to arrive
+BODY_TIMEOUT = 30.0  # seconds
 
 
 @dataclass
 class State:
-    """One server's models and counts; `is_ready` once the first model is in memory."""
+    """One server's models and metrics; `is_ready` once the first model is in memory."""
 
     pool: ModelPool
     metrics: ServerMetrics
-    tool_format: str | None = None  # how calls are written, where chat templates do not tell
+    tool_format: str | None = None  # for models whose chat templates do not imply one (`tools.FORMATS`)
     is_ready: bool = False
-    is_draining: bool = False  # what runs is finished, and nothing new begun
+    is_draining: bool = False  # running requests are finished, new ones refused
     failure: str | None = None  # why the first model could not be loaded
 
     @asynccontextmanager
     async def engine(
         self,
         model: ServedModel,
+        body: Body | None = None,
         answers: int = 1,
         progress: OnProgress | None = None,
-        fields: Container[str] = (),
-        aliases: Mapping[str, str] = NO_ALIASES,
     ) -> AsyncIterator[AsyncEngine]:
-        """A model's engine, as the pool has it; errors within name the client's field, as `told` has it."""
-        with told(fields, aliases):
+        """The engine of a model, for a request that adds so many answers to its queue; `progress` as in the pool.
+
+        Errors inside become ApiErrors that name the field of `body`.
+        """
+        with error_context(aliases_of(body) if body is not None else NO_ALIASES):
             async with self.pool.use(model, answers, progress) as engine:
                 yield engine
 
 
 class Json(Response):
-    """JSON of whatever the engine says; floats that are no numbers are a mistake of ours."""
+    """A JSON response. A float that is not a number is a bug in the server, and raises ValueError."""
 
     media_type = "application/json"
 
@@ -62,10 +65,10 @@ def state_of(request: Request) -> State:
 
 
 async def read(request: Request, kind: type[B]) -> B:
-    """The body, checked; raises ApiError for what is none, or comes too slowly."""
+    """The validated body; raises ApiError for another content type, an invalid body, and one that comes too slowly."""
     given = request.headers.get("content-type", "")
     if given.split(";")[0].strip().lower() != "application/json":
-        # A page of somebody else's may send a browser's user's forms here, but not JSON.
+        # Against cross-site requests: a page of another origin can make a browser send forms, but not JSON.
         raise ApiError(415, f"The content type is {given!r:.80}; it must be application/json.", code="content_type")
     try:
         data = await asyncio.wait_for(request.body(), BODY_TIMEOUT)
@@ -74,10 +77,10 @@ async def read(request: Request, kind: type[B]) -> B:
     return parse(kind, data)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client goes away before."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; raises ClientDisconnect, and cancels it, if the client closes the connection before."""
     task = asyncio.create_task(work)
-    watcher = asyncio.create_task(gone(request.receive))
+    watcher = asyncio.create_task(wait_disconnect(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

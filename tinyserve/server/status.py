@@ -1,4 +1,4 @@
-"""What a server says of itself: which models it has, whether it lives, and how it does."""
+"""A server's state: its models, health and readiness, metrics, statistics, and the description of a model."""
 
 import asyncio
 from typing import Any
@@ -15,13 +15,13 @@ from tinyserve.server.state import Json, state_of
 
 
 async def models(request: Request) -> Response:
-    """OpenAI's list."""
+    """All models, in OpenAI's form."""
     pool = state_of(request).pool
     return Json({"object": "list", "data": [_card(pool, model) for model in pool.models.values()]})
 
 
 async def model(request: Request) -> Response:
-    """One of them."""
+    """One model."""
     pool = state_of(request).pool
     return Json(_card(pool, pool.find(request.path_params["name"])))
 
@@ -42,12 +42,12 @@ def _card(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
 
 
 async def health(request: Request) -> Response:
-    """200 as long as the engines live: what a supervisor asks. A dead engine was refused before (guards.py)."""
+    """Liveness: always 200, as guards.Unavailable has refused the request if an engine is dead."""
     return Json({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """200 as soon as the first model is in memory: what a load balancer asks."""
+    """Readiness: 200 once the first model is in memory, 503 before."""
     state = state_of(request)
     if state.failure is not None:
         raise ApiError(503, state.failure, code="not_ready")
@@ -57,12 +57,12 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """What Prometheus reads."""
+    """Metrics in Prometheus' text format."""
     return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def stats(request: Request) -> Response:
-    """The engines' counts as JSON, for the page."""
+    """The engines' statistics as JSON, for the page."""
     loaded = [m for m in state_of(request).pool.models.values() if m.engine is not None]
     return Json({"models": {m.name: m.engine.stats()._asdict() | _cache(m) for m in loaded if m.engine is not None}})
 
@@ -73,7 +73,7 @@ def _cache(model: ServedModel) -> dict[str, Any]:
 
 
 async def inspect(request: Request) -> Response:
-    """What `tinyserve inspect-config` says of a model."""
+    """The report of `tinyserve inspect-config` on a model."""
     name = request.query_params.get("model")
     model = state_of(request).pool.find(name)
     return Json(await asyncio.to_thread(_inspection, model))
@@ -88,6 +88,6 @@ def _inspection(model: ServedModel) -> dict[str, Any]:
 
 
 async def not_found(request: Request, error: Exception) -> Response:
-    """Any other path, in OpenAI's form."""
+    """404 in OpenAI's form."""
     message = f"There is no {request.method} {request.url.path}; docs/serving.md lists what there is."
     return ApiError(404, message, code="not_found").response()

@@ -104,7 +104,8 @@ class BeamSearch:
     def __init__(self, llm: Generator, prompt: Prompt, params: BeamSearchParams):
         if not isinstance(params, BeamSearchParams):
             raise RequestError(
-                f"params is {params!r:.60}; beam search takes BeamSearchParams(beam_width=, max_tokens=)."
+                f"params is {params!r:.60}; beam search takes BeamSearchParams(beam_width=, max_tokens=).",
+                param="params",
             )
         whole = SamplingParams(temperature=0.0, max_tokens=params.max_tokens)
         request = llm.make_request(prompt, whole)[0]

@@ -30,7 +30,10 @@ class ToolOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.parallel_tool_calls, bool):
-            raise RequestError(f"parallel_tool_calls is {self.parallel_tool_calls!r:.60}; it must be True or False.")
+            raise RequestError(
+                f"parallel_tool_calls is {self.parallel_tool_calls!r:.60}; it must be True or False.",
+                param="parallel_tool_calls",
+            )
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class ChatFormat:
         return ChatTemplate(source, self._tokenizer.special_tokens, self._name)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """The tokens of a conversation, with no second BOS; raises RequestError, and UserError as templates do."""
+        """The tokens of a conversation, with no second BOS; raises RequestError as templates do."""
         template = self._template if variables.get("tools") is None else self._tool_template
         return self._tokenizer.encode_chat(template.render(messages, **variables))
 
@@ -128,7 +131,8 @@ class ChatFormat:
         if options.tools is None:
             if options.tool_choice not in (None, "none"):
                 raise RequestError(
-                    f"tool_choice is {options.tool_choice!r:.80}, and there are no tools to choose from."
+                    f"tool_choice is {options.tool_choice!r:.80}, and there are no tools to choose from.",
+                    param="tool_choice",
                 )
             return ChatRequest(ChatPrompt(self.prompt(messages, variables)), params)
         tools, format = checked_tools(options.tools), self._tool_format(options.tool_format)
@@ -143,7 +147,8 @@ class ChatFormat:
             if params.structured_outputs is not None:
                 raise RequestError(
                     f"tool_choice is {options.tool_choice!r:.80} beside structured_outputs: an answer cannot be a call "
-                    "and have another structure. Leave out one of the two."
+                    "and have another structure. Leave out one of the two.",
+                    param="tool_choice",
                 )
             params = replace(params, structured_outputs=grammar)
         answers = None
@@ -162,7 +167,7 @@ class ChatFormat:
             raise RequestError(
                 f"The chat template of {self._name} does not show tools to the model. Leave out tools; or describe "
                 f"them in a message, and say by tool_format how calls are written: {', '.join(FORMATS)}.",
-                "tools",
+                param="tools",
             )
         format_named(format)
         return format

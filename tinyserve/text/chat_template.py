@@ -46,14 +46,14 @@ class ChatTemplate:
         """Render a conversation as the model was trained to read it.
 
         `tools` are OpenAI's; `variables` are whatever else the template reads, such as `enable_thinking`.
-        Raises RequestError for a malformed message, UserError when the template refuses or fails.
+        Raises RequestError for a malformed message, and when the template refuses or fails.
         """
         import jinja2
 
         context = {
             **self._special_tokens,
             "documents": None,
-            **_plain(variables, "the template variables"),
+            **{name: _plain(value, name, "the template variables.") for name, value in variables.items()},
             "messages": checked_messages(messages),
             "tools": _plain(tools, "tools"),
             "add_generation_prompt": add_generation_prompt,
@@ -63,28 +63,35 @@ class ChatTemplate:
         except Exception as error:
             # A template is the checkpoint's code, and may raise anything: TemplateError itself comes from
             # raise_exception, a message of the template's author; subclasses of it are Jinja's own.
-            verb = "refuses these messages" if type(error) is jinja2.TemplateError else "fails"
+            refuses = type(error) is jinja2.TemplateError
+            verb = "refuses these messages" if refuses else "fails"
             line = _line(error.__traceback__)
             where = f" at line {line}" if line else ""
-            raise UserError(f"The chat template of {self.name} {verb}{where}: {_reason(error)}.") from None
+            raise RequestError(
+                f"The chat template of {self.name} {verb}{where}: {_reason(error)}.",
+                param="messages" if refuses else None,
+            ) from None
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages as plain data with text content; RequestError says which one is malformed, and how."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
-            f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.", "messages"
+            f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.",
+            param="messages",
         )
     if not messages:
-        raise RequestError("There are no messages; give at least one, with role and content.", "messages")
+        raise RequestError("There are no messages; give at least one, with role and content.", param="messages")
     return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object with role and content, but this is {_kind(message)}.")
+        raise RequestError(
+            f"{where} must be an object with role and content, but this is {_kind(message)}.", param=where
+        )
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise RequestError(f"{where} must have a role, such as system, user or assistant.")
+        raise RequestError(f"{where} must have a role, such as system, user or assistant.", param=f"{where}.role")
     plain: dict[str, Any] = _plain(message, where)
     content = message.get("content")
     if isinstance(content, list | tuple):
@@ -92,7 +99,10 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     elif content is None and message.get("tool_calls"):
         plain["content"] = None
     elif not isinstance(content, str):
-        raise RequestError(f"{where}.content must be text or a list of text parts, but this is {_kind(content)}.")
+        raise RequestError(
+            f"{where}.content must be text or a list of text parts, but this is {_kind(content)}.",
+            param=f"{where}.content",
+        )
     if plain.get("tool_calls"):
         plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{where}.tool_calls")
     return plain
@@ -101,10 +111,12 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _tool_calls(calls: Any, where: str) -> list[Any]:
     """Earlier calls with their arguments as objects: OpenAI's are text, which templates would quote once more."""
     if not isinstance(calls, list):
-        raise RequestError(f"{where} must be a list of calls, but this is {_kind(calls)}.")
+        raise RequestError(f"{where} must be a list of calls, but this is {_kind(calls)}.", param=where)
     for i, call in enumerate(calls):
         if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-            raise RequestError(f"{where}[{i}] must be an object with a function, but this is {_kind(call)}.")
+            raise RequestError(
+                f"{where}[{i}] must be an object with a function, but this is {_kind(call)}.", param=f"{where}[{i}]"
+            )
         function = call["function"]
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
@@ -114,7 +126,8 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
                 function["arguments"] = None
         if not isinstance(function.get("arguments", {}), dict):
             raise RequestError(
-                f"{where}[{i}].function.arguments is {arguments!r:.60}; it must be a JSON object, or the text of one."
+                f"{where}[{i}].function.arguments is {arguments!r:.60}; it must be a JSON object, or the text of one.",
+                param=f"{where}[{i}].function.arguments",
             )
     return calls
 
@@ -124,9 +137,11 @@ def _text(part: Any, where: str) -> str:
         return part
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-        raise RequestError(f"{where} is of type {kind!r}, but these models read only parts of type 'text'.")
+        raise RequestError(
+            f"{where} is of type {kind!r}, but these models read only parts of type 'text'.", param=where
+        )
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.text must be text, but this is {_kind(part.get('text'))}.")
+        raise RequestError(f"{where}.text must be text, but this is {_kind(part.get('text'))}.", param=f"{where}.text")
     return str(part["text"])
 
 
@@ -134,18 +149,18 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Copy as JSON types: of those the sandbox knows which methods are safe."""
+def _plain(value: Any, where: str, of: str = "") -> Any:
+    """Copy as JSON types: of those the sandbox knows which methods are safe. Errors say `of` before `where`."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}.{key}", of) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", of) for i, item in enumerate(value)]
     for base in (str, int, float):  # an enum, say: only what it is as JSON
         if isinstance(value, base):
             return json.loads(json.dumps(value))
-    raise RequestError(f"{where} must be JSON data, but this is {_kind(value)}.")
+    raise RequestError(f"{of}{where} must be JSON data, but this is {_kind(value)}.", param=where)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

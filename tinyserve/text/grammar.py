@@ -16,7 +16,7 @@ from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tinyserve.errors import RequestError, TinyserveError, UserError
+from tinyserve.errors import RequestError, TinyserveError
 from tinyserve.sampling_params import StructuredOutputs, with_options
 from tinyserve.text.tokenizer import Tokenizer
 
@@ -36,21 +36,27 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: Iterable[int]) -> None:
         """`vocab_size` is the model's, which may be larger than the tokenizer's; `end_tokens` are its ends of answers.
 
-        Raises UserError if llguidance is missing, or this tokenizer does not spell its tokens as bytes.
+        Raises RequestError if llguidance is missing, or this tokenizer does not spell its tokens as bytes.
         """
         try:
             import llguidance  # noqa: F401
         except ImportError:
-            raise UserError("Structured outputs need llguidance: pip install 'tinyserve[structured]'.") from None
+            raise RequestError(
+                "Structured outputs need llguidance: pip install 'tinyserve[structured]'.", param="structured_outputs"
+            ) from None
         if not tokenizer.spells_bytes:
-            raise UserError(
+            raise RequestError(
                 f"{tokenizer.source}: structured outputs need a tokenizer whose tokens are bytes (byte-level or "
-                "SentencePiece BPE), and the decoder of this one is neither."
+                "SentencePiece BPE), and the decoder of this one is neither.",
+                param="structured_outputs",
             )
         self.vocab_size = vocab_size
         self.end_tokens = frozenset(token for token in end_tokens if 0 <= token < vocab_size)
         if not self.end_tokens:
-            raise UserError(f"{tokenizer.source}: structured outputs need a model with an end token; this has none.")
+            raise RequestError(
+                f"{tokenizer.source}: structured outputs need a model with an end token; this has none.",
+                param="structured_outputs",
+            )
         self._tokenizer = tokenizer
         self._vocabulary: llguidance.LLTokenizer | None = None
         self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
@@ -73,11 +79,11 @@ class GrammarCompiler:
         limits = llguidance.LLParserLimits(verbose_errors=False)
         matcher = llguidance.LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.", "structured_outputs")
+            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.", param="structured_outputs")
         grammar = Grammar(matcher, self.vocab_size, self.end_tokens)
         # The first mask finds what the compiler does not: that no text matches, or none that these tokens spell.
         if reason := grammar.first_error():
-            raise RequestError(f"{spec.kind} is refused: {reason}.", "structured_outputs")
+            raise RequestError(f"{spec.kind} is refused: {reason}.", param="structured_outputs")
         return grammar
 
 

@@ -11,7 +11,7 @@ from operator import index
 from typing import TYPE_CHECKING, cast
 
 from tinyserve.engine import Engine
-from tinyserve.errors import RequestError, UserError
+from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 from tinyserve.text.chat import ChatPrompt, OutputParser
 from tinyserve.text.request import RequestState
@@ -74,7 +74,10 @@ class InputProcessor:
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise UserError(f"{self._name} has synthetic weights and no tokenizer: give token ids instead of text.")
+                raise RequestError(
+                    f"{self._name} has synthetic weights and no tokenizer: give token ids instead of text.",
+                    param="prompt",
+                )
             ids = self._tokenizer.encode(prompt)
         else:
             try:
@@ -85,18 +88,24 @@ class InputProcessor:
                     raise TypeError  # True is 1 to Python, and no token to anybody
                 ids = [index(token) for token in tokens]
             except TypeError:
-                raise RequestError(f"A prompt is text or a list of token ids, not {prompt!r:.60}.", "prompt") from None
+                raise RequestError(
+                    f"A prompt is text or a list of token ids, not {prompt!r:.60}.", param="prompt"
+                ) from None
         # A tokenizer may know more tokens than the model has rows for, and a kernel does not look twice.
         if bad := [token for token in ids if not 0 <= token < self._vocab_size]:
             raise RequestError(
-                f"Token id {bad[0]} is outside {self._name}'s vocabulary of {self._vocab_size}.", "prompt"
+                f"Token id {bad[0]} is outside {self._name}'s vocabulary of {self._vocab_size}.",
+                param="prompt",
             )
         return ids
 
     def spellings(self, texts: Iterable[str]) -> list[list[int]]:
         """Each text in tokens, without a space before it and with (vLLM's SamplingParams.update_from_tokenizer)."""
         if self._tokenizer is None:
-            raise UserError(f"{self._name} has synthetic weights and no tokenizer: it has no words to be bad_words.")
+            raise RequestError(
+                f"{self._name} has synthetic weights and no tokenizer: it has no words to be bad_words.",
+                param="bad_words",
+            )
         words = [text.lstrip() or text for text in texts]
         spelled = [self._tokenizer.encode(before + word, False) for word in words for before in ("", " ")]
         return [ids for ids in spelled if ids]
@@ -110,7 +119,10 @@ class InputProcessor:
         from tinyserve.text.grammar import GrammarCompiler, MaskFiller
 
         if self._tokenizer is None:
-            raise UserError(f"{self._name} has synthetic weights and no tokenizer: it has no text to give a structure.")
+            raise RequestError(
+                f"{self._name} has synthetic weights and no tokenizer: it has no text to give a structure.",
+                param="structured_outputs",
+            )
         if self._grammars is None:
             self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
             masks = MaskFiller(self._vocab_size)

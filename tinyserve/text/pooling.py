@@ -69,7 +69,7 @@ class PoolingRunner:
         """A text that can be read; raises RequestError for one that is empty, or too long."""
         limit = self._scheduler.max_model_len
         if not token_ids or len(token_ids) > limit:
-            raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", "prompt")
+            raise RequestError(f"A text to be read has 1 to {limit} tokens, not {len(token_ids)}.", param="prompt")
         return token_ids
 
 

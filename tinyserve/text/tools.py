@@ -67,37 +67,52 @@ def tool_format(template: str | None) -> str | None:
 def format_named(name: str) -> ToolFormat:
     """One of FORMATS; RequestError lists them."""
     if name not in FORMATS:
-        raise RequestError(f"There is no tool format {name!r}; there are {', '.join(FORMATS)}.")
+        raise RequestError(f"There is no tool format {name!r}; there are {', '.join(FORMATS)}.", param="tool_format")
     return FORMATS[name]
 
 
 def checked_tools(tools: Any) -> list[dict[str, Any]]:
     """Tools in OpenAI's form, copied; RequestError says which is malformed, and how."""
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not tools:
-        raise RequestError(f"tools is {tools!r:.60}; it must be a list of at least one tool, or be left out.")
+        raise RequestError(
+            f"tools is {tools!r:.60}; it must be a list of at least one tool, or be left out.", param="tools"
+        )
     checked = [_checked(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names = [tool["function"]["name"] for tool in checked]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise RequestError(f"tools[{i}].function.name is {name!r}, as is that of tools[{names.index(name)}].")
+            raise RequestError(
+                f"tools[{i}].function.name is {name!r}, as is that of tools[{names.index(name)}].",
+                param=f"tools[{i}].function.name",
+            )
     return checked
 
 
 def _checked(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
-        raise RequestError(f"{where} is {tool!r:.60}; it must be an object with type 'function' and a function.")
+        raise RequestError(
+            f"{where} is {tool!r:.60}; it must be an object with type 'function' and a function.", param=where
+        )
     if tool.get("type", "function") != "function":
-        raise RequestError(f"{where}.type is {tool['type']!r:.60}; it must be 'function'.")
+        raise RequestError(f"{where}.type is {tool['type']!r:.60}; it must be 'function'.", param=f"{where}.type")
     function = dict(tool["function"])
     where += ".function"
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
-        raise RequestError(f"{where}.name is {function.get('name')!r:.80}; it must be 1 to 64 of a-z A-Z 0-9 _ . -")
+        raise RequestError(
+            f"{where}.name is {function.get('name')!r:.80}; it must be 1 to 64 of a-z A-Z 0-9 _ . -",
+            param=f"{where}.name",
+        )
     if not isinstance(function.get("description", ""), str | None):
-        raise RequestError(f"{where}.description is {function['description']!r:.60}; it must be text.")
+        raise RequestError(
+            f"{where}.description is {function['description']!r:.60}; it must be text.", param=f"{where}.description"
+        )
     if function.get("parameters") is not None:
         parameters = function["parameters"] = schema_of(function["parameters"], f"{where}.parameters")
         if parameters.get("type", "object") != "object":
-            raise RequestError(f"{where}.parameters.type is {parameters['type']!r:.60}; it must be 'object'.")
+            raise RequestError(
+                f"{where}.parameters.type is {parameters['type']!r:.60}; it must be 'object'.",
+                param=f"{where}.parameters.type",
+            )
     return {"type": "function", "function": function}
 
 
@@ -114,12 +129,16 @@ def chosen_tools(tools: Sequence[Mapping[str, Any]], tool_choice: Any) -> list[M
     if not isinstance(function, Mapping) or tool_choice.get("type", "function") != "function":
         raise RequestError(
             f"tool_choice is {tool_choice!r:.80}; it must be 'none', 'auto', 'required', or an object with type "
-            "'function' and the name of a function."
+            "'function' and the name of a function.",
+            param="tool_choice",
         )
     chosen = [tool for tool in tools if tool["function"]["name"] == function.get("name")]
     if not chosen:
         names = ", ".join(tool["function"]["name"] for tool in tools)
-        raise RequestError(f"tool_choice.function.name is {function.get('name')!r:.80}; the tools are {names}.")
+        raise RequestError(
+            f"tool_choice.function.name is {function.get('name')!r:.80}; the tools are {names}.",
+            param="tool_choice.function.name",
+        )
     return chosen
 
 
@@ -159,7 +178,7 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
     if not schema.keys() & {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}:
         schema["additionalProperties"] = "properties" not in schema
-    return with_options(schema)
+    return with_options(schema, param="tools")
 
 
 def _literal(text: str, special_ids: Mapping[str, int]) -> str:

@@ -28,10 +28,13 @@ def as_params(params: SamplingParams | SequenceOf[SamplingParams], count: int) -
     several = [params] * count if isinstance(params, SamplingParams) else params
     is_list = hasattr(several, "__len__") and not isinstance(several, str | Mapping)
     if not is_list or not all(isinstance(one, SamplingParams) for one in several):
-        raise RequestError(f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.")
+        raise RequestError(
+            f"sampling_params is a SamplingParams or a list of them, not {params!r:.60}.", param="sampling_params"
+        )
     if len(several) != count:
         raise RequestError(
-            f"There are {count} prompts and {len(several)} sampling_params: give one for all, or one each."
+            f"There are {count} prompts and {len(several)} sampling_params: give one for all, or one each.",
+            param="sampling_params",
         )
     return list(several)
 
@@ -40,9 +43,12 @@ def as_priorities(priority: Any, count: int) -> list[int]:
     try:
         priorities = [index(one) for one in priority] if hasattr(priority, "__len__") else [index(priority)] * count
     except TypeError:
-        raise RequestError(f"priority is {priority!r:.60}; it must be a whole number, or a list of them.") from None
+        raise RequestError(
+            f"priority is {priority!r:.60}; it must be a whole number, or a list of them.", param="priority"
+        ) from None
     if len(priorities) != count:
         raise RequestError(
-            f"There are {count} prompts and {len(priorities)} priorities: give one for all, or one each."
+            f"There are {count} prompts and {len(priorities)} priorities: give one for all, or one each.",
+            param="priority",
         )
     return priorities

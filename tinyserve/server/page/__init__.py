@@ -1,4 +1,4 @@
-"""The page at /: one text that needs nothing from elsewhere, put together from a file for each concern of it."""
+"""The page at /: one HTML document without external resources, assembled from this folder's files."""
 
 from functools import cache
 from pathlib import Path

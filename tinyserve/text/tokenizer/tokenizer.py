@@ -97,7 +97,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             code = f"U+{ord(text[error.start]):04X}"
             raise RequestError(
-                f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}.", "prompt"
+                f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}.",
+                param="prompt",
             ) from None
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids

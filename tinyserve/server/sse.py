@@ -1,6 +1,6 @@
-"""A stream of server-sent events: what one request's task writes, and one client reads, until either goes away.
+"""Server-sent events: a response whose events one task writes and another sends, until either ends.
 
-Knows bytes and connections; what the events say is told by whoever writes them.
+Knows bytes and connections; what the events contain is up to the handlers.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from tinyserve.server.errors import ApiError, as_api_error
 
 logger = logging.getLogger("tinyserve.server")
 
-QUIET = 10.0  # seconds after which a connection is told that somebody still works at it
+KEEP_ALIVE = 10.0  # seconds without an event after which a comment is sent, so that no proxy closes the connection
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the tokens
+    (b"x-accel-buffering", b"no"),  # else nginx buffers the tokens
 ]
 
 
-class Outbox:
-    """Takes events in order; `comment`s are for people, proxies and progress lines: clients pass over them."""
+class SSEWriter:
+    """Queues events in order. Comments keep connections open and report progress; OpenAI's clients skip them."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -34,15 +34,15 @@ class Outbox:
         self._queue.put_nowait(b"data: " + dumps(data) + b"\n\n")
 
     def comment(self, text: str) -> None:
-        """One line; what would end it is left out."""
+        """One line; line breaks in `text` become spaces."""
         self._queue.put_nowait(b": " + " ".join(text.split()).encode() + b"\n\n")
 
     def progress(self, step: str, done: int, of: int) -> None:
-        """A comment on work whose steps have names and numbers, such as loading."""
+        """A comment on the progress of a named step, such as loading."""
         self.comment(f"{step} {done}/{of}" if of else step)
 
     def prefill(self, done: int, of: int) -> None:
-        """A comment on how far a prompt is read."""
+        """A comment on how many tokens of a prompt are computed."""
         self.progress("prefill", done, of)
 
     def done(self) -> None:
@@ -53,9 +53,9 @@ class Outbox:
         self._queue.put_nowait(None)
 
     async def get(self) -> bytes | None:
-        """All that is there, as soon as something is; None at the end."""
+        """All queued bytes, as soon as there are any; None at the end."""
         try:
-            first = await asyncio.wait_for(self._queue.get(), QUIET)
+            first = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
         except TimeoutError:
             return b": waiting\n\n"
         parts = [first]
@@ -67,20 +67,20 @@ class Outbox:
 
 
 class EventStream(Response):
-    """Runs `write` beside the connection. It is cancelled when the client goes away, and awaited in every case.
+    """Runs `write` in a task of its own, which is cancelled when the client disconnects, and awaited in every case.
 
     An error before the first event is a plain response with its status; a later one is the stream's last event.
     """
 
-    def __init__(self, write: Callable[[Outbox], Awaitable[None]]):
+    def __init__(self, write: Callable[[SSEWriter], Awaitable[None]]):
         super().__init__(None, 200)
         self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outbox = Outbox()
-        writer = asyncio.create_task(self._run(outbox))
-        watcher = asyncio.create_task(gone(receive))
-        sender = asyncio.create_task(self._send(outbox, writer, scope, receive, send))
+        events = SSEWriter()
+        writer = asyncio.create_task(self._run(events))
+        watcher = asyncio.create_task(wait_disconnect(receive))
+        sender = asyncio.create_task(self._send(events, writer, scope, receive, send))
         try:
             await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -91,29 +91,29 @@ class EventStream(Response):
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
-    async def _run(self, outbox: Outbox) -> ApiError | None:
+    async def _run(self, events: SSEWriter) -> ApiError | None:
         try:
-            await self._write(outbox)
+            await self._write(events)
         except Exception as error:
             api_error = as_api_error(error)
-            if api_error.status == 500:  # else nobody would ever see where it came from
+            if api_error.status == 500:  # else its traceback would be lost
                 logger.error("a stream failed", exc_info=error)
             return api_error
         finally:
-            outbox.close()
+            events.close()
         return None
 
     async def _send(
-        self, outbox: Outbox, writer: "asyncio.Task[ApiError | None]", scope: Scope, receive: Receive, send: Send
+        self, events: SSEWriter, writer: "asyncio.Task[ApiError | None]", scope: Scope, receive: Receive, send: Send
     ) -> None:
-        piece = await outbox.get()
+        piece = await events.get()
         if piece is None and (error := await writer) is not None:
             await error.response()(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         while piece is not None:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-            piece = await outbox.get()
+            piece = await events.get()
         if (error := await writer) is not None:
             await send(
                 {"type": "http.response.body", "body": b"data: " + dumps(error.body) + b"\n\n", "more_body": True}
@@ -121,7 +121,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def gone(receive: Receive) -> None:
+async def wait_disconnect(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

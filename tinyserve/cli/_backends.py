@@ -1,6 +1,6 @@
-"""Who answers `ask` and `chat`: a model in this process, or a server's. Both are asked in the same words.
+"""What answers `ask` and `chat`: a model in this process, or one behind a server, with one interface.
 
-Knows how each is reached, and what is known of an answer; reading questions and printing answers is for others.
+Knows how each is reached and which statistics it has; reading prompts and printing answers is done elsewhere.
 """
 
 import json
@@ -16,54 +16,54 @@ if TYPE_CHECKING:
     from tinyserve.llm import StreamChunk
     from tinyserve.server.client import Answer
 
-Asked = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
+Prompt = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
 API_KEY = "TINYSERVE_API_KEY"
 
 
-class Reply(Protocol):
-    """One answer."""
+class Completion(Protocol):
+    """One answer, and how it came about."""
 
     def stream(self) -> Generator[str, None, None]:
         """The pieces of its text as they come; closing the generator cancels it."""
 
     def explain(self, prompt_is: str) -> str:
-        """Lines for --verbose: what was asked for, and who has decided it."""
+        """Lines for --verbose: each parameter, and where its value comes from."""
 
     def statistics(self) -> dict[str, Any]:
-        """What is known at the end, None where nothing is; the same keys for all."""
+        """For after the end: the same keys for every backend, None where one does not know."""
 
 
-class Speaker(Protocol):
-    """One model that answers. `line` shows what it is doing on a terminal."""
+class Backend(Protocol):
+    """One model that answers. `line` shows on a terminal what it is doing."""
 
     name: str
     introduction: str
     line: StartLine
-    chats: bool  # it answers conversations, else it continues texts
+    chats: bool  # it has a chat template, else it only continues texts
     max_model_len: int | None
 
-    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
-        """Prepare an answer; `sampling` has None where nothing was said, `max_tokens` is for when nobody says."""
+    def complete(self, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int) -> Completion:
+        """Prepare an answer; in `sampling` None is for the default, which for max_tokens is `max_tokens`."""
 
 
-def find_speaker(
+def find_backend(
     model: str | None, *, dtype: str, threads: int | None, server: str | None, api_key: str | None
-) -> Speaker:
+) -> Backend:
     """The model, by default the preset; with a server, the server's model of this name, by default its first."""
     if server is None:
         if api_key is not None:
             raise UserError("--api-key is for a server, and none is given: add --server URL.")
-        return Local(model or presets.DEFAULT, dtype, threads)
+        return LocalBackend(model or presets.DEFAULT, dtype, threads)
     for option, said in (("--dtype", dtype != "auto"), ("--threads", threads is not None)):
         if said:
             raise UserError(f"{option} is the server's to decide: leave it out, or leave out --server.")
-    return Remote(server, api_key or os.environ.get(API_KEY), model)
+    return RemoteBackend(server, api_key or os.environ.get(API_KEY), model)
 
 
 # --- a model in this process ------------------------------------------------------------------------------------------
 
 
-class Local:
+class LocalBackend:
     """A model that is loaded here."""
 
     def __init__(self, model: str, dtype: str, threads: int | None):
@@ -75,24 +75,24 @@ class Local:
         self.chats = self.llm.chat_template is not None
         self.max_model_len: int | None = self.llm.max_model_len
 
-    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
-        return LocalReply(self, asked, sampling, max_tokens)
+    def complete(self, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int) -> Completion:
+        return LocalCompletion(self, prompt, sampling, max_tokens)
 
 
-class LocalReply:
+class LocalCompletion:
     """An answer by the engine."""
 
-    def __init__(self, speaker: Local, asked: Asked, sampling: Mapping[str, Any], max_tokens: int):
+    def __init__(self, backend: LocalBackend, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int):
         from tinyserve.cli._sampling import decide
 
-        self._speaker, llm = speaker, speaker.llm
-        self._prompt = asked if isinstance(asked, str) else llm.chat_prompt(asked)
+        self._backend, llm = backend, backend.llm
+        self._prompt = prompt if isinstance(prompt, str) else llm.chat_prompt(prompt)
         self._decoding = decide(llm, sampling, self._prompt, max_tokens)
         self._token_ids: list[int] = []
         self._end: StreamChunk | None = None
 
     def stream(self) -> Generator[str, None, None]:
-        for chunk in self._speaker.llm.stream(self._prompt, self._decoding.params):
+        for chunk in self._backend.llm.stream(self._prompt, self._decoding.params):
             self._token_ids += chunk.token_ids
             self._end = chunk
             yield chunk.text
@@ -100,15 +100,15 @@ class LocalReply:
     def explain(self, prompt_is: str) -> str:
         from tinyserve.cli._sampling import explain
 
-        return explain(self._speaker.llm, self._decoding, prompt_is)
+        return explain(self._backend.llm, self._decoding, prompt_is)
 
     def statistics(self) -> dict[str, Any]:
         assert self._end is not None  # a stream ends with a chunk that says why
-        metrics, llm = self._end.metrics, self._speaker.llm
+        metrics, llm = self._end.metrics, self._backend.llm
         return {
             "token_ids": self._token_ids,
             "model": llm.name,
-            "load_seconds": self._speaker.line.seconds,
+            "load_seconds": self._backend.line.seconds,
             "prompt_tokens": metrics.prompt_tokens,
             "cached_tokens": metrics.cached_tokens,
             "prefill_tokens_per_second": metrics.prefill_tokens_per_second,
@@ -124,7 +124,7 @@ class LocalReply:
 # --- a model behind a server ------------------------------------------------------------------------------------------
 
 
-class Remote:
+class RemoteBackend:
     """A model of a server that speaks OpenAI's API."""
 
     def __init__(self, server: str, api_key: str | None, model: str | None):
@@ -146,30 +146,30 @@ class Remote:
         self.max_model_len: int | None = about.get("max_model_len")
         self.dtype: str | None = about.get("dtype")
 
-    def reply(self, asked: Asked, sampling: Mapping[str, Any], max_tokens: int) -> Reply:
-        return RemoteReply(self, asked, sampling, max_tokens)
+    def complete(self, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int) -> Completion:
+        return RemoteCompletion(self, prompt, sampling, max_tokens)
 
 
-class RemoteReply:
-    """An answer by a server. What nobody says is not sent, but for a limit: the server's defaults decide."""
+class RemoteCompletion:
+    """An answer by a server, whose defaults decide what is not given, but for max_tokens."""
 
-    def __init__(self, speaker: Remote, asked: Asked, sampling: Mapping[str, Any], max_tokens: int):
-        self._speaker, client = speaker, speaker.client
+    def __init__(self, backend: RemoteBackend, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int):
+        self._backend, client = backend, backend.client
         self._options, self._limit = request_options(sampling), max_tokens
-        # A server's own limit is the context: minutes of words that nobody has asked for.
-        fields = {"model": speaker.name, "max_tokens": max_tokens, **self._options}
+        # A server's own limit may be the context: minutes of text.
+        fields = {"model": backend.name, "max_tokens": max_tokens, **self._options}
         self._answer: Answer = (
-            client.complete(asked, fields, speaker.line)
-            if isinstance(asked, str)
-            else client.chat(asked, fields, speaker.line)
+            client.complete(prompt, fields, backend.line)
+            if isinstance(prompt, str)
+            else client.chat(prompt, fields, backend.line)
         )
 
     def stream(self) -> Generator[str, None, None]:
-        self._speaker.line.wait(f"waiting for {self._speaker.client.server}")
+        self._backend.line.wait(f"waiting for {self._backend.client.server}")
         yield from self._answer
 
     def explain(self, prompt_is: str) -> str:
-        lines = [("asked", f"{self._speaker.client.server}/v1/{self._answer.path}"), ("model", self._speaker.name)]
+        lines = [("asked", f"{self._backend.client.server}/v1/{self._answer.path}"), ("model", self._backend.name)]
         lines += [(name, f"{value}  [--{name.replace('_', '-')}]") for name, value in self._options.items()]
         if "max_tokens" not in self._options:
             lines += [("max_tokens", f"{self._limit}  [the command's own]")]
@@ -180,7 +180,7 @@ class RemoteReply:
         answer = self._answer
         return {
             "token_ids": None,
-            "model": self._speaker.name,
+            "model": self._backend.name,
             "load_seconds": None,
             "prompt_tokens": answer.prompt_tokens,
             "cached_tokens": answer.cached_tokens,
@@ -189,7 +189,7 @@ class RemoteReply:
             "output_tokens": answer.output_tokens,
             "decode_tokens_per_second": answer.decode_tokens_per_second,
             "finish_reason": answer.finish_reason,
-            "dtype": self._speaker.dtype,
+            "dtype": self._backend.dtype,
             "threads": None,
         }
 
