@@ -3,9 +3,7 @@
 Knows files and memory; when guesses are made is for draft_model.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from tinyserve.engine import Engine
 from tinyserve.errors import UserError
@@ -13,13 +11,12 @@ from tinyserve.loading import ModelFiles, open_model
 from tinyserve.model_runner import CachePlan, DraftNeeds, ModelRunner, resolve_kv_cache_dtype
 from tinyserve.models import build_model
 from tinyserve.models.matrix import resolve_dtype
+from tinyserve.progress import Progress
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
 from tinyserve.scheduling.speculative import MOST_SEQUENCES, SpeculativeConfig
 from tinyserve.tensor import _jit
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,15 +34,12 @@ class Draft:
         files, needs = self.files, self.needs
         max_model_len = min(plan.max_model_len, files.config.max_position_embeddings)
         with _jit.one_at_a_time(num_threads):
-            load = partial(progress, "load")
-            model = build_model(files.config, files.checkpoint, needs.dtype, max_model_len, load)
+            model = build_model(files.config, files.checkpoint, needs.dtype, max_model_len, progress)
         runner = ModelRunner(
             model, plan.num_blocks, plan.block_size, num_threads, needs.kv_cache_dtype, needs.num_states,
             files.eos_token_ids,
         )  # fmt: skip
-        runner.compile_kernels(
-            f"{files.config.model_type}-{needs.dtype}-{needs.kv_cache_dtype}", lambda: progress("wait", 0, 0)
-        )
+        runner.compile_kernels(needs.dtype, progress)
         blocks = BlockManager(plan.num_blocks, plan.block_size)
         prefixes = BlockPrefixCache(blocks)
         if needs.state_nbytes:
@@ -57,14 +51,20 @@ class Draft:
 
 
 def open_draft(
-    config: SpeculativeConfig, target: ModelFiles, dtype: str, kv_cache_dtype: str, max_num_seqs: int, load_format: str
+    config: SpeculativeConfig,
+    target: ModelFiles,
+    dtype: str,
+    kv_cache_dtype: str,
+    max_num_seqs: int,
+    load_format: str,
+    progress: Progress | None = None,
 ) -> Draft:
     """Find the draft model that a config names, and open its files; dtypes are those of the target, where it has none.
 
     Raises UserError, with both models and both numbers, where it has another vocabulary; and the errors of
     `open_model`.
     """
-    files = open_model(config.model, load_format, progress=True)
+    files = open_model(config.model, load_format, progress)
     check_vocabulary(files, target)
     own = resolve_dtype(config.dtype or ("auto" if files.packed_dtype else dtype), files.packed_dtype)
     needs = DraftNeeds(

@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from functools import cached_property, partial
+from functools import cached_property
 from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.engine import Engine, EngineStats
 from tinyserve.engine_thread import EngineThread, Update
 from tinyserve.errors import RequestError, UserError
-from tinyserve.progress import announcer
+from tinyserve.progress import Progress, default_progress
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "StreamChunk"]
 
 Message = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger("tinyserve")
 
@@ -84,9 +83,11 @@ class LLM:
         num_threads: by default the cores this process may use.
         seed: makes requests that have no seed of their own repeatable.
         load_format: "auto", or "dummy" for synthetic weights of the right shapes without a download.
-        progress: called with ("load", numbers packed, numbers in all); the first time on a machine with ("compile
-            KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
-            steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
+        progress: called with ("download NAME", bytes done, bytes in all) and ("load", numbers packed, numbers in all);
+            the first time on a machine with ("compile KERNEL", how many, 0); with ("wait", 0, 0) or ("wait download
+            NAME", 0, 0) while another process compiles or downloads; and for a prompt that takes several steps with
+            ("prefill", tokens done, tokens in all). By default all but the last is shown on stderr while it lasts, and
+            where that is no terminal, a line tells of a download and of compiling.
         reserve: called with the bytes that weights (but for padding) and cache will take, before they take any; what it
             raises ends the loading.
         """
@@ -117,7 +118,7 @@ class LLM:
         if speculative and speculative.dtype is not None:
             resolve_dtype(speculative.dtype)
         resolve_kv_cache_dtype(kv_cache_dtype, dtype)
-        files = open_model(str(model), load_format, progress=True)
+        files = open_model(model, load_format, progress)
         self.dtype = resolve_dtype(dtype, files.packed_dtype)
         self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, self.dtype)
         self.name, self.path, self.config = files.name, files.path, files.config
@@ -126,7 +127,7 @@ class LLM:
         self.num_threads = _jit.set_threads(num_threads)
         draft = None
         if speculative and speculative.model:
-            draft = open_draft(speculative, files, self.dtype, kv_cache_dtype, max_num_seqs, load_format)
+            draft = open_draft(speculative, files, self.dtype, kv_cache_dtype, max_num_seqs, load_format, progress)
         self.cache_plan = plan = plan_cache(
             files.config, self.dtype, block_size, max_model_len, max_num_seqs, kv_cache_memory,
             self.kv_cache_dtype, enable_prefix_caching, min(MOST_SEQUENCES, max_num_seqs) if speculative else 0,
@@ -135,19 +136,15 @@ class LLM:
         self.max_model_len = plan.max_model_len
         if reserve is not None:
             reserve(weight_bytes(files.config, self.dtype) + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
-        self._progress, self._compiled = progress or announcer(), 0
-        with _jit.on_compile(self._report_kernel):
-            load = partial(self._progress, "load")
+        self._compiled = 0
+        with default_progress(progress, self.name) as self._progress, _jit.on_compile(self._report_kernel):
             with _jit.one_at_a_time(self.num_threads):
-                self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, load)
+                self.model = build_model(files.config, files.checkpoint, self.dtype, self.max_model_len, self._progress)
             self._runner = ModelRunner(
                 self.model, plan.num_blocks, block_size, self.num_threads, self.kv_cache_dtype, plan.num_states,
                 files.eos_token_ids,
             )  # fmt: skip
-            self._runner.compile_kernels(
-                f"{files.config.model_type}-{self.dtype}-{self.kv_cache_dtype}",
-                waiting=lambda: self._progress("wait", 0, 0),
-            )
+            self._runner.compile_kernels(self.dtype, self._progress)
             runners = [self._runner]
             proposer: Proposer | None = None
             if draft:

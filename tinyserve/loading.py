@@ -3,17 +3,21 @@
 Knows what lies in a folder or a GGUF file and what only looks like it; computes nothing.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tinyserve.checkpoints import hub, presets
+from tinyserve.checkpoints import hub
 from tinyserve.checkpoints.checkpoint import Checkpoint
-from tinyserve.errors import CheckpointError, ConfigError, UserError
+from tinyserve.checkpoints.json_file import read_json
+from tinyserve.checkpoints.model_ref import ModelRef
+from tinyserve.errors import CheckpointError, UserError
 from tinyserve.models import check_supported
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
+from tinyserve.models.lookup import load_raw_config
+from tinyserve.progress import Progress
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.tokenizer import Tokenizer
 
@@ -45,35 +49,32 @@ class ModelFiles:
         return (self.raw_config.get("quantization_config") or {}).get("dtype")
 
 
-def open_model(model: str | Path, load_format: str = "auto", progress: bool = True) -> ModelFiles:
+def open_model(model: str | PathLike[str], load_format: str = "auto", progress: Progress | None = None) -> ModelFiles:
     """Find a model, downloading it if need be, and open its files; raises the errors of hub, config and checkpoint.
 
-    `load_format="dummy"` makes synthetic weights from the config alone: no download.
+    `load_format="dummy"` makes synthetic weights from the config alone: no download. `progress` is that of
+    `hub.resolve`.
     """
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load_format {load_format!r} does not exist; there are {' and '.join(LOAD_FORMATS)}.")
-    preset = presets.find(str(model))
-    if preset is not None:
-        check_supported(preset_config(preset.name))  # before gigabytes are downloaded for nothing
+    ref = ModelRef.parse(model)
+    if ref.preset is not None:
+        check_supported(preset_config(ref.preset.name))  # before gigabytes are downloaded for nothing
     if load_format == "dummy":
-        return _synthetic(str(model), preset.raw_config if preset else None)
-    path = hub.resolve(model, progress=progress)
-    return _from_gguf(str(model), path) if path.is_file() else _from_folder(str(model), path)
+        return _synthetic(ref)
+    path = hub.resolve(ref, progress=progress)
+    return _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
 
 
-def _synthetic(name: str, raw: dict[str, Any] | None) -> ModelFiles:
+def _synthetic(ref: ModelRef) -> ModelFiles:
     from tinyserve.models.synthetic import synthetic_checkpoint
 
-    if raw is None:
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise presets.unknown_model(name)
-        raw = read_json(folder / "config.json")
-    config = parse_config(raw, name)
+    raw, source = load_raw_config(ref)
+    config = parse_config(raw, source)
     check_supported(config)
     ends = {token: ["config.json"] for token in config.eos_token_ids}
     generation = GenerationConfig(source="generation_config.json")
-    return ModelFiles(name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
+    return ModelFiles(ref.name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
 
 
 def _from_folder(name: str, folder: Path) -> ModelFiles:
@@ -132,14 +133,3 @@ def _assemble(
         for token in sorted(tokens):
             ends.setdefault(token, []).append(origin)
     return ModelFiles(name, path, config, checkpoint, tokenizer, template, generation, ends, raw)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ConfigError naming the file and the place."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value

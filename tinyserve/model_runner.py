@@ -3,6 +3,7 @@
 The highest floor that knows arrays. It does not choose what runs, and has never heard of text.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -17,6 +18,7 @@ from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
 from tinyserve.models.kv_cache import KV_DTYPES, KVCache
+from tinyserve.progress import Progress, size
 from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.scheduling.sequence import Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 MAX_SNAPSHOTS = 64
 DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the guesses, and while it reads a prompt
+_EXACT = 1e5  # bytes below which a refusal tells each: what is needed may be one more than there is
 _ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
 
 
@@ -106,27 +109,36 @@ class ModelRunner:
         text.num_computed += num_tokens
         return made
 
-    def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
+    def compile_kernels(self, dtype: str, progress: Progress) -> None:
         """Run two tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
 
-        `key` names what the kernels depend on beside the processor: the architecture and the dtype. `waiting` is
-        called when another process has the lock.
+        `dtype` is that of the weights. `progress` hears ("wait", 0, 0) when another process has the lock.
         """
         from filelock import FileLock, Timeout
 
-        ready = _jit.cache_folder() / f"{key}.ready"
+        ready = _jit.cache_folder() / f"{self._kernels(dtype)}.ready"
         if not ready.exists():
             lock = FileLock(_jit.cache_folder() / "compiling.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                waiting()
+                progress("wait", 0, 0)
                 lock.acquire()
             try:
                 self.sampler.run_kernels(self.read(self.scratch([0, 0], blocks=[0]), 2, self.model.logits))
                 ready.touch()
             finally:
                 lock.release()
+
+    def _kernels(self, dtype: str) -> str:
+        """A name for the kernels that this model uses, whichever these are: no other model shares it unawares.
+
+        They follow from the dtypes, the whole config (layers of several kinds have one model_type) and the bits of
+        each matrix, which a GGUF file decides: the bytes of all weights tell those apart.
+        """
+        config, kv_cache_dtype = self.model.config, self.cache.dtype
+        told = f"{config!r} {self.model.nbytes}"
+        return f"{config.model_type}-{dtype}-{kv_cache_dtype}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def _batch(self, work: "Iterable[tuple[_Tokens, int]]") -> Batch:
         work, block_size = list(work), self.cache.block_size
@@ -245,14 +257,12 @@ class CachePlan(NamedTuple):
         return self.num_blocks * self.draft_block_nbytes + self.draft_states_nbytes
 
     def __str__(self) -> str:
-        text = (
-            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.num_blocks * self.block_nbytes / 1e6:.1f} MB"
-        )
+        text = f"{self.num_blocks} blocks of {self.block_size} tokens, {size(self.num_blocks * self.block_nbytes)}"
         if self.state_nbytes:
             text += f"; {self.num_states + 1} states, {self.num_snapshots} of them snapshots"
-            text += f", {(self.num_states + 1) * self.state_nbytes / 1e6:.1f} MB"
+            text += f", {size((self.num_states + 1) * self.state_nbytes)}"
         if self.draft_nbytes:
-            text += f"; the draft model's, {self.draft_nbytes / 1e6:.1f} MB"
+            text += f"; the draft model's, {size(self.draft_nbytes)}"
         return text
 
 
@@ -288,8 +298,8 @@ def plan_cache(
     states = state_nbytes(config, max_num_seqs + spares) + draft_states
     if states > budget:
         raise UserError(
-            f"{_size(budget)} are too little for the states of {max_num_seqs} sequences, which take {_size(states)}: "
-            f"lower max_num_seqs, or raise kv_cache_memory, or free some memory."
+            f"{size(budget, _EXACT)} are too little for the states of {max_num_seqs} sequences, which take "
+            f"{size(states, _EXACT)}: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
         )
     budget -= states
     own_block, state = KVCache.block_nbytes(config, block_size, kv_cache_dtype), state_bytes_per_sequence(config)
@@ -306,18 +316,14 @@ def plan_cache(
     tokens = num_blocks * block_size
     if tokens < (max_model_len or 2):
         raise UserError(
-            f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
-            f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
+            f"{size(budget, _EXACT)} are too little for a cache of {max_model_len or 2} tokens, which takes "
+            f"{size(least, _EXACT)} in blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or "
+            f"lower max_model_len."
         )
     return CachePlan(
         num_blocks, block_size, min(wanted, tokens), max_num_seqs, num_snapshots, own_block, state, spares, draft_block,
         draft_states,
     )  # fmt: skip
-
-
-def _size(nbytes: int) -> str:
-    """For people, who should never read that 0.0 MB are too little."""
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
 
 
 def state_nbytes(config: ModelConfig, max_num_seqs: int) -> int:

@@ -3,12 +3,12 @@
 The only place that tells architectures apart by name.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import ConfigError
 from tinyserve.models.config import ModelConfig
+from tinyserve.progress import Progress
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.checkpoint import Array, Checkpoint
@@ -40,10 +40,10 @@ def build_model(
     checkpoint: "Checkpoint",
     dtype: str,
     max_model_len: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     built: "dict[str, Matrix | Array] | None" = None,
 ) -> "Model":
-    """Load a model's weights in this dtype; `progress` hears (numbers packed, numbers in all).
+    """Load a model's weights in this dtype; `progress` hears ("load", numbers packed, numbers in all).
 
     `built` receives every matrix and array of the model under the names it was built from.
 

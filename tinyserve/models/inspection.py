@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.models.config import ModelConfig, costs
 from tinyserve.models.config.description import architecture, attention_kind, sizes
 
@@ -12,13 +12,13 @@ DEFAULT_CONTEXT = 1024
 
 def inspection(
     config: ModelConfig,
-    model: str,
+    ref: ModelRef,
     source: str,
     bandwidth: float = DEFAULT_BANDWIDTH,
     context: int = DEFAULT_CONTEXT,
 ) -> dict[str, Any]:
     """Everything that can be said of a model by its config alone; sizes are bytes, bandwidth is GB/s."""
-    preset = presets.find(model)
+    preset = ref.preset
     context = min(context, config.max_position_embeddings)
     parameters = costs.parameter_count(config)
     kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in costs.KV_DTYPES}
@@ -33,7 +33,7 @@ def inspection(
         for dtype in costs.WEIGHT_DTYPES
     }
     return {
-        "model": model,
+        "model": ref.name,
         "source": source,
         "repo": preset.repo if preset else None,
         "revision": preset.revision if preset else None,

@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.progress import Progress
 from tinyserve.server.answers import Counted, chat_logprobs, usage
 from tinyserve.server.outbox import EventStream, Outbox
-from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import ChatBody
 from tinyserve.server.sampling import chat_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
@@ -72,7 +72,7 @@ class _Chat:
             outbox.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counted.usage()})
         outbox.done()
 
-    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+    def _engine(self, progress: Progress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
         aliases = {"prompt": "messages", "structured_outputs": structure_field(self._body)}
         return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
 

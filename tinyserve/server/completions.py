@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.progress import Progress
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
 from tinyserve.server.answers import Counted, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
 from tinyserve.server.outbox import EventStream, Outbox
-from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
 from tinyserve.server.sampling import completion_params, structure_field
 from tinyserve.server.state import Json, State, read, state_of, unless_gone
@@ -135,7 +135,7 @@ class _Completion:
                         watch.ended(chunk.metrics, chunk.finish_reason)
         return counted
 
-    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+    def _engine(self, progress: Progress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
         aliases = {"structured_outputs": structure_field(self._body)}
         return self._state.engine(self._model, self._answers, progress, FIELDS, aliases)
 

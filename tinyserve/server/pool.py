@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
-from tinyserve.progress import size
+from tinyserve.progress import Progress, size
 from tinyserve.server.errors import ApiError
 
 logger = logging.getLogger("tinyserve.server")
 
 T = TypeVar("T")
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
@@ -39,7 +38,7 @@ class ServedModel:
     last_used: float = 0.0
     seconds: float = 1.0  # that an answer took, lately
     loading: "asyncio.Task[None] | None" = None
-    listeners: list[OnProgress] = field(default_factory=list)
+    listeners: list[Progress] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -85,7 +84,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(
-        self, model: ServedModel, answers: int = 1, progress: OnProgress | None = None
+        self, model: ServedModel, answers: int = 1, progress: Progress | None = None
     ) -> AsyncIterator[AsyncEngine]:
         """The engine of a model, which stays in memory meanwhile; `progress` hears how far it is loaded.
 
@@ -115,7 +114,7 @@ class ModelPool:
         """Seconds until a place is free, if answers go on taking as long as they did."""
         return max(1, min(60, math.ceil(model.seconds * max(1, model.open - self.max_num_seqs) / self.max_num_seqs)))
 
-    async def _load(self, model: ServedModel, progress: OnProgress | None) -> None:
+    async def _load(self, model: ServedModel, progress: Progress | None) -> None:
         if progress is not None:
             model.listeners.append(progress)
         if model.loading is None:
@@ -144,6 +143,8 @@ class ModelPool:
                         logger.info(
                             "%s: kernels are compiled for this processor, which takes a minute once", model.name
                         )
+                    if what.startswith("download") and done == 0:
+                        logger.info("%s: %s, %s", model.name, what, size(of))
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()

@@ -11,13 +11,12 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import MAX_BODY, create_app
 from tinyserve.server.guards import MAX_HEADERS
@@ -107,10 +106,7 @@ def _check(options: ServeOptions) -> None:
     check_options({}, **{name: llm[name] for name in numbers if name in llm})
     resolve_kv_cache_dtype(llm.get("kv_cache_dtype", "auto"), resolve_dtype(llm.get("dtype", "auto")))
     for source in options.models.values():
-        # What has a slash may be a repository, which only the Hub knows; but no file, nor what begins like a path.
-        is_repo = "/" in source and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
-        if presets.find(source.partition("@")[0]) is None and not is_repo and not Path(source).expanduser().exists():
-            raise presets.unknown_model(source)
+        ModelRef.parse(source)  # whether there is such a repository, only the Hub knows
 
 
 def is_loopback(host: str) -> bool:

@@ -10,10 +10,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
+from tinyserve.progress import Progress
 from tinyserve.server.errors import NO_ALIASES, ApiError, told
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.outbox import dumps, gone
-from tinyserve.server.pool import ModelPool, OnProgress, ServedModel
+from tinyserve.server.pool import ModelPool, ServedModel
 from tinyserve.server.protocol import B, parse
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class State:
         self,
         model: ServedModel,
         answers: int = 1,
-        progress: OnProgress | None = None,
+        progress: Progress | None = None,
         fields: Container[str] = (),
         aliases: Mapping[str, str] = NO_ALIASES,
     ) -> AsyncIterator[AsyncEngine]:
