@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command_line import Terminal
+from command_line import Terminal, last_line
 
 from tinyserve import LLM
 from tinyserve.progress import LoadProgress, ProgressBar, default_progress, renamed, silent, size
@@ -49,19 +49,6 @@ def working(progress: str, *steps: tuple[str, int, int]) -> Terminal:
     calls = "; ".join(f"progress{step!r}; time.sleep(0.15)" for step in steps)
     code = WORK.replace("PROGRESS", progress).replace("STEPS", calls)
     return Terminal("-c", code, program=[sys.executable])
-
-
-def last_line(shown: str) -> str:
-    """What stands in the terminal's last line with words: a carriage return lets what follows overwrite it."""
-    row: list[str] = []
-    column = 0
-    for piece in re.split(r"(\r)", shown.rstrip("\n").rpartition("\n")[2]):
-        if piece == "\r":
-            column = 0
-        else:
-            row[column : column + len(piece)] = piece
-            column += len(piece)
-    return "".join(row).rstrip()
 
 
 @pytest.mark.parametrize("stage", STAGES)

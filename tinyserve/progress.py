@@ -64,7 +64,7 @@ class ProgressBar:
         now = perf_counter()
         if self._bar is None or stage != self._stage:
             self.clear()
-            self._stage, self._started, self._bar = stage, now, _new_bar(stage, total)
+            self._stage, self._started, self._bar = stage, now, _new_bar(total)
         elif done < total and now - self._drawn < _INTERVAL:
             return
         self._drawn = now
@@ -77,6 +77,7 @@ class ProgressBar:
     def clear(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
+            self._bar.n = self._bar.total  # or a notebook keeps it, in red
             self._bar.close()
             self._bar = None
 
@@ -217,7 +218,7 @@ def _in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-def _new_bar(stage: str, total: int) -> Any:
+def _new_bar(total: int) -> Any:
     import warnings
 
     with warnings.catch_warnings():
@@ -225,9 +226,10 @@ def _new_bar(stage: str, total: int) -> Any:
         from tqdm.auto import tqdm
 
     bar = type("Bar", (tqdm,), {"monitor_interval": 0})  # no thread that looks after it
-    # A terminal that does not know its size has none for tqdm, which then draws nothing.
-    shape = {"ncols": min(_WIDEST, get_terminal_size().columns) - 1, "nrows": 20}
-    return bar(total=total, file=sys.stderr, leave=False, bar_format=_bar_format(stage, ""), **shape)
+    # A terminal that does not know its size has none for tqdm, which then draws nothing; a notebook's is in pixels.
+    shape = {"ncols": None if _in_notebook() else min(_WIDEST, get_terminal_size().columns) - 1, "nrows": 20}
+    # It draws itself before anybody holds it, who could remove it: nothing, then, or an interruption would leave it.
+    return bar(total=total, file=sys.stderr, leave=False, bar_format=" ", **shape)
 
 
 def _bar_format(stage: str, note: str) -> str:

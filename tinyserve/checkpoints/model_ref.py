@@ -43,7 +43,9 @@ class ModelRef:
         text = os.fspath(model)
         if (path := _local(text)) is not None:
             return cls(text, path)
-        looks_like_a_path = not isinstance(model, str) or text.startswith((".", "~", "/", "\\")) or ":\\" in text[:3]
+        looks_like_a_path = (
+            not isinstance(model, str) or text.startswith((".", "~", "/", "\\")) or Path(text).is_absolute()
+        )
         if text.endswith(".gguf"):
             looks_like_a_path |= text.count("/") < 2 or _existing(text.rpartition("/")[0]) is not None
         if looks_like_a_path:
@@ -78,10 +80,10 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """What `tinyserve pull` takes, without a revision."""
+        """What `tinyserve pull` takes to download it, without a revision."""
         if self.preset is not None:
             return self.preset.name
-        return self.name if self.path is not None else self.repo + (f"/{self.file}" if self.file else "")
+        return f"{self.repo}/{self.file}" if self.file else self.repo
 
 
 def names_a_model(word: str) -> bool:
