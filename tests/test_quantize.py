@@ -143,7 +143,7 @@ def test_the_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "packed"
     done = run("quantize", folder_of("llama"), out, "--dtype", "int4")
     assert done.code == 0, done.err
-    assert "w4a16" in done.out and "MB of weights" in done.out
+    assert "w4a16" in done.out and "302.1 kB of weights" in done.out
     asked = run("ask", out, "Who?", "--max-tokens", "5", "--json")
     assert asked.code == 0 and json.loads(asked.out)["dtype"] == "w4a16"
     for arguments, words in [

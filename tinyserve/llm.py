@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.engine import EngineStats, EngineThread, Update
 from tinyserve.engine_options import EngineOptions, takes_engine_options
 from tinyserve.errors import RequestError, UserError
-from tinyserve.progress import announcer
+from tinyserve.progress import Progress
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.text.answer_bar import AnswerBar
 from tinyserve.text.beam_search import BeamSearchOutput, beam_search
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "Stream", "StreamChunk"]
 
 Message = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger("tinyserve")
 
@@ -55,9 +54,11 @@ class LLM:
         """Load `model`.
 
         {options}
-        progress: called with ("load", numbers packed, numbers in all); the first time on a machine with ("compile
-            KERNEL", how many, 0) or ("wait", 0, 0) while another process compiles; and for a prompt that takes several
-            steps with ("prefill", tokens done, tokens in all). By default compiling is announced in one line on stderr.
+        progress: called with ("download NAME", bytes done, bytes in all) and ("load", numbers packed, numbers in all);
+            the first time on a machine with ("compile KERNEL", how many, 0); with ("wait", 0, 0) or ("wait download
+            NAME", 0, 0) while another process compiles or downloads; and for a prompt that takes several steps with
+            ("prefill", tokens done, tokens in all). By default all but the last is shown on stderr while it lasts, and
+            where that is no terminal, a line tells of a download and of compiling.
         reserve: called with the bytes that weights (but for padding) and cache will take, before they take any; what it
             raises ends the loading.
         """
@@ -66,9 +67,8 @@ class LLM:
             raise UserError(f"model is {model!r}; it must be a preset, a repo id, a folder or a .gguf file.")
         from tinyserve.loading import load_engine
 
-        self._progress = progress or announcer()
-        loaded = load_engine(str(model), given, self._progress, reserve)
-        files, self.engine = loaded.files, loaded.engine
+        loaded = load_engine(model, given, progress, reserve)
+        files, self.engine, self._progress = loaded.files, loaded.engine, loaded.progress
         self.options, self.cache_plan, self.model = loaded.options, loaded.plan, loaded.runner.model
         self.num_threads = loaded.runner.num_threads
         self.name, self.path, self.config = files.name, files.path, files.config

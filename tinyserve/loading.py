@@ -3,39 +3,34 @@
 Knows what lies in a folder or a GGUF file and what only looks like it, and which parts an engine is built from.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tinyserve.checkpoints import hub, presets
+from tinyserve.checkpoints import hub
 from tinyserve.checkpoints.checkpoint import Checkpoint
+from tinyserve.checkpoints.json_file import read_json
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.engine import Engine
 from tinyserve.engine_options import EngineOptions, check_load_format
-from tinyserve.errors import CheckpointError, ConfigError, UserError
+from tinyserve.errors import CheckpointError, UserError
 from tinyserve.model_runner import ModelRunner
 from tinyserve.models import build_model, check_supported
 from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
+from tinyserve.models.lookup import load_raw_config
+from tinyserve.progress import Progress, default_progress
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.scheduling.scheduler import Scheduler
-from tinyserve.scheduling.speculative import (
-    MAX_DRAFTING_SEQS,
-    NgramProposer,
-    Proposer,
-    Speculation,
-    SpeculativeConfig,
-)
+from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.tensor import _jit
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.tokenizer import Tokenizer
-
-Progress = Callable[[str, int, int], None]
 
 DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the draft tokens, and while it reads a prompt
 
@@ -65,34 +60,31 @@ class ModelFiles:
         return (self.raw_config.get("quantization_config") or {}).get("dtype")
 
 
-def open_model(model: str | Path, load_format: str = "auto", progress: bool = True) -> ModelFiles:
+def open_model(model: str | PathLike[str], load_format: str = "auto", progress: Progress | None = None) -> ModelFiles:
     """Find a model, downloading it if need be, and open its files; raises the errors of hub, config and checkpoint.
 
-    `load_format="dummy"` makes synthetic weights from the config alone: no download.
+    `load_format="dummy"` makes synthetic weights from the config alone: no download. `progress` is that of
+    `hub.resolve`.
     """
     check_load_format("load_format", load_format)
-    preset = presets.find(str(model))
-    if preset is not None:
-        check_supported(preset_config(preset.name))  # before gigabytes are downloaded for nothing
+    ref = ModelRef.parse(model)
+    if ref.preset is not None:
+        check_supported(preset_config(ref.preset.name))  # before gigabytes are downloaded for nothing
     if load_format == "dummy":
-        return _synthetic(str(model), preset.raw_config if preset else None)
-    path = hub.resolve(model, progress=progress)
-    return _from_gguf(str(model), path) if path.is_file() else _from_folder(str(model), path)
+        return _synthetic(ref)
+    path = hub.resolve(ref, progress=progress)
+    return _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
 
 
-def _synthetic(name: str, raw: dict[str, Any] | None) -> ModelFiles:
+def _synthetic(ref: ModelRef) -> ModelFiles:
     from tinyserve.models.synthetic import synthetic_checkpoint
 
-    if raw is None:
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise presets.unknown_model(name)
-        raw = read_json(folder / "config.json")
-    config = parse_config(raw, name)
+    raw, source = load_raw_config(ref)
+    config = parse_config(raw, source)
     check_supported(config)
     ends = {token: ["config.json"] for token in config.eos_token_ids}
     generation = GenerationConfig(source="generation_config.json")
-    return ModelFiles(name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
+    return ModelFiles(ref.name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
 
 
 def _from_folder(name: str, folder: Path) -> ModelFiles:
@@ -153,17 +145,6 @@ def _assemble(
     return ModelFiles(name, path, config, checkpoint, tokenizer, template, generation, ends, raw)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ConfigError naming the file and the place."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
 # --- from files to an engine ------------------------------------------------------------------------------------------
 
 
@@ -175,6 +156,7 @@ class LoadedEngine:
     options: EngineOptions
     plan: CachePlan
     engine: Engine
+    progress: Progress  # the caller's, or the default that has shown the loading
     runners: tuple[ModelRunner, ...]  # the model's, and a draft model's
 
     @property
@@ -184,21 +166,23 @@ class LoadedEngine:
 
 
 def load_engine(
-    model: str, options: EngineOptions, progress: Progress, reserve: Callable[[int], None] | None = None
+    model: str | PathLike[str],
+    options: EngineOptions,
+    progress: Progress | None = None,
+    reserve: Callable[[int], None] | None = None,
 ) -> LoadedEngine:
     """Open a model, plan its memory, load it with its draft model if there is one, and build its engine.
 
     `reserve` is called with the bytes that weights and cache will take, before they take any. Raises UserError,
     HubError, and what `reserve` raises.
     """
-    files = open_model(model, options.load_format)
+    files = open_model(model, options.load_format, progress)
     given, options = options, options.resolved(files.packed_dtype)
     speculative = options.speculative
     draft = None
     if speculative and speculative.model:
-        draft = open_draft(
-            speculative, files, replace(given, dtype=options.dtype)
-        )  # its cache has an "auto" of its own
+        # Its cache has an "auto" of its own.
+        draft = open_draft(speculative, files, replace(given, dtype=options.dtype), progress)
     needs = _cache_needs(files, options)
     if speculative:
         needs = replace(needs, num_rollback_slots=min(MAX_DRAFTING_SEQS, options.max_num_seqs))
@@ -207,16 +191,16 @@ def load_engine(
         reserve(needs.weight_nbytes + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
     runners: tuple[ModelRunner, ...] = ()
     proposer: Proposer | None = None
-    with _reported_kernels(progress):
+    with default_progress(progress, files.name) as heard, _reported_kernels(heard):
         if draft and plan.draft:
-            engine, runner = build_engine(draft.files, draft.options, plan.draft, progress)
+            engine, runner = build_engine(draft.files, draft.options, plan.draft, heard)
             proposer, runners = DraftModel(engine, draft.num_tokens), (runner,)
         elif speculative:
             proposer = NgramProposer(
                 speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
             )
-        engine, runner = build_engine(files, options, plan, progress, proposer)
-    return LoadedEngine(files, options, plan, engine, (runner, *runners))
+        engine, runner = build_engine(files, options, plan, heard, proposer)
+    return LoadedEngine(files, options, plan, engine, heard, (runner, *runners))
 
 
 def build_engine(
@@ -232,12 +216,9 @@ def build_engine(
     """
     threads = _jit.set_threads(options.num_threads)
     with _jit.one_at_a_time(threads):
-        load = partial(progress, "load")
-        model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, load)
+        model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, progress)
     runner = ModelRunner(model, plan, threads, files.eos_token_ids)
-    runner.compile_kernels(
-        f"{files.config.model_type}-{options.dtype}-{options.kv_cache_dtype}", lambda: progress("wait", 0, 0)
-    )
+    runner.compile_kernels(options.dtype, progress)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     prefix_cache = NoPrefixCache(blocks)
     if options.enable_prefix_caching:
@@ -285,13 +266,15 @@ class Draft:
     num_tokens: int
 
 
-def open_draft(config: SpeculativeConfig, target: ModelFiles, options: EngineOptions) -> Draft:
+def open_draft(
+    config: SpeculativeConfig, target: ModelFiles, options: EngineOptions, progress: Progress | None = None
+) -> Draft:
     """Find the draft model that a config names, and open its files; options are its target's but for the dtype.
 
     Raises UserError, with both models and both numbers, where it has another vocabulary; and the errors of
     `open_model`.
     """
-    files = open_model(config.model, options.load_format)
+    files = open_model(config.model, options.load_format, progress)
     check_vocabulary(files, target)
     own = replace(
         options,

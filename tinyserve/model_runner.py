@@ -3,6 +3,7 @@
 The highest layer that knows arrays. It does not choose what runs, and has never heard of text.
 """
 
+import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
@@ -14,6 +15,7 @@ from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.kv_cache import KVCache
+from tinyserve.progress import Progress
 from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
@@ -100,21 +102,20 @@ class ModelRunner:
         sequence.cache.num_computed += len(token_ids)
         return reduced
 
-    def compile_kernels(self, key: str, waiting: Callable[[], None]) -> None:
+    def compile_kernels(self, dtype: str, progress: Progress) -> None:
         """Run two tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
 
-        `key` names what the kernels depend on beside the processor: the architecture and the dtype. `waiting` is
-        called when another process has the lock.
+        `dtype` is that of the weights. `progress` hears ("wait", 0, 0) when another process has the lock.
         """
         from filelock import FileLock, Timeout
 
-        ready = _jit.cache_folder() / f"{key}.ready"
+        ready = _jit.cache_folder() / f"{self._kernels(dtype)}.ready"
         if not ready.exists():
             lock = FileLock(_jit.cache_folder() / "compiling.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                waiting()
+                progress("wait", 0, 0)
                 lock.acquire()
             try:
                 text = PrefillOnlySequence([0, 0], CacheState([0], self.scratch_slot))
@@ -122,6 +123,16 @@ class ModelRunner:
                 ready.touch()
             finally:
                 lock.release()
+
+    def _kernels(self, dtype: str) -> str:
+        """A name for the kernels that this model uses, whichever these are: no other model shares it unawares.
+
+        They follow from the dtypes, the whole config (layers of several kinds have one model_type) and the bits of
+        each matrix, which a GGUF file decides: the bytes of all weights tell those apart.
+        """
+        config, kv_cache_dtype = self.model.config, self.cache.dtype
+        told = f"{config!r} {self.model.nbytes}"
+        return f"{config.model_type}-{dtype}-{kv_cache_dtype}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def _batch(self, work: list[tuple[list[int], CacheState]]) -> Batch:
         """New tokens of some sequences, each with where they go in the cache: behind its `num_computed`."""

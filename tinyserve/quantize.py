@@ -5,7 +5,7 @@ Knows which files make a checkpoint; what packing means is told by quantize.py, 
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tinyserve.models import build_model
 from tinyserve.models.config import PACKED
 from tinyserve.models.dtypes import weight_dtype
 from tinyserve.models.matrix import IntegerMatrix
+from tinyserve.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ SHARD = 1 << 30  # bytes after which another file begins, so that no more than t
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "additional_chat_templates/*.jinja")
 
 
-def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None] | None = None) -> tuple[int, int]:
+def write(model: str, out: Path, dtype: str, progress: Progress | None = None) -> tuple[int, int]:
     """Pack a model in this dtype into the folder `out`, which must not exist; returns (bytes of weights, files).
 
     Raises UserError for a dtype of floats, an `out` that is there, or a model that is packed already; OSError, and
@@ -37,7 +38,7 @@ def write(model: str, out: Path, dtype: str, progress: Callable[[int, int], None
         raise UserError(f"dtype {dtype} is not quantized: take int8, w8a8, int4 or w4a8.")
     if out.exists():
         raise UserError(f"{out} exists already: give another folder, or delete it first.")
-    files = open_model(model)
+    files = open_model(model, progress=progress)
     if files.packed_dtype:
         raise UserError(f"{model} is packed already, as {files.packed_dtype}: quantize the original.")
     built: dict[str, Any] = {}

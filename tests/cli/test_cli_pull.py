@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from command_line import Terminal, last_line
 from fake_hub import FakeHub
 from typer.testing import CliRunner
 
@@ -55,6 +56,16 @@ def test_pull_prints_the_path_alone_on_stdout() -> None:
     assert "Downloading owner/name" in result.stderr
     again = runner.invoke(app, ["pull", "owner/name", "--revision", "main"])
     assert (again.stdout, again.stderr) == (result.stdout, "")
+
+
+def test_ctrl_c_in_a_download_leaves_the_terminal_clean(hub: FakeHub, tmp_path: Path) -> None:
+    with FakeHub(tmp_path / "hub") as storage, Terminal("pull", "owner/name") as terminal:
+        storage.stalls, hub.storage = True, storage.url
+        terminal.wait_for("owner/name |")
+        terminal.type("\x03")
+        assert terminal.end() == 130
+    assert "Traceback" not in terminal.shown
+    assert last_line("\r" + terminal.shown.replace("^C", "")) == ""
 
 
 def test_pull_without_a_hub_is_an_error_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

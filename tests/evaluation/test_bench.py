@@ -132,7 +132,7 @@ def test_a_plan_has_room_for_what_fits_and_says_what_does_not() -> None:
 
 def test_synthetic_weights_that_do_not_fit_are_refused_before_they_fill_the_memory() -> None:
     wanted = bench.works([16], [], [], 8)
-    with pytest.raises(UserError, match=r"GB in float32.*--dtype int8 or int4"):
+    with pytest.raises(UserError, match=r"MB in float32.*--dtype int8 or int4"):
         bench.plan(LLAMA, "float32", wanted, 2, memory=1000, synthetic=True)
 
 
@@ -198,7 +198,7 @@ def test_a_run_measures_every_work(folder_of: FolderOf) -> None:
     llm, said = _llm(folder_of("llama"), plan), []
     weights = bench.bytes_per_step(LLAMA, "float32", llm.model.nbytes)
     kv = 3 * 5 * (24 + 32) * 4
-    results = list(bench.run(llm, plan.works, 2, said.append))
+    results = list(bench.run(llm, plan.works, 2, lambda *told: said.append(told[0])))
     assert [result.work for result in results] == wanted
     for result in results:
         assert len(result.seconds) == 2 and min(result.seconds) > 0
@@ -253,7 +253,7 @@ def test_the_table(shell: Shell, folder_of: FolderOf) -> None:
     assert result.code == 0, result.err
     title, measured, heading, *lines = result.out.splitlines()
     assert re.fullmatch(
-        rf".*llama in w8a16, 0 MB of weights; \d+ threads? of \S+, dot product {dot_product.PATH}", title
+        rf".*llama in w8a16, 493.3 kB of weights; \d+ threads? of \S+, dot product {dot_product.PATH}", title
     )
     assert re.fullmatch(r"measured here: reads [\d.]+ GB/s, multiplies and adds [\d.e-]+ TOPS in w8a16", measured)
     assert re.fullmatch(
@@ -332,7 +332,7 @@ def test_synthetic_weights_need_a_config_only(shell: Shell, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(checkpoints.CONFIGS["llama"]))
     result = shell("bench", tmp_path, "--load-format", "dummy", *SHORT)
     assert result.code == 0, result.err
-    assert result.out.startswith(f"{tmp_path} in w8a16, 0 MB of synthetic weights; ")
+    assert result.out.startswith(f"{tmp_path} in w8a16, 493.3 kB of synthetic weights; ")
 
 
 def test_on_a_terminal_it_says_what_is_measured(folder_of: FolderOf) -> None:

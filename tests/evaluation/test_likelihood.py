@@ -77,7 +77,7 @@ def test_choices_of_one_token_are_read_once(llm_of):
     pairs = [Pair([1, 2, 3], [token]) for token in range(20)]
     got = loglikelihoods(llm, [*pairs, Pair([1, 2], [3, 4])], lambda *progress: heard.append(progress))
     assert llm.read == [[1, 2, 3]]
-    assert heard == [(0, 3), (3, 3)]
+    assert heard == [("evaluate", 0, 3), ("evaluate", 3, 3)]
     (alone,) = loglikelihoods(llm, [Pair([1, 2, 3], [4])])
     assert got[4] == alone
     assert got[20].logprob < got[4].logprob

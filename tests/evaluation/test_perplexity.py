@@ -136,8 +136,8 @@ def test_a_window_is_no_longer_than_either_model_can_read():
 
 def test_progress_counts_the_predicted_tokens():
     a, heard = Bigrams(random_logits(1, 50)), []
-    compare(a, a, list(range(50)) + list(range(20)), 30, lambda done, total: heard.append((done, total)))
-    assert heard == [(0, 69), (30, 69), (60, 69), (69, 69)]
+    compare(a, a, list(range(50)) + list(range(20)), 30, lambda *told: heard.append(told))
+    assert heard == [("evaluate", done, 69) for done in (0, 30, 60, 69)]
 
 
 def test_a_run_loads_the_reference_once_and_one_dtype_after_the_other():

@@ -130,7 +130,7 @@ class Task:
         return list(range(limit or 9))
 
     def outcomes(self, llm, items, progress):
-        progress(len(items), 9)
+        progress("evaluate", len(items), 9)
         return {"acc": [item % 2 == llm.parity for item in items]}
 
 

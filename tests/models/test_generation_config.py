@@ -183,7 +183,7 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
     assert said.code == 0
     assert said.err.splitlines() == [
         "prompt       6 tokens of a context of 128, by the model's chat template",
-        "cache        8 blocks of 16 tokens, 0.2 MB",
+        "cache        8 blocks of 16 tokens, 215.0 kB",
         "temperature  0.6  [generation_config.json]",
         "top_k        3  [--top-k]",
         "top_p        0.9  [generation_config.json]",

@@ -154,6 +154,19 @@ class Terminal:
         return bool(data)
 
 
+def last_line(shown: str) -> str:
+    """What stands in a terminal's last line that was begun: a carriage return lets what follows overwrite it."""
+    row: list[str] = []
+    column = 0
+    for piece in re.split(r"(\r)", shown.rstrip("\n").rpartition("\n")[2]):
+        if piece == "\r":
+            column = 0
+        else:
+            row[column : column + len(piece)] = piece
+            column += len(piece)
+    return "".join(row).rstrip()
+
+
 def _own_the_terminal() -> None:
     import fcntl
     import termios

@@ -12,10 +12,10 @@ import checkpoints
 import numpy as np
 import pytest
 from refusals import refused
-from rich.progress import Progress
 
 from tinyserve import LLM, BeamSearchParams, SamplingParams
 from tinyserve.errors import RequestError
+from tinyserve.progress import ProgressBar
 from tinyserve.text.beam_search import BeamSearchOutput, BeamSearchSequence
 
 FAMILIES = ["gpt2", "llama-grouped", "falcon-7b", "granite-hybrid", "granite-hybrid-moe"]
@@ -213,15 +213,18 @@ def test_nothing_in_nothing_out(llm_of: Callable[..., LLM]) -> None:
 
 
 def test_a_bar_counts_tokens(llm_of: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[Progress] = []
-    start = Progress.start
+    drawn: list[tuple[str, int, int]] = []
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    monkeypatch.setattr(Progress, "start", lambda self: (bars.append(self), start(self))[1])
+    draw = ProgressBar.__call__
+    monkeypatch.setattr(
+        ProgressBar, "__call__", lambda self, *told: (self.is_shown and drawn.append(told), draw(self, *told))[1]
+    )
     params = BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True)
-    for wanted in (True, False, None):
+    for wanted in (False, None):
         llm_of("llama").beam_search([[1], [2]], params, progress_bar=wanted)
-    assert [bar.disable for bar in bars] == [False, True, True]
-    assert [task.completed for task in bars[0].tasks] == [8] and bars[0].finished
+    assert drawn == []
+    llm_of("llama").beam_search([[1], [2]], params, progress_bar=True)
+    assert drawn == [("tokens", done, 8) for done in (2, 4, 6, 8)]
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_a_folder_encodes_as_transformers_does(
         ({"tokenizer__model": "x"}, ["tokenizer.model", "tokenizer.json", "save_pretrained"]),
         ({"tokenizer__json": "{"}, ["tokenizer.json", "not a tokenizer"]),
         ({"tokenizer__json": "{}", "tokenizer_config__json": "[]"}, ["tokenizer_config.json", "list"]),
-        ({"tokenizer__json": "{}", "special_tokens_map__json": "{"}, ["special_tokens_map.json", "read"]),
+        ({"tokenizer__json": "{}", "special_tokens_map__json": "{"}, ["special_tokens_map.json", "is not JSON"]),
         ({"vocab__json": {"a": 0}, "merges__txt": "x y"}, ["merges.txt"]),
     ],
 )

@@ -14,8 +14,8 @@ from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
     from tinyserve.cli._backends import Backend
-    from tinyserve.cli._progress import StartLine
     from tinyserve.llm import LLM
+    from tinyserve.progress import LoadProgress
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -61,13 +61,13 @@ def check_text(text: str) -> None:
         raise UserError(f"The text is not UTF-8 (at character {error.start}): convert it first.") from None
 
 
-def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, StartLine]":
+def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, LoadProgress]":
     """An LLM with a progress line, which knows the seconds it took from here."""
-    from tinyserve.cli._progress import StartLine
+    from tinyserve.progress import LoadProgress
 
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}; it must be at least 1.")
-    with StartLine(model) as line:
+    with LoadProgress(model) as line:
         from tinyserve.llm import LLM
 
         llm = LLM(model, dtype=dtype, num_threads=threads, progress=line, **options)

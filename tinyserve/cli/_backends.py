@@ -9,8 +9,8 @@ from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyserve.checkpoints import presets
-from tinyserve.cli._progress import StartLine
 from tinyserve.errors import UserError
+from tinyserve.progress import LoadProgress
 
 if TYPE_CHECKING:
     from tinyserve.llm import StreamChunk
@@ -38,7 +38,7 @@ class Backend(Protocol):
 
     name: str
     introduction: str
-    line: StartLine
+    line: LoadProgress
     chats: bool  # it has a chat template, else it only continues texts
     max_model_len: int | None
 
@@ -131,7 +131,7 @@ class RemoteBackend:
         from tinyserve.server.client import Client
 
         self.client = Client(server, api_key)
-        self.line = StartLine(model or server)
+        self.line = LoadProgress(model or server)
         self.line.wait(f"asking {self.client.server}")
         try:
             models = {entry["id"]: entry for entry in self.client.models()}

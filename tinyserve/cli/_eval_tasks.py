@@ -31,10 +31,10 @@ def evaluate_tasks(
 ) -> None:
     """Put the tasks to the model in each dtype, and print a table or an object."""
     from tinyserve.cli._answer import load
-    from tinyserve.cli._progress import TokenBar
     from tinyserve.evaluation import tasks
     from tinyserve.loading import open_model
     from tinyserve.models.dtypes import resolve_dtype
+    from tinyserve.progress import ProgressBar
     from tinyserve.tensor._jit import cpu_name
 
     chosen = tasks.find(names)
@@ -48,7 +48,7 @@ def evaluate_tasks(
         threads = llm.num_threads  # what there are: that some are missing is said once
         return llm
 
-    with TokenBar() as bar:
+    with ProgressBar() as bar:
         scores = list(tasks.run(load_in, chosen, resolved, limit, bar))
     assert files.path is not None
     if as_json:

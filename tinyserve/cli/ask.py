@@ -6,12 +6,12 @@ Knows how a command line names a model; _backends.py reaches it, and _answer.py 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import names_a_model
 from tinyserve.cli import _names
 from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
 from tinyserve.cli._backends import find_backend
@@ -183,7 +183,7 @@ def any_model(
 
 def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str | None, str | None]:
     """Tell the model from the prompt among up to two words and a --model; raises UserError for one too many."""
-    named = len(words) == 2 or (len(words) == 1 and names_a_model(words[0]))
+    named = len(words) == 2 or (len(words) == 1 and (words[0] in FAMILIES or names_a_model(words[0])))
     model: str | None
     if variant is None:
         model = words.pop(0) if named else None
@@ -196,15 +196,6 @@ def _model_and_prompt(words: list[str], variant: str | None) -> tuple[str | None
     else:
         model = variant
     return model, words[0] if words else None
-
-
-def names_a_model(word: str) -> bool:
-    """Whether a word by itself is a model, not a prompt: a preset, a family, something on disk, or owner/name."""
-    if word in FAMILIES or presets.find(word.partition("@")[0]) or word.endswith(".gguf"):
-        return True
-    if not word or any(character.isspace() for character in word):
-        return False
-    return word.count("/") >= 1 or Path(word).expanduser().exists()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tinyserve.checkpoints import presets
 from tinyserve.cli._options import Dtype, Model, Threads
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
+from tinyserve.progress import size
 
 if TYPE_CHECKING:
     from tinyserve.evaluation.bench import Limits, Measurement, Plan, Work
@@ -100,6 +101,7 @@ def bench(
     if plot is not None:
         _check_plot(plot)
     from tinyserve.checkpoints import hub
+    from tinyserve.checkpoints.model_ref import ModelRef
     from tinyserve.cli._answer import load
     from tinyserve.loading import open_model
     from tinyserve.models.cache_plan import available_memory
@@ -113,7 +115,8 @@ def bench(
         decode,
     )
     if load_format is None:
-        load_format = "dummy" if presets.find(model) and not hub.is_cached(model) else "auto"
+        ref = ModelRef.parse(model)
+        load_format = "dummy" if ref.preset and not hub.is_cached(ref) else "auto"
     kept_as = resolve_dtype(dtype)
     files = open_model(model, load_format)
     plan = measure.plan(files.config, kept_as, wanted, repetitions, available_memory(), synthetic=files.path is None)
@@ -121,7 +124,7 @@ def bench(
     llm, line = load(model, dtype, threads, load_format=load_format, **plan.options)
     line.show("measuring what this machine can do")
     limits = measure.measure_limits(llm)
-    results = list(measure.run(llm, plan.works, repetitions, line.show))
+    results = list(measure.run(llm, plan.works, repetitions, line))
     line.clear()
     recipe = {
         "model": llm.name,
@@ -186,7 +189,7 @@ def _named(work: "Work") -> dict[str, Any]:
 
 def _heading(recipe: dict[str, Any]) -> str:
     """What was measured, and with what."""
-    weights = f"{recipe['weight_bytes'] / 1e6:.0f} MB of {'synthetic ' * (recipe['weights'] == 'dummy')}weights"
+    weights = f"{size(recipe['weight_bytes'])} of {'synthetic ' * (recipe['weights'] == 'dummy')}weights"
     threads = f"{recipe['threads']} thread{'s' * (recipe['threads'] != 1)}"
     return (
         f"{recipe['model']} in {recipe['dtype']}, {weights}; {threads} of {recipe['processor']}, dot product "
@@ -228,8 +231,8 @@ def _print_table(results: "Sequence[Measurement]", limits: "Limits") -> None:
 
 def _short(number: float, beside: float | None = None) -> str:
     """A number in three digits or more; with as many decimals as the one it stands beside."""
-    size = number if beside is None else beside
-    return f"{number:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+    scale = number if beside is None else beside
+    return f"{number:.{0 if scale >= 100 else 1 if scale >= 10 else 2}f}"
 
 
 def _seconds(seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.cli import _names
 from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig, costs, parse_config
@@ -43,7 +44,7 @@ def compare(
     """
     if json_ and markdown:
         raise UserError("--json and --markdown are two forms of one answer; choose one of them.")
-    rows = [comparison(parse_config(*load_raw_config(model)), model) for model in models]
+    rows = [comparison(parse_config(*load_raw_config(ModelRef.parse(model))), model) for model in models]
     if json_:
         print(json.dumps({"models": rows}, indent=2))
     elif markdown:

@@ -88,10 +88,10 @@ def evaluate(
         raise UserError("--limit is for tasks: give --task NAME with it, or --tokens with a text.")
     content = _read(text)
     from tinyserve.cli._answer import load
-    from tinyserve.cli._progress import TokenBar
     from tinyserve.evaluation import perplexity as measure
     from tinyserve.loading import open_model
     from tinyserve.models.dtypes import resolve_dtype
+    from tinyserve.progress import ProgressBar
     from tinyserve.tensor._jit import cpu_name
 
     reference = None if against == NO_REFERENCE else resolve_dtype(against)
@@ -106,7 +106,7 @@ def evaluate(
         threads = llm.num_threads  # what there are: that some are missing is said once
         return llm
 
-    with TokenBar() as bar:
+    with ProgressBar() as bar:
         rows = list(measure.run(load_in, passage, dtypes, reference, window, bar))
     if damaged := [row.dtype for row in rows if math.isnan(row.perplexity)]:
         raise TinyserveError(

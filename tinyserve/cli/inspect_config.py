@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.cli import _names
 from tinyserve.models.config import MAMBA, parse_config
 from tinyserve.models.inspection import DEFAULT_BANDWIDTH, DEFAULT_CONTEXT, inspection
@@ -48,8 +49,9 @@ def inspect_config(
       tinyserve inspect-config ./my-model --bandwidth 80
       tinyserve inspect-config falcon-7b --json
     """
-    raw, source = load_raw_config(model)
-    report = inspection(parse_config(raw, source), model, source, bandwidth, context)
+    ref = ModelRef.parse(model)
+    raw, source = load_raw_config(ref)
+    report = inspection(parse_config(raw, source), ref, source, bandwidth, context)
     if json_:
         print(json.dumps(report, indent=2))
     else:

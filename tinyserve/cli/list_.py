@@ -49,6 +49,7 @@ def _cached_rows() -> list[dict[str, Any]]:
 def _preset_rows() -> list[dict[str, Any]]:
     from tinyserve.checkpoints import presets
     from tinyserve.checkpoints.hub import is_cached
+    from tinyserve.checkpoints.model_ref import ModelRef
 
     return [
         {
@@ -56,7 +57,7 @@ def _preset_rows() -> list[dict[str, Any]]:
             "repo": p.repo,
             "revision": p.revision,
             "gated": p.gated,
-            "downloaded": is_cached(p.name),
+            "downloaded": is_cached(ModelRef(p.name, preset=p, repo=p.repo)),
         }
         for p in map(presets.get, presets.names())
     ]
@@ -64,10 +65,10 @@ def _preset_rows() -> list[dict[str, Any]]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Columns by their widest cell; a path is never cut, so that it can be copied."""
-    from tinyserve.checkpoints.hub.progress import human
+    from tinyserve.progress import size
 
     if "bytes" in rows[0]:
-        table = [("name", "size", "where")] + [(r["name"], human(r["bytes"]), r["path"]) for r in rows]
+        table = [("name", "size", "where")] + [(r["name"], size(r["bytes"]), r["path"]) for r in rows]
     else:
         table = [("name", "downloaded", "repository")]
         for row in rows:

@@ -29,20 +29,20 @@ def quantize(
       tinyserve ask ./smollm2-int4 "What is the capital of France?"
     """
     from tinyserve import quantize as packing
-    from tinyserve.cli._progress import StartLine
     from tinyserve.models.dtypes import resolve_dtype
+    from tinyserve.progress import LoadProgress, size
     from tinyserve.tensor import _jit
 
     start, compiled = perf_counter(), 0
-    with StartLine(model) as line:
+    with LoadProgress(model) as progress:
 
         def report(kernel: str) -> None:
             nonlocal compiled
             compiled += 1
-            line(f"compile {kernel}", compiled, 0)
+            progress(f"compile {kernel}", compiled, 0)
 
         with _jit.on_compile(report), _jit.one_at_a_time(_jit.usable_cores()):
-            nbytes, files = packing.write(model, out, dtype, lambda done, total: line("load", done, total))
+            nbytes, files = packing.write(model, out, dtype, progress)
     seconds = perf_counter() - start
     several = f" in {files} files" if files > 1 else ""
-    print(f"{out} has {model} in {resolve_dtype(dtype)}: {nbytes / 1e6:.0f} MB of weights{several} ({seconds:.1f} s).")
+    print(f"{out} has {model} in {resolve_dtype(dtype)}: {size(nbytes)} of weights{several} ({seconds:.1f} s).")

@@ -30,15 +30,15 @@ def rm(
       tinyserve rm owner/name --yes
     """
     from tinyserve.checkpoints.hub import cached, remove
-    from tinyserve.checkpoints.hub.progress import human
     from tinyserve.errors import UserError
+    from tinyserve.progress import size
 
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"Removing {model} needs a yes, and there is no terminal to ask: add --yes.")
-        size = sum(found.bytes for found in cached() if model in (found.name, found.repo))
-        known = f" ({human(size)})" if size else ""
+        nbytes = sum(found.bytes for found in cached() if model in (found.name, found.repo))
+        known = f" ({size(nbytes)})" if nbytes else ""
         if not typer.confirm(f"Delete {model}{known} from this disk?", err=True):
             print("Nothing was deleted.", file=sys.stderr)
             return
-    print(f"Removed {model}: {human(remove(model))} freed.", file=sys.stderr)
+    print(f"Removed {model}: {size(remove(model))} freed.", file=sys.stderr)

@@ -13,8 +13,8 @@ def warmup(
 ) -> None:
     """Download a model and compile its kernels.
 
-    The next answer then starts at once: kernels are compiled once a machine and dtype, and serve every model of
-    the architecture.
+    The next answer then starts at once: kernels are compiled once a machine and dtype, and models with layers of
+    the same kinds share them.
 
     \b
     Examples:

@@ -7,7 +7,7 @@ does with the same file is measured by scripts/bench_peers.py.
 import math
 import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tinyserve.models.config.costs import (
     weight_bytes_per_token,
 )
 from tinyserve.models.dtypes import WEIGHT_DTYPES, resolve_kv_cache_dtype
+from tinyserve.progress import Progress, silent, size
 from tinyserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ PREFILL, DEPTHS, BATCHES, DECODE, REPETITIONS = (128, 512, 2048), (0, 512, 4096)
 QUICK_PREFILL, QUICK_DEPTHS, QUICK_BATCHES, QUICK_REPETITIONS = (512,), (0,), (1,), 3
 STEP, BLOCK = EngineOptions().max_num_batched_tokens, EngineOptions().block_size
 MOST_SEQUENCES = STEP // 2  # more would leave no room in a step for prompts
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def plan(
     weights = weight_bytes(config, dtype)
     if synthetic and weights > memory:
         raise UserError(
-            f"The weights take {weights / 1e9:.1f} GB in {dtype}, and {memory / 1e9:.1f} GB of memory are free: take "
+            f"The weights take {size(weights)} in {dtype}, and {size(memory)} of memory are free: take "
             f"--dtype {'int8 or int4' if dtype in ('float32', 'bfloat16') else 'int4'}, or a smaller model."
         )
     budget = max(0, memory - weights) // 2
@@ -120,7 +119,7 @@ def plan(
             skipped.append(Skipped(work, reason, by_context=True))
         elif need > budget:
             kept = "keys, values and states" if config.state_shapes else "keys and values"
-            reason = f"{work} takes {need / 1e9:.1f} GB of {kept}, and there is room for {budget / 1e9:.1f} GB"
+            reason = f"{work} takes {size(need)} of {kept}, and there is room for {size(budget)}"
             skipped.append(Skipped(work, reason, by_context=False))
         else:
             fitting.append(work)
@@ -287,10 +286,11 @@ def machine(dtype: str) -> dict[str, str]:
     return {"processor": cpu_name(), "dot_product": product}
 
 
-def run(
-    llm: "LLM", wanted: Sequence[Work], repetitions: int, progress: Progress = lambda doing: None
-) -> Iterator[Measurement]:
-    """Measure each work, which must fit (`plan`); yields as it goes. The first repetition of each is thrown away."""
+def run(llm: "LLM", wanted: Sequence[Work], repetitions: int, progress: Progress = silent) -> Iterator[Measurement]:
+    """Measure each work, which must fit (`plan`); yields as it goes. The first repetition of each is thrown away.
+
+    `progress` hears (what is being done, repetitions done, repetitions in all).
+    """
     from tinyserve.models.kv_cache import KVCache
 
     weights = bytes_per_step(llm.config, llm.dtype, llm.model.nbytes)
@@ -311,7 +311,7 @@ def _prefill(llm: "LLM", work: Work, repetitions: int, progress: Progress) -> tu
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     firsts, seconds = [], []
     for i in range(repetitions + 1):
-        progress(f"{work}, {_repetition(i, repetitions)}")
+        progress(f"{work}, {_repetition(i, repetitions)}", i, repetitions + 1)
         (output,) = llm.generate([_prompt(llm, work.prompt, i)], params)
         metrics = output.metrics
         assert metrics.first_token is not None and metrics.first_scheduled is not None
@@ -341,7 +341,8 @@ def _stretches(
     """
     most = work.most_tokens(repetitions) - work.prompt
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
-    progress(f"{work}, {_repetition(first, repetitions) if count == 1 else f'all {repetitions} repetitions'}")
+    doing = _repetition(first, repetitions) if count == 1 else f"all {repetitions} repetitions"
+    progress(f"{work}, {doing}", first, repetitions + 1)
     prompts = [_prompt(llm, work.prompt, i) for i in range(work.batch)]
     tokens = [output.metrics.token_times for output in llm.generate(prompts, params, progress_bar=False)]
     times = tokens[-1][: count * work.tokens + 1 : work.tokens]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tinyserve.errors import RequestError, TinyserveError, UserError
-from tinyserve.evaluation.perplexity import Progress, cross_entropy, silent
+from tinyserve.evaluation.perplexity import cross_entropy
+from tinyserve.progress import Progress, silent
 from tinyserve.sampler import DAMAGED
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def loglikelihoods(llm: "LLM", pairs: Sequence[Pair], progress: Progress = silen
     """Each continuation's likelihood after its context, of which the end is read where all is too long.
 
     Pairs that differ in their last token only are read once: choices of one token cost one prefill together.
-    `progress` hears of the tokens read and of all. Raises RequestError for a continuation that is too long, and
-    TinyserveError for logits that are not numbers.
+    `progress` hears ("evaluate", tokens read, tokens in all). Raises RequestError for a continuation that is too long,
+    and TinyserveError for logits that are not numbers.
     """
     places: dict[tuple[int, ...], list[int]] = {}
     for place, (context, continuation) in enumerate(pairs):
@@ -112,7 +113,7 @@ def loglikelihoods(llm: "LLM", pairs: Sequence[Pair], progress: Progress = silen
         places.setdefault(tuple(ids[-llm.max_model_len :]), []).append(place)
     found: dict[int, Likelihood] = {}
     done, total = 0, sum(map(len, places))
-    progress(0, total)
+    progress("evaluate", 0, total)
     for read, sharing in places.items():
         logits = llm.logits(list(read), max(len(pairs[place].continuation) for place in sharing))
         for place in sharing:
@@ -123,5 +124,5 @@ def loglikelihoods(llm: "LLM", pairs: Sequence[Pair], progress: Progress = silen
                 raise TinyserveError(DAMAGED)
             found[place] = Likelihood(logprob, bool((rows.argmax(axis=1) == targets).all()))
         done += len(read)
-        progress(done, total)
+        progress("evaluate", done, total)
     return [found[place] for place in range(len(pairs))]

@@ -9,11 +9,11 @@ from importlib.resources import files
 from typing import Any
 
 from lm_eval.api.model import LM
-from tqdm import tqdm
 
 from tinyserve.errors import RequestError, UserError
 from tinyserve.evaluation.likelihood import encode, encode_pair, loglikelihoods, prefix_token, rolling_pairs
 from tinyserve.llm import LLM
+from tinyserve.progress import ProgressBar, renamed
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.text.chat_template import ChatTemplate
 
@@ -92,13 +92,8 @@ class TinyserveLM(LM):  # type: ignore[misc]
         return self.llm.chat_template
 
     def _score(self, pairs: list[Any]) -> list[Any]:
-        with tqdm(total=0, unit=" tokens", desc="log-likelihoods", disable=None) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            return loglikelihoods(self.llm, pairs, show)
+        with ProgressBar() as bar:
+            return loglikelihoods(self.llm, pairs, renamed(bar, "log-likelihoods"))
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

@@ -8,20 +8,18 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinyserve.errors import UserError
+from tinyserve.progress import Progress, renamed, silent
 
 if TYPE_CHECKING:
     from tinyserve.llm import LLM
     from tinyserve.loading import ModelFiles
 
 Array = np.ndarray
-Progress = Callable[[int, int], None]  # tokens done, tokens in all
-
 ROWS = 16  # positions in float64 at a time: 6 MB for a vocabulary of 49,152
 
 
@@ -75,17 +73,13 @@ class Row:
     top1: float | None = None
 
 
-def silent(*_: object) -> None:
-    """The progress of whoever asked for none."""
-
-
 def run(
     load: Callable[[str], "LLM"],
     text: Text,
     dtypes: Sequence[str],
     reference: str | None = "float32",
     window: int = 1024,
-    progress: Callable[[str, int, int], None] = silent,
+    progress: Progress = silent,
 ) -> Iterator[Row]:
     """Evaluate a model in each of `dtypes`, loading one after the other; the reference comes first and stays.
 
@@ -104,11 +98,11 @@ def run(
     names = list(dict.fromkeys(dtypes))
     if reference is None or names == [reference]:
         for dtype in names:
-            yield row(dtype, perplexity_of(load_next(dtype), text.token_ids, window, partial(progress, dtype)))
+            yield row(dtype, perplexity_of(load_next(dtype), text.token_ids, window, renamed(progress, dtype)))
         return
     model, others = load(reference), [dtype for dtype in names if dtype != reference]
     for dtype in others:
-        got = compare(model, load_next(dtype), text.token_ids, window, partial(progress, dtype))
+        got = compare(model, load_next(dtype), text.token_ids, window, renamed(progress, dtype))
         if dtype == others[0]:
             yield row(reference, got.perplexity_reference)
         yield row(dtype, got.perplexity, got.perplexity_change, got.kl, got.top1)
@@ -131,8 +125,8 @@ def compare(
     """Predict every token of a text but the first with both models, from at most `window` tokens before it.
 
     The text is cut into windows that know nothing of each other, so that memory holds the logits of one window of
-    each model; `progress` is called before the first and after each. Raises UserError if the models' vocabularies
-    differ, or if there is nothing to predict.
+    each model; `progress` hears ("evaluate", tokens done, tokens in all) before the first and after each. Raises
+    UserError if the models' vocabularies differ, or if there is nothing to predict.
     """
     if (ours := other.config.vocab_size) != (theirs := reference.config.vocab_size):
         raise UserError(
@@ -155,11 +149,11 @@ def _windows(
     if (largest := max(token_ids)) >= (size := models[0].config.vocab_size):
         raise UserError(f"Token id {largest} is outside {models[0].name}'s vocabulary of {size}.")
     window, total = min(window, *(model.max_model_len for model in models)), len(token_ids) - 1
-    progress(0, total)
+    progress("evaluate", 0, total)
     for start in range(0, total, window):
         ids = list(token_ids[start : start + window + 1])
         yield ids[:-1], ids[1:]
-        progress(start + len(ids) - 1, total)
+        progress("evaluate", start + len(ids) - 1, total)
 
 
 def _differences(reference_logits: Array, logits: Array, targets: list[int]) -> tuple[float, float, float, float]:

@@ -1,11 +1,11 @@
 """Config and checkpoint in, model out. An architecture is models/config/X.py, models/X.py and a line of registry.py."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
 from tinyserve.models.config import ModelConfig
+from tinyserve.progress import Progress
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.checkpoint import Array, Checkpoint
@@ -29,10 +29,10 @@ def build_model(
     checkpoint: "Checkpoint",
     dtype: str,
     max_model_len: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     built: "dict[str, Matrix | Array] | None" = None,
 ) -> "DecoderModel":
-    """Load a model's weights in this dtype; `progress` hears (numbers packed, numbers in all).
+    """Load a model's weights in this dtype; `progress` hears ("load", numbers packed, numbers in all).
 
     `built` receives every matrix and array of the model under the names it was built from.
 

@@ -34,6 +34,7 @@ from tinyserve.models.row_orders import (
     interleaved_panels,
     within,
 )
+from tinyserve.progress import Progress, silent
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
 from tinyserve.tensor.quant import BLOCK, Packed, padded
@@ -113,14 +114,14 @@ class Loader:
         checkpoint: Checkpoint,
         dtype: str,
         max_model_len: int,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ):
         """Check every tensor before anything is allocated; raises CheckpointError for one that is missing, misshapen,
         or left over.
         """
         self.checkpoint, self.dtype, self.max_model_len = checkpoint, dtype, max_model_len
         self.nbytes = 0
-        self._progress = progress or (lambda done, total: None)
+        self._progress = progress or silent
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
         shapes = {tensor.name: tensor.shape for tensor in config.tensor_shapes()}
@@ -330,7 +331,7 @@ class Loader:
 
     def _advance(self, count: int) -> None:
         self._done += count
-        self._progress(self._done, self._total)
+        self._progress("load", self._done, self._total)
 
 
 _AT_ONCE = 1 << 20  # weights that are floats at the same time while a matrix is packed

@@ -11,8 +11,10 @@ from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
 from tinyserve.models.kv_cache import KVCache
+from tinyserve.progress import size
 
 MAX_SNAPSHOTS = 64
+_EXACT = 1e5  # bytes below which a refusal tells each: what is needed may be one more than there is
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,12 @@ class CachePlan:
         return self.num_slots * self.state_nbytes
 
     def __str__(self) -> str:
-        text = f"{self.num_blocks} blocks of {self.block_size} tokens, {self._blocks_nbytes / 1e6:.1f} MB"
+        text = f"{self.num_blocks} blocks of {self.block_size} tokens, {size(self._blocks_nbytes)}"
         if self.state_nbytes:
             text += f"; {self.num_slots} states, {self.num_snapshots} of them snapshots"
-            text += f", {self._states_nbytes / 1e6:.1f} MB"
+            text += f", {size(self._states_nbytes)}"
         if self.draft:
-            text += f"; the draft model's, {self.draft.nbytes / 1e6:.1f} MB"
+            text += f"; the draft model's, {size(self.draft.nbytes)}"
         return text
 
 
@@ -152,8 +154,8 @@ def plan_cache(
     states = needs.without_blocks(draft).nbytes
     if states > budget:
         raise UserError(
-            f"{_size(budget)} are too little for the states of {needs.max_num_seqs} sequences, which take "
-            f"{_size(states)}: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
+            f"{size(budget, _EXACT)} are too little for the states of {needs.max_num_seqs} sequences, which take "
+            f"{size(states, _EXACT)}: lower max_num_seqs, or raise kv_cache_memory, or free some memory."
         )
     budget -= states
     block_size, state = needs.block_size, needs.state_nbytes
@@ -170,8 +172,8 @@ def plan_cache(
     tokens = num_blocks * block_size
     if tokens < (max_model_len or 2):
         raise UserError(
-            f"{_size(budget)} are too little for a cache of {max_model_len or 2} tokens, which takes {_size(least)} in "
-            f"blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
+            f"{size(budget, _EXACT)} are too little for a cache of {max_model_len or 2} tokens, which takes "
+            f"{size(least, _EXACT)} in blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
         )
     length = min(wanted, tokens)
     return needs.plan(num_blocks, length, num_snapshots, _draft_plan(draft, num_blocks, length))
@@ -183,11 +185,6 @@ def _draft_plan(draft: CacheNeeds | None, num_blocks: int, max_model_len: int) -
         return None
     length = min(max_model_len, draft.config.max_position_embeddings)
     return draft.plan(num_blocks, length, draft.max_snapshots if draft.state_nbytes else 0, None)
-
-
-def _size(nbytes: int) -> str:
-    """For people, who should never read that 0.0 MB are too little."""
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
 
 
 def available_memory() -> int:

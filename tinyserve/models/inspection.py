@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.models.config import ModelConfig, costs
 from tinyserve.models.config.description import architecture, attention_kind
 from tinyserve.models.dtypes import KV_CACHE_DTYPES, REPORTED, resolve_kv_cache_dtype
@@ -13,13 +13,13 @@ DEFAULT_CONTEXT = 1024
 
 def inspection(
     config: ModelConfig,
-    model: str,
+    ref: ModelRef,
     source: str,
     bandwidth: float = DEFAULT_BANDWIDTH,
     context: int = DEFAULT_CONTEXT,
 ) -> dict[str, Any]:
     """Everything that can be said of a model by its config alone; sizes are bytes, bandwidth is GB/s."""
-    preset = presets.find(model)
+    preset = ref.preset
     context = min(context, config.max_position_embeddings)
     parameters = costs.parameter_count(config)
     kv = {dtype: costs.kv_bytes_per_token(config, dtype) for dtype in KV_CACHE_DTYPES}
@@ -34,7 +34,7 @@ def inspection(
         for dtype in REPORTED
     }
     return {
-        "model": model,
+        "model": ref.name,
         "source": source,
         "repo": preset.repo if preset else None,
         "revision": preset.revision if preset else None,

@@ -11,6 +11,7 @@ from tinyserve.errors import UserError
 from tinyserve.models.config import MAMBA, ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.dtypes import KV_CACHE_DTYPES
+from tinyserve.progress import size
 from tinyserve.tensor.quant import padded
 from tinyserve.tensor.simd import LANES
 
@@ -67,9 +68,9 @@ class KVCache:
                     self.layers.append(self._pages[-1])
         except MemoryError:
             states = num_slots * state_bytes_per_sequence(config)
-            size = num_blocks * self.block_nbytes(config, block_size, dtype) + states
+            nbytes = num_blocks * self.block_nbytes(config, block_size, dtype) + states
             raise UserError(
-                f"The system refuses {size / 1e9:.2f} GB for the cache of {num_blocks * block_size} tokens: lower "
+                f"The system refuses {size(nbytes)} for the cache of {num_blocks * block_size} tokens: lower "
                 f"max_model_len or max_num_seqs, or set kv_cache_memory."
             ) from None
 

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.progress import Progress
 from tinyserve.server.answers import UsageCounter, chat_logprobs, usage
 from tinyserve.server.errors import ApiError
-from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import ChatBody, TemplateBody
 from tinyserve.server.sampling import chat_params
 from tinyserve.server.sse import EventStream, SSEWriter
@@ -86,7 +86,7 @@ class _Chat:
             events.event({**self._head("chat.completion.chunk"), "choices": [], "usage": counter.usage()})
         events.done()
 
-    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+    def _engine(self, progress: Progress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
         return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _request(self, llm: LLM) -> ChatRequest:

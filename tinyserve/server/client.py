@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tinyserve import __version__
 from tinyserve.errors import TinyserveError, UserError
+from tinyserve.progress import Progress, silent
 
 if TYPE_CHECKING:
     from httpx2 import URL, Response
 
-Progress = Callable[[str, int, int], None]  # stage ("prefill", "load"), done, total: as an LLM reports it
 CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0  # others than tinyserve say nothing while they read a long prompt
 
 
@@ -157,7 +157,7 @@ class Answer:
         self.cached_tokens: int | None = None  # of the prompt: the server knew them
         self.output_tokens: int | None = None
         self._client = client
-        self._progress = progress or (lambda stage, done, total: None)
+        self._progress = progress or silent
         self._started = perf_counter()
         self._first: float | None = None
         self._last: float | None = None
@@ -196,7 +196,7 @@ class Answer:
 
     def _hear(self, comment: str) -> None:
         """A line that is no data: tinyserve tells in it what the answer waits for; others keep the line open."""
-        if match := re.fullmatch(r"(prefill|load)(?: .*)? (\d+)/(\d+)", comment):
+        if match := re.fullmatch(r"(prefill|load|download \S+)(?: .*)? (\d+)/(\d+)", comment):
             self._progress(match[1], int(match[2]), int(match[3]))
 
     def _take(self, data: str) -> str:

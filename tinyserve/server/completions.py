@@ -13,11 +13,11 @@ from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
+from tinyserve.progress import Progress
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
 from tinyserve.server.answers import UsageCounter, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
-from tinyserve.server.pool import OnProgress
 from tinyserve.server.protocol import CompletionBody
 from tinyserve.server.sampling import completion_params
 from tinyserve.server.sse import EventStream, SSEWriter
@@ -134,7 +134,7 @@ class _Completion:
                         watch.ended(chunk.metrics, chunk.finish_reason)
         return counter
 
-    def _engine(self, progress: OnProgress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
+    def _engine(self, progress: Progress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
         return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _choices(self, llm: LLM, p: int, prompt: TextOrIds, output: RequestOutput) -> list[dict[str, Any]]:

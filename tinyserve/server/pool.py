@@ -19,13 +19,12 @@ from typing import TypeVar
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.engine_options import EngineOptions
 from tinyserve.llm import LLM
-from tinyserve.progress import size
+from tinyserve.progress import Progress, size
 from tinyserve.server.errors import ApiError
 
 logger = logging.getLogger("tinyserve.server")
 
 T = TypeVar("T")
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
@@ -40,7 +39,7 @@ class ServedModel:
     last_used: float = 0.0
     seconds: float = 1.0  # per answer, an exponential moving average
     loading: "asyncio.Task[None] | None" = None
-    listeners: list[OnProgress] = field(default_factory=list)
+    listeners: list[Progress] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -86,7 +85,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(
-        self, model: ServedModel, answers: int = 1, progress: OnProgress | None = None
+        self, model: ServedModel, answers: int = 1, progress: Progress | None = None
     ) -> AsyncIterator[AsyncEngine]:
         """The engine of a model, which is loaded first if need be and not evicted meanwhile; `progress` is of the load.
 
@@ -116,7 +115,7 @@ class ModelPool:
         """An estimate of the seconds until the queue has room, from how long answers took."""
         return max(1, min(60, math.ceil(model.seconds * max(1, model.open - self.max_num_seqs) / self.max_num_seqs)))
 
-    async def _load(self, model: ServedModel, progress: OnProgress | None) -> None:
+    async def _load(self, model: ServedModel, progress: Progress | None) -> None:
         if progress is not None:
             model.listeners.append(progress)
         if model.loading is None:
@@ -145,6 +144,8 @@ class ModelPool:
                         logger.info(
                             "%s: kernels are compiled for this processor, which takes a minute once", model.name
                         )
+                    if what.startswith("download") and done == 0:
+                        logger.info("%s: %s, %s", model.name, what, size(of))
                     loop.call_soon_threadsafe(tell, what, done, of)
 
                 start = time.monotonic()

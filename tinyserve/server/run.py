@@ -11,12 +11,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import create_app
 from tinyserve.server.guards import MAX_HEADERS
@@ -82,10 +81,7 @@ def _check(options: ServeOptions) -> None:
     if options.tool_format is not None:
         format_named(options.tool_format)
     for source in options.models.values():
-        # What has a slash may be a repository, which only the Hub knows; but no file, nor what begins like a path.
-        is_repo = "/" in source and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
-        if presets.find(source.partition("@")[0]) is None and not is_repo and not Path(source).expanduser().exists():
-            raise presets.unknown_model(source)
+        ModelRef.parse(source)  # whether there is such a repository, only the Hub knows
 
 
 def listens_on_loopback(host: str) -> bool:

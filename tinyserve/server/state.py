@@ -10,10 +10,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tinyserve.async_engine import AsyncEngine
+from tinyserve.progress import Progress
 from tinyserve.server.aliases import aliases_of
 from tinyserve.server.errors import NO_ALIASES, ApiError, error_context
 from tinyserve.server.metrics import ServerMetrics
-from tinyserve.server.pool import ModelPool, OnProgress, ServedModel
+from tinyserve.server.pool import ModelPool, ServedModel
 from tinyserve.server.protocol import B, Body, parse
 from tinyserve.server.sse import dumps, wait_disconnect
 
@@ -39,7 +40,7 @@ class State:
         model: ServedModel,
         body: Body | None = None,
         answers: int = 1,
-        progress: OnProgress | None = None,
+        progress: Progress | None = None,
     ) -> AsyncIterator[AsyncEngine]:
         """The engine of a model, for a request that adds so many answers to its queue; `progress` as in the pool.
 

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.models.config import parse_config
 from tinyserve.models.inspection import inspection
 from tinyserve.models.lookup import load_raw_config
@@ -80,11 +81,11 @@ async def inspect(request: Request) -> Response:
 
 
 def _inspection(model: ServedModel) -> dict[str, Any]:
+    ref = ModelRef.parse(model.source)
     if model.llm is not None:
-        source = str(model.llm.path or model.source)
-        return inspection(model.llm.config, model.source, source)
-    raw, source = load_raw_config(model.source)
-    return inspection(parse_config(raw, source), model.source, source)
+        return inspection(model.llm.config, ref, str(model.llm.path or model.source))
+    raw, source = load_raw_config(ref)
+    return inspection(parse_config(raw, source), ref, source)
 
 
 async def not_found(request: Request, error: Exception) -> Response:

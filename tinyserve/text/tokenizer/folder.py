@@ -5,11 +5,11 @@ Knows which file says what, and which one wins; nothing about downloading them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.checkpoints.json_file import read_json
 from tinyserve.errors import CheckpointError
 from tinyserve.text.tokenizer.processors import add_bos_and_eos
 
@@ -21,8 +21,8 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def load_folder(folder: Path) -> dict[str, Any]:
     """Build the arguments of `Tokenizer` from a folder; CheckpointError names the file at fault."""
-    config = _read_json(folder / "tokenizer_config.json")
-    named = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    config = _read_optional(folder / "tokenizer_config.json")
+    named = _read_optional(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
     if (folder / "tokenizer.json").is_file():
         backend = _from_tokenizer_json(folder / "tokenizer.json")
@@ -64,16 +64,8 @@ def _missing(folder: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is a JSON {type(content).__name__}, not an object.")
-    return content
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path, CheckpointError) if path.exists() else {}
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -133,7 +125,7 @@ def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Map
     own = backend.token_to_id(special[name]) if name in special else None
     ids = [] if own is None else [own]
     for file in ("config.json", "generation_config.json"):
-        value = _read_json(folder / file).get(f"{name}_id")
+        value = _read_optional(folder / file).get(f"{name}_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
     return ids
 
@@ -145,7 +137,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         templates = {entry["name"]: entry["template"] for entry in declared}
     else:
         templates = {"default": declared} if declared else {}
-    if template := _read_json(folder / "chat_template.json").get("chat_template"):
+    if template := _read_optional(folder / "chat_template.json").get("chat_template"):
         templates["default"] = template
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")
