@@ -16,6 +16,7 @@ from guesses import Spoiled, assert_all_is_free, draft_of
 from tinyserve import LLM, SamplingParams, StructuredOutputs
 from tinyserve.engine import Engine
 from tinyserve.errors import UserError
+from tinyserve.progress import size
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import CURIOSITY, PAUSES, TRIED, DraftModel
 from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
@@ -208,7 +209,7 @@ def test_its_memory_is_part_of_the_plan(name: str, draft: str, folder_of: Callab
     caches = [llm._runner.cache, runner.cache]
     taken = [sum(array.nbytes for layer in cache.layers for array in layer) for cache in caches]
     assert plan.nbytes == sum(taken) and plan.draft_nbytes == taken[1]
-    assert f"the draft model's, {taken[1] / 1e6:.1f} MB" in str(plan)
+    assert f"the draft model's, {size(taken[1])}" in str(plan)
     assert len({cache.num_blocks for cache in caches}) == 1
     limit = plan.nbytes // 4
     smaller = with_draft(folder_of(name), folder_of(draft), max_num_seqs=3, kv_cache_memory=limit)
