@@ -173,7 +173,8 @@ def plan_cache(
     if tokens < (max_model_len or 2):
         raise UserError(
             f"{size(budget, _EXACT)} are too little for a cache of {max_model_len or 2} tokens, which takes "
-            f"{size(least, _EXACT)} in blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or lower max_model_len."
+            f"{size(least, _EXACT)} in blocks of {block_size} tokens: raise kv_cache_memory or free some memory, or "
+            f"lower max_model_len."
         )
     length = min(wanted, tokens)
     return needs.plan(num_blocks, length, num_snapshots, _draft_plan(draft, num_blocks, length))
