@@ -23,7 +23,7 @@ def build(
     runner: FakeRunner | None = None, num_blocks: int = 64, max_model_len: int = 256, seqs: int = 4, budget: int = 32
 ) -> Engine:
     runner = runner or FakeRunner()
-    scheduler = Scheduler(runner, BlockManager(num_blocks, 16), max_model_len, seqs, budget)
+    scheduler = Scheduler(runner, BlockManager(num_blocks, 16), max_model_len, range(seqs), budget)
     return Engine(runner, scheduler, frozenset({END}))
 
 

@@ -49,7 +49,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def engine(gate: Gate) -> Engine:
-    return Engine(gate, Scheduler(gate, BlockManager(64, 16), 512, 4, 32), frozenset({99}))
+    return Engine(gate, Scheduler(gate, BlockManager(64, 16), 512, range(4), 32), frozenset({99}))
 
 
 @pytest.fixture

@@ -227,7 +227,13 @@ def build_engine(
     if proposer is not None:
         speculation = Speculation(proposer, plan.rollback_slots if plan.state_nbytes else None)
     scheduler = Scheduler(
-        runner, blocks, plan.max_model_len, plan.max_num_seqs, options.max_num_batched_tokens, prefix_cache, speculation
+        runner,
+        blocks,
+        plan.max_model_len,
+        plan.running_slots,
+        options.max_num_batched_tokens,
+        prefix_cache,
+        speculation,
     )
     return Engine(runner, scheduler, files.eos_token_ids), runner
 

@@ -234,7 +234,7 @@ def counting(sequence: Sequence) -> int:
 def draft_model(kind: type[BlockPrefixCache], num_tokens: int = 4, budget: int = 64) -> DraftModel:
     blocks, runner = BlockManager(64, 16), FakeRunner(counting, has_states=kind is StatePrefixCache)
     prefix_cache = kind(blocks, *([range(4, 16)] if kind is StatePrefixCache else []))
-    scheduler = Scheduler(runner, blocks, 512, 4, budget, prefix_cache)
+    scheduler = Scheduler(runner, blocks, 512, range(4), budget, prefix_cache)
     return DraftModel(Engine(runner, scheduler, frozenset({99})), num_tokens)
 
 

@@ -101,7 +101,7 @@ class Setting:
             speculation = Speculation(proposer, rollback_slots)
         max_model_len = min(MAX_MODEL_LEN, num_blocks * BLOCK)
         self.scheduler = Scheduler(
-            self.runner, self.blocks, max_model_len, seqs, budget, self.prefix_cache, speculation
+            self.runner, self.blocks, max_model_len, range(seqs), budget, self.prefix_cache, speculation
         )  # fmt: skip
         self.engine = Engine(self.runner, self.scheduler, frozenset({END}))
         self.sequences: list[Sequence] = []
@@ -121,7 +121,7 @@ class Setting:
 
         runner.execute = sometimes_fails  # type: ignore[method-assign]
         return Engine(
-            runner, Scheduler(runner, blocks, num_blocks * BLOCK, seqs, budget, prefix_cache), frozenset({END})
+            runner, Scheduler(runner, blocks, num_blocks * BLOCK, range(seqs), budget, prefix_cache), frozenset({END})
         )  # fmt: skip
 
     def _execute(self, scheduled: list[Any]) -> list[Any]:
@@ -397,7 +397,7 @@ def test_siblings_share_the_blocks_of_their_prompt() -> None:
 
 def scheduler(num_blocks: int, seqs: int = 8, budget: int = 64) -> Scheduler:
     runner = FakeRunner(next_token, BLOCK, has_states=False)
-    return Scheduler(runner, BlockManager(num_blocks, BLOCK), MAX_MODEL_LEN, seqs, budget)
+    return Scheduler(runner, BlockManager(num_blocks, BLOCK), MAX_MODEL_LEN, range(seqs), budget)
 
 
 def queued(scheduler: Scheduler, *lengths: int) -> list[Sequence]:

@@ -6,6 +6,7 @@ ints, and knows neither how tokens are computed nor when a sequence ends.
 
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from time import perf_counter
 from typing import Protocol
 
@@ -45,15 +46,16 @@ class Scheduler:
         copier: CacheCopier,
         blocks: BlockManager,
         max_model_len: int,
-        max_num_seqs: int,
+        running_slots: SequenceOf[int],
         max_num_batched_tokens: int,
         prefix_cache: NoPrefixCache | None = None,
         speculation: Speculation | None = None,
     ):
+        """`running_slots` are the state slots of running sequences: so many run at once, if the token budget allows."""
         self.copier, self.blocks, self.max_model_len = copier, blocks, max_model_len
         # Each that decodes gets a token in every step: siblings could be more than the budget holds, and would stall
         # all those behind them until they end.
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_seqs = min(len(running_slots), max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefix_cache = prefix_cache or NoPrefixCache(blocks)
         self.speculation = speculation
@@ -63,7 +65,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of sequences that have begun, and how many of them the prefix cache had
         self.num_cached_tokens = 0
-        self._free_slots = deque(range(max_num_seqs))
+        self._free_slots = deque(running_slots)
 
     # --- the queues ---------------------------------------------------------------------------------------------
 
