@@ -20,7 +20,8 @@ QUESTION = [{"role": "user", "content": "the other é"}]
 
 @pytest.mark.parametrize("dtype", ["int8", "w8a8", "int4", "w4a8"])
 @pytest.mark.parametrize(
-    "name", ["gpt2", "gpt2-untied", "llama", "llama-biases", "mistral", "falcon-40b", "falcon-rw", *GRANITES]
+    "name",
+    ["gpt2", "gpt2-untied", "llama", "llama-biases", "mistral", "falcon-40b", "falcon-rw", "qwen2", "qwen3", *GRANITES],
 )
 def test_a_packed_folder_is_its_original(
     name: str, dtype: str, folder_of: Callable[[str], Path], tmp_path: Path

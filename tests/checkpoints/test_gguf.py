@@ -472,6 +472,15 @@ def test_a_missing_metadata_key(key: str, tmp_path: Path) -> None:
     assert key in refusal(path)
 
 
+def test_how_wide_a_head_of_qwen3_is_must_be_said(tmp_path: Path) -> None:
+    """Not hidden by heads, which a Llama may leave unsaid, nor the 128 that transformers takes where it is absent."""
+    raw = checkpoints.CONFIGS["qwen3"]
+    metadata = checkpoints.gguf_metadata(raw)
+    del metadata["qwen3.attention.key_length"]
+    path = checkpoints.write_gguf(tmp_path / "x.gguf", "qwen3", metadata, checkpoints.gguf_tensors(raw))
+    assert "lacks the metadata key 'qwen3.attention.key_length'" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

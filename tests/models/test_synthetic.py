@@ -33,7 +33,11 @@ def test_a_packed_matrix_is_like_one_packed_from_floats(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "w8a16", "w4a8"])
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama-biases", "llama-grouped", "falcon-40b", "falcon-rw", "granite-hybrid", "granite-hybrid-moe"]
+    "name",
+    [
+        *("gpt2", "llama-biases", "llama-grouped", "falcon-40b", "falcon-rw", "granite-hybrid", "granite-hybrid-moe"),
+        *("qwen2", "qwen3"),
+    ],
 )
 def test_a_synthetic_model_is_the_real_ones_size_and_its_logits_are_normal(
     folder_of: Callable[[str], Path], name: str, dtype: str

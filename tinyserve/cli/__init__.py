@@ -60,7 +60,8 @@ _ORDER = (
 app = typer.Typer(
     name="tinyserve",
     cls=Commands,
-    help="""Run GPT-2, Falcon, Llama, Mistral, SmolLM2 and Granite on a CPU, from Hugging Face checkpoints or GGUF.
+    help="""Run GPT-2, Falcon, Llama, Mistral, SmolLM2, Qwen and Granite on a CPU, from Hugging Face checkpoints or
+GGUF.
 
 \b
 Start with:

@@ -3,7 +3,6 @@
 The only place where families are listed. Nothing is imported until a family is asked for.
 """
 
-from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,11 +44,11 @@ FAMILIES = (
 )
 
 
-def by_model_type(families: Iterable[Family] = FAMILIES) -> dict[str, Family]:
+def by_model_type() -> dict[str, Family]:
     """model_type of config.json -> family."""
-    return {name: family for family in families for name in family.model_types}
+    return {name: family for family in FAMILIES for name in family.model_types}
 
 
-def by_architecture(families: Iterable[Family] = FAMILIES) -> dict[str, Family]:
+def by_architecture() -> dict[str, Family]:
     """general.architecture of a GGUF file -> family."""
-    return {name: family for family in families for name in family.architectures}
+    return {name: family for family in FAMILIES for name in family.architectures}
