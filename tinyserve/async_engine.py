@@ -225,7 +225,7 @@ class AsyncEngine:
 
 @dataclass(eq=False)
 class _Job:
-    """What was asked for at once: requests, which others may follow."""
+    """What one call asked for: its requests, which those of a beam search's next step replace."""
 
     requests: list[RequestState] = field(default_factory=list)
     is_aborted: bool = False

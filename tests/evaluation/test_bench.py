@@ -231,7 +231,7 @@ def test_only_steps_in_which_all_sequences_decode_are_counted(
     execute = llm.engine.runner.execute
 
     def spy(scheduled: Any) -> Any:
-        steps.append([(sequence.num_computed + num_tokens, num_tokens) for sequence, num_tokens in scheduled])
+        steps.append([(one.sequence.cache.num_computed + one.num_tokens, one.num_tokens) for one in scheduled])
         return execute(scheduled)
 
     monkeypatch.setattr(llm.engine.runner, "execute", spy)

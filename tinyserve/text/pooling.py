@@ -1,8 +1,7 @@
 """Pooling: texts that are only read, a chunk at a time between two steps of the engine, and embeddings of them.
 
-Knows chunks and hidden states; which blocks a text gets is the scheduler's business. A language model's mean hidden
-state says what it has in mind when it reads a text; a model that was trained for search says more of what the text is
-about.
+Knows chunks and hidden states; which blocks a text gets is the scheduler's business. An embedding is the mean of a
+language model's last hidden states; that of a model that was trained for search says more of what a text is about.
 """
 
 from collections.abc import Callable, Sequence
