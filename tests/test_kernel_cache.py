@@ -19,14 +19,14 @@ from tinyserve.tensor import _jit
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that have run their kernels, with nothing marked as compiled at the beginning."""
     ran: list[str] = []
-    read = ModelRunner.read
+    prefill = ModelRunner.prefill
 
     def counted(self: ModelRunner, *arguments: Any) -> Any:
         ran.append(self.model.config.model_type)
-        return read(self, *arguments)
+        return prefill(self, *arguments)
 
     monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(ModelRunner, "read", counted)
+    monkeypatch.setattr(ModelRunner, "prefill", counted)
     return ran
 
 
@@ -72,6 +72,6 @@ def test_whoever_waits_for_the_compiler_is_told(
     lock = FileLock(tmp_path / "compiling.lock")
     heard: list[tuple[str, int, int]] = []
     lock.acquire()
-    llm._runner.compile_kernels("float32", silent)  # knows what it has compiled, and waits for nobody
-    llm._runner.compile_kernels("another", lambda *told: (heard.append(told), lock.release())[0])
+    llm.engine.runner.compile_kernels("float32", silent)  # knows what it has compiled, and waits for nobody
+    llm.engine.runner.compile_kernels("another", lambda *told: (heard.append(told), lock.release())[0])
     assert heard == [("wait", 0, 0)]

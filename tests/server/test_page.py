@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from servers import Running, running
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.models.config import parse_config
 from tinyserve.models.inspection import inspection
 from tinyserve.server.page import page as whole_page
@@ -476,7 +477,7 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
 def test_the_layer_map_of_a_hybrid(page: Page, fake: FakeServer) -> None:
     preset = presets.find("granite-350m")
     assert preset is not None
-    report = inspection(parse_config(preset.raw_config, "test"), "granite-350m", "test")
+    report = inspection(parse_config(preset.raw_config, "test"), ModelRef.parse("granite-350m"), "test")
     fake.inspections["smollm2-135m"] = report
     open_pane(page, "Model")
     rows = page.locator(".layers li")
