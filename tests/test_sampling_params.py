@@ -33,7 +33,7 @@ def test_the_defaults_change_nothing_and_are_vllms() -> None:
     )
     assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1, 0, 0)
     assert (params.typical_p, params.min_tokens, params.logit_bias, params.allowed_token_ids) == (1, 0, None, None)
-    assert not params.changes_logits and not params.penalises
+    assert not params.changes_logits and not params.has_penalties
 
 
 @pytest.mark.parametrize(

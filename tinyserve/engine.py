@@ -51,7 +51,7 @@ class EngineStats(NamedTuple):
 
 
 class Engine:
-    """Makes requests, steps them through scheduler and runner, takes in what was sampled, and ends them."""
+    """The engine core: makes requests, has them scheduled and computed step by step, appends what was sampled."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler, eos_token_ids: frozenset[int]):
         self.runner, self.scheduler, self.eos_token_ids = runner, scheduler, eos_token_ids
@@ -105,7 +105,7 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Run one batch; returns the sequences that gained a token or failed, finished ones among them.
 
-        Nothing is scheduled, and nothing happens, where texts that are only read have the blocks.
+        Does nothing while prefill-only texts (text/pooling.py) hold the blocks that the waiting sequences need.
         """
         start = perf_counter()
         scheduled = self.scheduler.schedule()
@@ -116,7 +116,7 @@ class Engine:
             for work, tokens in zip(scheduled, sampled, strict=True):
                 self._update(work, tokens)
         except BaseException:
-            self.scheduler.recompute(scheduled)
+            self.scheduler.requeue_failed(scheduled)
             raise
         seconds = perf_counter() - start
         self.scheduler.record_step(seconds)
@@ -146,7 +146,7 @@ class Engine:
         sequence = work.sequence
         if sampled and sampled[0].error is not None:
             sequence.error = sampled[0].error
-            # Earlier chunks may be what is wrong: nobody goes on from them.
+            # The error may come from earlier chunks: drop them from the prefix cache.
             self.scheduler.blocks.evict(sequence.cache.block_table)
             self.finish(sequence, "error")
             return
@@ -192,7 +192,7 @@ class UpdateSink(Protocol):
 
 
 class _Closing(BaseException):
-    """Thrown into a step that nobody waits for any more."""
+    """Raised in the engine's thread by `close`, to end a running step."""
 
 
 class EngineThread:
@@ -202,7 +202,7 @@ class EngineThread:
         self._engine = engine
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._sinks: dict[Sequence, UpdateSink] = {}  # of sequences that have not ended
-        self._calls: set[Future[None]] = set()  # that have no result yet
+        self._calls: set[Future[None]] = set()  # pending ones
         # For commands and sinks: those before the engine's death get an error as their last update, those after it are
         # refused. Reentrant, as a stream may be garbage-collected, and is cancelled then, in a thread that has it.
         self._lock = RLock()
@@ -265,7 +265,7 @@ class EngineThread:
             return
         thread.join(0.05)
         if thread.is_alive():
-            # As Ctrl-C ends a step in the main thread: with the kernel that runs, not with the step.
+            # Raised in that thread when the running kernel returns, as Ctrl-C is in the main thread.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Closing))
             thread.join(5)  # not for ever: it may wait for kernels that the caller's own thread holds
 
@@ -287,7 +287,7 @@ class EngineThread:
             while not self._is_closed:
                 if self._commands.empty() and self._engine.has_work():
                     self._step()
-                    if not self._engine.scheduler.scheduled:  # texts that are read have the blocks: a command comes
+                    if not self._engine.scheduler.scheduled:  # pooling holds the blocks: wait for its command
                         self._commands.get()()
                 else:
                     self._commands.get()()
@@ -341,7 +341,7 @@ class EngineThread:
 
 
 def _updates_of(sequence: Sequence) -> list[Update]:
-    """One update for each new token, or for why there is none."""
+    """One update for each new token, or one with the error."""
     computed, reason = sequence.cache.num_computed, sequence.finish_reason
     if sequence.error:
         return [Update(sequence, computed, finish_reason=reason, error=TinyserveError(sequence.error))]

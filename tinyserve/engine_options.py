@@ -4,13 +4,12 @@
 fields. Plain data: nothing here loads a model.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Final, Self
 
-from tinyserve.errors import UserError
+from tinyserve.errors import UserError, did_you_mean
 from tinyserve.models.dtypes import HELP as DTYPE_HELP
 from tinyserve.models.dtypes import KV_CACHE_DTYPES, resolve_dtype, resolve_kv_cache_dtype, weight_dtype
 from tinyserve.scheduling.speculative import SpeculativeConfig
@@ -95,8 +94,8 @@ class EngineOptions:
     max_num_seqs: int = _option(
         16,
         _whole(most=1 << 16, required=True),  # each has a place in the queue, whether it is ever taken or not
-        "how many requests run at once.",
-        Flag("--max-num-seqs", "NUMBER", "Answers that are computed at once."),
+        "how many sequences run at once; each of a request's n answers is one.",
+        Flag("--max-num-seqs", "NUMBER", "Sequences that run at once."),
     )
     max_num_batched_tokens: int = _option(
         512,
@@ -130,7 +129,7 @@ class EngineOptions:
         _speculative_config,
         '{"method": "ngram"} lets an answer that repeats what was said come several tokens a step, {"method": '
         '"draft_model", "model": ...} one that a smaller model drafts; no token changes. Also num_speculative_tokens '
-        "(at most 11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.",
+        "(11 and 6), prompt_lookup_max (6), prompt_lookup_min (1), the draft's dtype.",
     )
     num_threads: int | None = _option(
         None,
@@ -159,9 +158,9 @@ class EngineOptions:
         names = (*(row.name for row in fields(cls)), *others)
         for name in options:
             if name not in names:
-                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise UserError(f"LLM has no option {name!r}.{hint} The options are {', '.join(names)}.")
+                raise UserError(
+                    f"LLM has no option {name!r}.{did_you_mean(name, names)} The options are {', '.join(names)}."
+                )
         return cls(**options)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The command line prints the sentence and exits with `exit_code`; it knows nothing else about errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -60,3 +61,9 @@ class EngineDeadError(TinyserveError):
 
 class HubError(TinyserveError):
     """A download failed: no network, a gated or missing repository, a full disk."""
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """A sentence, with a space before it, that names the nearest of the known names; empty where none is near."""
+    nearest = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,6 +1,6 @@
 """The user's API: text in, text out.
 
-Builds the runner and the engine and hands them down; knows nothing of kernels, files or the network beyond whom to ask.
+The engine is built by loading.py and stepped by its own thread; nothing is known here of kernels, files or the network.
 """
 
 import logging
@@ -109,10 +109,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
 
-        One SamplingParams serves all prompts, a list has one for each; without, the model's own do. Those of a lower
+        Give one SamplingParams for all prompts or a list of them; by default the model's own. Prompts of a lower
         `priority`, one number or one for each, are computed first. On a terminal several prompts have a progress bar,
-        unless `progress_bar` says otherwise. Raises RequestError for a prompt that cannot be served, before any is, and
-        why a request failed; where others did not, an IncompleteError that has their answers.
+        unless `progress_bar` says otherwise. Raises RequestError before any work where a prompt is refused; the
+        first error where all requests failed; where only some did, an IncompleteError that has the outputs of all.
         """
         batch = as_prompts(prompts)
         params = self._params(sampling_params, len(batch))
@@ -179,7 +179,7 @@ class LLM:
     def stream_chat(
         self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **options: Any
     ) -> "Stream":
-        """The same for one conversation, as a stream."""
+        """Answer one conversation as a stream; options and errors are those of `chat_request`."""
         return self.stream(*self.chat_request(messages, sampling_params, **options))
 
     def chat_request(
@@ -269,7 +269,7 @@ class LLM:
         return outputs
 
     def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
-        """The answers to be of one prompt, not yet queued: `thread.submit` takes the first's sequence.
+        """A RequestState for each answer to a prompt, not queued yet: `thread.submit` takes the first one's sequence.
 
         Raises RequestError for a prompt that cannot be served.
         """
@@ -289,7 +289,7 @@ class LLM:
         self.thread.close()
 
     def take(self, request: RequestState, update: Update) -> None:
-        """Let a request take in an update, and the engine know where a stop string has ended it."""
+        """Apply an update to a request; where a stop string has ended it, finish its sequence in the engine."""
         if request.take(update):
             self.thread.finish(request.sequence, "stop")
         if request.is_reading:

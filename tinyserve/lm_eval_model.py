@@ -1,4 +1,4 @@
-"""The documented import path of `tinyserve.evaluation.lm_eval_model`."""
+"""Where programs import lm-evaluation-harness's model from; it is in evaluation/lm_eval_model.py."""
 
 from tinyserve.evaluation.lm_eval_model import TASKS_FOLDER, TinyserveLM
 

@@ -191,16 +191,16 @@ def load_engine(
         reserve(needs.weight_nbytes + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
     runners: tuple[ModelRunner, ...] = ()
     proposer: Proposer | None = None
-    with default_progress(progress, files.name) as heard, _reported_kernels(heard):
+    with default_progress(progress, files.name) as shown, reported_kernels(shown):
         if draft and plan.draft:
-            engine, runner = build_engine(draft.files, draft.options, plan.draft, heard)
+            engine, runner = build_engine(draft.files, draft.options, plan.draft, shown)
             proposer, runners = DraftModel(engine, draft.num_tokens), (runner,)
         elif speculative:
             proposer = NgramProposer(
                 speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
             )
-        engine, runner = build_engine(files, options, plan, heard, proposer)
-    return LoadedEngine(files, options, plan, engine, heard, (runner, *runners))
+        engine, runner = build_engine(files, options, plan, shown, proposer)
+    return LoadedEngine(files, options, plan, engine, shown, (runner, *runners))
 
 
 def build_engine(
@@ -246,7 +246,7 @@ def _cache_needs(files: ModelFiles, options: EngineOptions) -> CacheNeeds:
 
 
 @contextmanager
-def _reported_kernels(progress: Progress) -> Iterator[None]:
+def reported_kernels(progress: Progress) -> Iterator[None]:
     """Within, each kernel that is compiled is reported, with how many there have been."""
     compiled = 0
 
@@ -298,7 +298,7 @@ def check_vocabulary(draft: ModelFiles, target: ModelFiles) -> None:
     sizes = draft.config.vocab_size, target.config.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{draft.name} cannot guess for {target.name}: its vocabulary has {sizes[0]} tokens and that of "
+            f"{draft.name} cannot draft for {target.name}: its vocabulary has {sizes[0]} tokens and that of "
             f"{target.name} {sizes[1]}. Name a draft model of the same family."
         )
     if draft.tokenizer is None or target.tokenizer is None:
@@ -307,6 +307,6 @@ def check_vocabulary(draft: ModelFiles, target: ModelFiles) -> None:
         pieces = [tokenizer.token_bytes(token, False) for tokenizer in (draft.tokenizer, target.tokenizer)]
         if pieces[0] != pieces[1]:
             raise UserError(
-                f"{draft.name} cannot guess for {target.name}: token {token} is {pieces[0]!r} to the one and "
+                f"{draft.name} cannot draft for {target.name}: token {token} is {pieces[0]!r} to the one and "
                 f"{pieces[1]!r} to the other. Name a draft model with the same tokenizer."
             )

@@ -1,6 +1,6 @@
 """From scheduled sequences to sampled tokens: builds the batch, runs the model, has it sampled. Owns the cache.
 
-The highest layer that knows arrays. It does not choose what runs, and has never heard of text.
+The highest layer that makes arrays: above, they are only handed on. It neither chooses what runs nor knows text.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from tinyserve.tensor import _jit
 Array = np.ndarray
 T = TypeVar("T")
 
-_ROWS = 64  # of a prompt's logits at a time: 13 MB for a vocabulary of 49,152
+_ROWS = 64  # rows of a prompt's logits computed at a time: 13 MB for a vocabulary of 49,152
 
 
 class ModelRunner:
@@ -56,7 +56,7 @@ class ModelRunner:
             hidden = self.model(batch, self.cache)  # (tokens, hidden)
             for work, first in zip(scheduled, batch.starts[:-1], strict=True):
                 if work.sequence.params.prompt_logprobs is not None:
-                    self._read_prompt(work.sequence, hidden[first : first + work.num_tokens])
+                    self._add_prompt_logprobs(work.sequence, hidden[first : first + work.num_tokens])
             places = _places_to_sample(scheduled, batch.starts)
             logits = self.model.logits(hidden[[place.row for place in places]])  # (places, vocab)
             sequences, masks = [place.sequence for place in places], list[Array | None]()
@@ -72,8 +72,8 @@ class ModelRunner:
             results.append(tokens if matcher is None else advance_grammar(matcher, tokens))
         return results
 
-    def _read_prompt(self, sequence: Sequence, hidden: Array) -> None:
-        """Log-probabilities of the prompt's tokens that follow these, if they are not known; hidden (tokens, H)."""
+    def _add_prompt_logprobs(self, sequence: Sequence, hidden: Array) -> None:
+        """Append prompt log-probabilities of the tokens after these positions, unless known; hidden (tokens, H)."""
         prompt, known, start = sequence.prompt_token_ids, sequence.prompt_logprobs, sequence.cache.num_computed
         end = min(start + len(hidden), len(prompt) - 1)
         for first in range(max(start, len(known) - 1), end, _ROWS):
@@ -86,7 +86,7 @@ class ModelRunner:
         self.cache.copy_block(source, target)
 
     def copy_state(self, source: int, target: int) -> None:
-        self.cache.copy_slot(source, target)
+        self.cache.copy_state(source, target)
 
     @property
     def scratch_slot(self) -> int:
@@ -125,7 +125,7 @@ class ModelRunner:
                 lock.release()
 
     def _kernels(self, dtype: str) -> str:
-        """A name for the kernels that this model uses, whichever these are: no other model shares it unawares.
+        """A key for the set of kernels that this model compiles; models that may need others get another key.
 
         They follow from the dtypes, the whole config (layers of several kinds have one model_type) and the bits of
         each matrix, which a GGUF file decides: the bytes of all weights tell those apart.
@@ -135,28 +135,28 @@ class ModelRunner:
         return f"{config.model_type}-{dtype}-{kv_cache_dtype}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def _batch(self, work: list[tuple[list[int], CacheState]]) -> Batch:
-        """New tokens of some sequences, each with where they go in the cache: behind its `num_computed`."""
+        """The batch of new tokens: positions from `num_computed` on, slot mapping, block tables, state slots."""
         caches, block_size = [cache for _, cache in work], self.cache.block_size
         for cache in caches:
             if cache.num_computed == 0:
-                self.cache.reset_slot(cache.state_slot)
-        starts = np.array([cache.num_computed for cache in caches])
+                self.cache.reset_state(cache.state_slot)  # a new sequence: its state begins with zeros
+        first_positions = np.array([cache.num_computed for cache in caches])
         counts = np.array([len(token_ids) for token_ids, _ in work])
-        rows = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
-        token_ids = np.fromiter(chain.from_iterable(token_ids for token_ids, _ in work), np.int64, rows[-1])
+        starts = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
+        token_ids = np.fromiter(chain.from_iterable(token_ids for token_ids, _ in work), np.int64, starts[-1])
         sequence_of = np.repeat(np.arange(len(work)), counts)
-        positions = np.arange(rows[-1]) + (starts - rows[:-1])[sequence_of]
+        positions = np.arange(starts[-1]) + (first_positions - starts[:-1])[sequence_of]
         width = max(len(cache.block_table) for cache in caches)
         padding = [0] * width
         tables = np.array([(cache.block_table + padding)[:width] for cache in caches], np.int32)
         slot_mapping = tables[sequence_of, positions // block_size].astype(np.int64) * block_size
         slot_mapping += positions % block_size
         state_indices = np.array([cache.state_slot for cache in caches])
-        return Batch(token_ids, positions, slot_mapping, sequence_of, tables, rows, state_indices)
+        return Batch(token_ids, positions, slot_mapping, sequence_of, tables, starts, state_indices)
 
 
 class Masks(Protocol):
-    """Fills the bit masks of grammars, in a thread of its own."""
+    """Fills grammar masks (token bitmasks) in a thread of its own."""
 
     def start(self, matchers: list[Any], drafts: SequenceOf[SequenceOf[int]]) -> None:
         """Begin; a matcher may be None, and has draft tokens behind its place."""
@@ -166,7 +166,7 @@ class Masks(Protocol):
 
 
 class _Place(NamedTuple):
-    """A place that is sampled from: behind a sequence's last token, or behind some of its draft tokens."""
+    """A position to sample at (vLLM's logits_indices): after a sequence's last token, or after a draft token."""
 
     sequence: Sequence
     row: int  # of the batch: the token before it
@@ -183,7 +183,7 @@ def _places_to_sample(scheduled: list[Scheduled], starts: Array) -> list[_Place]
 
 
 def accept_draft(draft_tokens: SequenceOf[int], sampled: list[Sampled]) -> list[Sampled]:
-    """The tokens before the first rejection and the one sampled there; of what was sampled behind each draft token.
+    """The accepted draft tokens and one token more; `sampled[i]` was sampled in the place of `draft_tokens[i]`.
 
     A draft token is accepted where it is what was sampled in its place (greedily, or with the request's own random
     numbers), which keeps every answer as it would be without it.
@@ -195,7 +195,7 @@ def accept_draft(draft_tokens: SequenceOf[int], sampled: list[Sampled]) -> list[
 
 
 def advance_grammar(matcher: Any, sampled: list[Sampled]) -> list[Sampled]:
-    """The tokens, taken in by their grammar, as far as it goes; or why there is none."""
+    """Advance a grammar by sampled tokens: returns those it took, or its error where it took none."""
     for i, one in enumerate(sampled):
         if one.error is None:
             matcher.advance(one.token_id)

@@ -83,7 +83,7 @@ class ProgressBar:
 
     @staticmethod
     def _numbers(done: int, total: int, seconds: float) -> str:
-        # By the mean: a step may take minutes, and the first must be enough for a guess.
+        # By the mean: a step may take minutes, and the first must be enough for an estimate.
         left = f", {timedelta(seconds=round(seconds / done * (total - done)))} left" if done else ""
         return f"{done}/{total}{left}"
 
@@ -105,7 +105,7 @@ class LoadProgress:
         self._compiled = 0
         self._last_shown = 0.0
         self._shown = ""
-        self._stage = ""  # the first news of a stage is shown, and then ten a second
+        self._stage = ""  # the first report of a stage is shown, and then ten a second
         self._said: set[str] = set()
         self._downloading: tuple[str, float] | None = None  # what, and since when
         self._doing = "reading the prompt"

@@ -104,7 +104,7 @@ def settings_of(sequences: SequenceOf[Sequence], drafts: SequenceOf[SequenceOf[i
 
 
 def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> list[Logprobs]:
-    """Of each row of logits, that of the chosen token and those of so many of the likeliest."""
+    """For each row of logits the log-probabilities of the chosen token and of the counts[i] likeliest."""
     if not counts:
         return []
     found = log_probabilities(logits, np.asarray(chosen, np.int64), np.array(counts, np.int64))
@@ -112,7 +112,7 @@ def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> 
 
 
 class _Processors:
-    """What one request does to its logits: a method for each of PROCESSORS; its lists are made arrays once."""
+    """The logits processors of one request: a method for each of PROCESSORS, with its lists as arrays."""
 
     def __init__(self, sequence: Sequence, eos_token_ids: frozenset[int], vocab: int):
         self.params = params = sequence.params
@@ -123,7 +123,7 @@ class _Processors:
         self.words = [word for word in sequence.bad_words if max(word) < vocab]
         self.biased = _ids(bias, vocab)
         self.bias = np.array([bias[token] for token in self.biased], np.float32)
-        self.prompt = _ids(sequence.prompt_token_ids if params.penalises else (), vocab)
+        self.prompt = _ids(sequence.prompt_token_ids if params.has_penalties else (), vocab)
         # Beyond this a logit of a billion would be an infinity.
         self.repetition = np.float32(min(1e29, max(1e-29, params.repetition_penalty)))
 
@@ -154,7 +154,7 @@ class _Processors:
             row[self.ends] = -np.inf
 
     def penalties(self, row: Array, said: list[int]) -> None:
-        if self.params.penalises:
+        if self.params.has_penalties:
             others = np.float32(self.params.frequency_penalty), np.float32(self.params.presence_penalty)
             penalise(row, self.prompt, np.array(said, np.int64), self.repetition, *others)
 

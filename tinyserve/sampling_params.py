@@ -2,19 +2,20 @@
 
 What else knows a parameter by name reads its row: range checks, docstrings and the refusals of beam search here, HTTP
 bodies (server/protocol.py), options of the command line (cli/_options.py, cli/_sampling.py), generation_config.json
-(models/config/generation.py), the table in docs/python-api.md. What a parameter does to logits is in tensor/.
+(models/config/generation.py), the table in docs/python-api.md. To add one: a row here, its name in FILTERS of
+tensor/sampling.py with its kernel (or in PROCESSORS, with a method in sampler.py), the same in
+tensor/reference_sampling.py; then scripts/make_option_docs.py and make_cli_docs.py.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
 from functools import cached_property
 from operator import index
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from tinyserve.errors import RequestError
+from tinyserve.errors import RequestError, did_you_mean
 
 # --- a table of options: what a row says, and what follows from it ---------------------------------------------------
 
@@ -73,8 +74,7 @@ class Options:
     @classmethod
     def _reason(cls, name: str) -> str:
         """What follows "has no option": the rest of the sentence, and the way out."""
-        nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=0.4)
-        return f". Did you mean {nearest[0]!r}?" if nearest else "."
+        return f".{did_you_mean(name, cls.__dataclass_fields__)}"
 
     def _check(self) -> None:
         """Raise RequestError for the first option outside its range; a list becomes a tuple."""
@@ -456,13 +456,8 @@ class SamplingParams(Options):
                     message = f"{name} has token id {token}, and the model's vocabulary ends at {size - 1}."
                     raise RequestError(message, param=name)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, whatever was given."""
-        return tuple(self.stop)
-
     @cached_property
-    def penalises(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether tokens that have been said are less likely, or more."""
         return self._asks_for("penalty")
 

@@ -1,4 +1,4 @@
-"""`eval`: its table and its JSON beside evaluate's own numbers, what it refuses, and how it ends."""
+"""`eval`: its table and its JSON beside evaluation/perplexity.py's own numbers, what it refuses, and how it ends."""
 
 import hashlib
 import json

@@ -94,11 +94,11 @@ def test_a_copied_slot_goes_on_as_its_source(folder_of: Callable[[str], Path]) -
     recurrent = [cache.layers[0], cache.layers[2]]
     for i, layer in enumerate(recurrent):
         layer.windows[1], layer.states[1] = i + 1, i + 3
-    cache.copy_slot(1, 2)
+    cache.copy_state(1, 2)
     for i, layer in enumerate(recurrent):
         assert (layer.windows[2] == i + 1).all() and (layer.states[2] == i + 3).all()
         assert not layer.windows[0].any() and not layer.states[0].any()
-    cache.reset_slot(1)
+    cache.reset_state(1)
     for layer in recurrent:
         assert not layer.windows[1].any() and not layer.states[1].any()
         assert layer.windows[2].all() and layer.states[2].all()
@@ -113,7 +113,7 @@ def test_pages_are_for_attention_and_states_for_mamba() -> None:
     pages = cache.layers[1]
     assert pages.keys.nbytes + pages.values.nbytes == 4 * KVCache.block_nbytes(config, 16)
     plain = KVCache(parse_config(CONFIGS["granite"]), num_blocks=1, block_size=16, num_slots=100)
-    plain.reset_slot(99)  # nothing to forget
+    plain.reset_state(99)  # nothing to forget
     assert all(hasattr(layer, "keys") for layer in plain.layers)
 
 

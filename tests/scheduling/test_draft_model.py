@@ -194,14 +194,14 @@ def test_a_shorter_context_ends_the_drafts(folder_of: Callable[[str], Path], llm
 
 def test_vocabularies_must_be_the_same(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     other = checkpoints.write_folder(tmp_path / "other", checkpoints.CONFIGS["llama"] | {"vocab_size": 300})
-    with pytest.raises(UserError, match=r"other cannot guess for .*gpt2: its vocabulary has 300 tokens and .* 261"):
+    with pytest.raises(UserError, match=r"other cannot draft for .*gpt2: its vocabulary has 300 tokens and .* 261"):
         with_draft(folder_of("gpt2"), other)
     renamed = checkpoints.write_folder(tmp_path / "renamed", checkpoints.CONFIGS["llama"])
     tokenizer = json.loads((renamed / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (renamed / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match=r"renamed cannot guess for .*gpt2: token 65 is b'B' to the one and b'A'"):
+    with pytest.raises(UserError, match=r"renamed cannot draft for .*gpt2: token 65 is b'B' to the one and b'A'"):
         with_draft(folder_of("gpt2"), renamed)
 
 

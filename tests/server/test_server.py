@@ -486,7 +486,7 @@ def test_a_full_queue_says_when_to_come_again(folder_of: Callable[[str], Path]) 
             threads[0].start()
             assert started.wait(60)
             threads[1].start()
-            wait_until(lambda: server.state.pool.default.open == 2)
+            wait_until(lambda: server.state.pool.default.num_open == 2)
             refused = server.post(TEXT, {"prompt": "ab"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -533,7 +533,7 @@ def test_who_hangs_up_is_not_answered_any_longer(folder_of: Callable[[str], Path
             with socket.create_connection((url.host, url.port)) as connection:
                 connection.sendall(f"{head}{body}".encode())
                 assert started.wait(60)
-            wait_until(lambda: server.state.pool.default.open == 0)
+            wait_until(lambda: server.state.pool.default.num_open == 0)
         finally:
             release.set()
         wait_until(lambda: server.metric("tinyserve_cache_blocks_used") == 0)
@@ -558,7 +558,7 @@ def test_a_dead_engine_is_told_everywhere(folder_of: Callable[[str], Path]) -> N
         assert started.wait(60)
         for thread in threads[1:]:
             thread.start()
-        wait_until(lambda: server.state.pool.default.open == 4)
+        wait_until(lambda: server.state.pool.default.num_open == 4)
 
         def broken(_: Any) -> Any:
             raise SystemError("a mistake of the engine's own")

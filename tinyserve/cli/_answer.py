@@ -1,4 +1,4 @@
-"""What `ask` and its subcommands share: a prompt in, a streamed answer and its statistics out.
+"""What commands that load a model share: loading it, a prompt in, a streamed answer and its statistics out.
 
 Knows the terminal; ask.py finds the model on the command line, and _backends.py reaches it.
 """

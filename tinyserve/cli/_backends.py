@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UserError
 from tinyserve.progress import LoadProgress
+from tinyserve.server.options import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from tinyserve.llm import StreamChunk
     from tinyserve.server.client import Answer
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
-API_KEY = "TINYSERVE_API_KEY"
 
 
 class Completion(Protocol):
@@ -57,7 +57,7 @@ def find_backend(
     for option, said in (("--dtype", dtype != "auto"), ("--threads", threads is not None)):
         if said:
             raise UserError(f"{option} is the server's to decide: leave it out, or leave out --server.")
-    return RemoteBackend(server, api_key or os.environ.get(API_KEY), model)
+    return RemoteBackend(server, api_key or os.environ.get(API_KEY_VARIABLE), model)
 
 
 # --- a model in this process ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Names that a shell completes: models, variants, dtypes. Each function takes the beginning of a word.
+"""Names that a shell completes: models, downloads, dtypes. Each function takes the beginning of a word.
 
 Knows where names come from; it opens no model and no network.
 """

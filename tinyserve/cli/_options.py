@@ -16,6 +16,7 @@ from tinyserve.engine_options import EngineOptions, Flag
 from tinyserve.errors import UserError
 from tinyserve.models import dtypes
 from tinyserve.sampling_params import Param, SamplingParams
+from tinyserve.server.options import API_KEY_VARIABLE
 
 Model = Annotated[
     str,
@@ -56,7 +57,7 @@ ApiKey = Annotated[
     str | None,
     typer.Option(
         metavar="KEY",
-        help="The key that the server asks for.  [default: TINYSERVE_API_KEY in the environment]",
+        help=f"The key that the server asks for.  [default: {API_KEY_VARIABLE} in the environment]",
     ),
 ]
 

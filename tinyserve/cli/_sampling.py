@@ -85,7 +85,7 @@ def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
     ]
     if params.temperature:
         lines += [(name, f"{getattr(params, name):g}") for name in _FILTERS]
-    if params.penalises:
+    if params.has_penalties:
         lines.append(("repetition_penalty", f"{params.repetition_penalty:g}"))
     lines.append(("max_tokens", str(params.max_tokens)))
     lines = [(name, f"{words}  [{origins[name]}]" if name in origins else words) for name, words in lines]

@@ -1,4 +1,4 @@
-"""`tinyserve ask`: one question, one answer. A subcommand an architecture, and any other model in the same place.
+"""`tinyserve ask`: one question, one answer. A subcommand a family, and any other model in the same place.
 
 Knows how a command line names a model; _backends.py reaches it, and _answer.py prints its answer.
 """

@@ -17,6 +17,7 @@ from tinyserve.checkpoints import presets
 from tinyserve.cli._eval_tasks import LIST, evaluate_tasks, print_list
 from tinyserve.cli._options import Model, Threads
 from tinyserve.errors import TinyserveError, UserError
+from tinyserve.models.dtypes import HELP
 
 if TYPE_CHECKING:
     from tinyserve.evaluation.perplexity import Row
@@ -39,8 +40,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="DTYPE",
-            help="float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 or w4a8; can be given several times.  "
-            "[default: auto]",
+            help=f"{HELP.removesuffix('.')}; can be given several times.  [default: auto]",
         ),
     ] = None,
     against: Annotated[

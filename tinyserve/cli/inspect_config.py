@@ -168,7 +168,8 @@ def _show_memory(console: Any, report: dict[str, Any]) -> None:
     console.print(
         Text(
             f"One sequence with {roofline['context']} tokens in its cache (bfloat16, but float32 with float32), "
-            f"memory read at {roofline['bandwidth_gb_per_s']:g} GB/s (--bandwidth; 40 is an assumption).",
+            f"memory read at {roofline['bandwidth_gb_per_s']:g} GB/s "
+            f"(--bandwidth; {DEFAULT_BANDWIDTH:g} is an assumption).",
             style="dim",
         )
     )

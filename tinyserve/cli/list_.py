@@ -1,4 +1,4 @@
-"""`tinyserve list`: the models on this disk, or every preset. It knows only `hub.cached` and the presets."""
+"""`tinyserve list`: the models on this disk, or every preset. It knows only the hub's cache and the presets."""
 
 from typing import Annotated, Any
 

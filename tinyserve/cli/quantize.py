@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from tinyserve.cli._options import Model
+from tinyserve.models.dtypes import INTEGER_HELP
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder to write, which must not exist yet.")],
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="int8 (w8a16), w8a8, int4 (w4a16) or w4a8.")] = "int8",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help=INTEGER_HELP)] = "int8",
 ) -> None:
     """Write a model with its weights packed.
 
@@ -29,20 +30,14 @@ def quantize(
       tinyserve ask ./smollm2-int4 "What is the capital of France?"
     """
     from tinyserve import quantize as packing
+    from tinyserve.loading import reported_kernels
     from tinyserve.models.dtypes import resolve_dtype
     from tinyserve.progress import LoadProgress, size
     from tinyserve.tensor import _jit
 
-    start, compiled = perf_counter(), 0
-    with LoadProgress(model) as progress:
-
-        def report(kernel: str) -> None:
-            nonlocal compiled
-            compiled += 1
-            progress(f"compile {kernel}", compiled, 0)
-
-        with _jit.on_compile(report), _jit.one_at_a_time(_jit.usable_cores()):
-            nbytes, files = packing.write(model, out, dtype, progress)
+    start = perf_counter()
+    with LoadProgress(model) as progress, reported_kernels(progress), _jit.one_at_a_time(_jit.usable_cores()):
+        nbytes, files = packing.write(model, out, dtype, progress)
     seconds = perf_counter() - start
     several = f" in {files} files" if files > 1 else ""
     print(f"{out} has {model} in {resolve_dtype(dtype)}: {size(nbytes)} of weights{several} ({seconds:.1f} s).")

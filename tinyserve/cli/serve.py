@@ -13,9 +13,7 @@ from tinyserve.cli import _names
 from tinyserve.cli._options import check_range, engine_options, with_options
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
-from tinyserve.server.options import ServeOptions
-
-KEY_VARIABLE = "TINYSERVE_API_KEY"
+from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 
 
 @with_options(engine=engine_options())
@@ -36,7 +34,9 @@ def serve(
     ] = ServeOptions.port,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"Keys, one a line, of which clients need one. {KEY_VARIABLE} has one, too."),
+        typer.Option(
+            metavar="FILE", help=f"Keys, one a line, of which clients need one. {API_KEY_VARIABLE} has one, too."
+        ),
     ] = None,
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Let everybody in who reaches an address beyond this machine.")
@@ -55,7 +55,10 @@ def serve(
         typer.Option(metavar="GB", help="For all models; idle ones make room.  [default: 80 % of what is free]"),
     ] = None,
     ngram: Annotated[
-        bool, typer.Option("--ngram", help="Guess what repeats the prompt, and check several tokens a step.")
+        bool,
+        typer.Option(
+            "--ngram", help="Speculative decoding: draft what repeats the prompt, and check several tokens a step."
+        ),
     ] = False,
     tool_format: Annotated[
         str | None,
@@ -125,7 +128,7 @@ def names(models: list[str]) -> dict[str, str]:
 
 def keys(file: Path | None) -> list[str]:
     """The API keys of the environment and of a file; raises UserError for a file without any, or keys that are odd."""
-    found = [os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else []
+    found = [os.environ[API_KEY_VARIABLE]] if API_KEY_VARIABLE in os.environ else []
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")

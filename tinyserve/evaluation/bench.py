@@ -107,7 +107,7 @@ def plan(
     if synthetic and weights > memory:
         raise UserError(
             f"The weights take {size(weights)} in {dtype}, and {size(memory)} of memory are free: take "
-            f"--dtype {'int8 or int4' if dtype in ('float32', 'bfloat16') else 'int4'}, or a smaller model."
+            f"--dtype {'int4' if WEIGHT_DTYPES[dtype].is_integer else 'int8 or int4'}, or a smaller model."
         )
     budget = max(0, memory - weights) // 2
     fitting, skipped = [], []

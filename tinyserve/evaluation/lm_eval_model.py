@@ -17,7 +17,7 @@ from tinyserve.progress import ProgressBar, renamed
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.text.chat_template import ChatTemplate
 
-TASKS_FOLDER = str(files("tinyserve") / "tasks" / "harness")  # TaskManager(include_path=TASKS_FOLDER)
+TASKS_FOLDER = str(files("tinyserve.evaluation") / "tasks" / "harness")  # TaskManager(include_path=TASKS_FOLDER)
 MAX_GEN_TOKS = 256  # where a task does not say, as in the harness's own classes
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 

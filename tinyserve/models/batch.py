@@ -20,4 +20,4 @@ class Batch:
     sequence_of: Array  # (tokens,) int64: row of block_tables
     block_tables: Array  # (sequences, most blocks) int32
     starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
-    state_indices: Array  # (sequences,) int64: which row of a recurrent layer's memory is whose
+    state_indices: Array  # (sequences,) int64: each sequence's state slot, its row of the recurrent states

@@ -3,11 +3,10 @@
 Names and numbers only. How a matrix is packed is told by matrix.py, how pages are laid out by kv_cache.py.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Final
 
-from tinyserve.errors import UserError
+from tinyserve.errors import UserError, did_you_mean
 
 SCALE_BYTES: Final = 2  # a float16 for each group of inputs
 
@@ -49,6 +48,7 @@ ALIASES: Final = {"int8": "w8a16", "auto": "w8a16", "int4": "w4a16", "fp32": "fl
 SHOWN: Final = ("auto", "float32", "bfloat16", "int8", "w8a8", "int4", "w4a8")
 REPORTED: Final = ("float32", "bfloat16", "int8", "int4")  # what memory is told of by default
 HELP: Final = "float32, bfloat16, int8 (w8a16; what auto means), w8a8, int4 (w4a16) or w4a8."
+INTEGER_HELP: Final = "int8 (w8a16), w8a8, int4 (w4a16) or w4a8."
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,9 @@ def weight_dtype(name: str) -> WeightDtype:
     dtype = WEIGHT_DTYPES.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if dtype is not None:
         return dtype
-    nearest = difflib.get_close_matches(str(name), (*WEIGHT_DTYPES, *ALIASES), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(
-        f"dtype {name!r} is not built; there are {', '.join(WEIGHT_DTYPES)}, and int8 and auto for w8a16.{hint}"
+        f"dtype {name!r} is not built; there are {', '.join(WEIGHT_DTYPES)}, and int8 and auto for w8a16."
+        f"{did_you_mean(str(name), (*WEIGHT_DTYPES, *ALIASES), 0.6)}"
     )
 
 

@@ -45,7 +45,7 @@ class Mamba:
         self.time_step_limit, self.eps = config.time_step_limit, np.float32(config.rms_norm_eps)
 
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array) -> Array:
-        """x (tokens, hidden) -> onto + the answer (tokens, hidden); the sequences' windows and states move on."""
+        """x (tokens, hidden) -> onto + the output (tokens, hidden); the sequences' windows and states move on."""
         projected = self.in_proj(x)  # (tokens, gate | x, B, C | dt)
         where = batch.starts, batch.state_indices
         xBC = mamba2.causal_conv1d(projected, self.inner, self.conv_weight, self.conv_bias, cache.windows, *where)
@@ -63,7 +63,7 @@ class Mixture:
         self.count, self.top_k = count, top_k
 
     def __call__(self, x: Normed, onto: Array) -> Array:
-        """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
+        """x (tokens, hidden) -> onto + the output (tokens, hidden)."""
         ids, weights = moe.route(self.router(x), self.top_k)
         order, offsets = moe.group_by_expert(ids, self.count)
         rows = moe.gather_rows(x.x, order)  # (tokens·k, hidden), expert by expert

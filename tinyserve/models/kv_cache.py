@@ -1,4 +1,4 @@
-"""What sequences remember: of attention layers pages of keys and values, of recurrent layers a state of fixed size.
+"""The KV cache: pages of keys and values for attention layers, a state of fixed size for recurrent layers.
 
 Knows what a block and a state cost; which block and which slot belongs to whom is told by ints from above.
 """
@@ -32,8 +32,8 @@ class LayerCache(NamedTuple):
 class LayerState(NamedTuple):
     """One Mamba layer's memory, a row for each slot, as tensor/mamba2.py updates it in place."""
 
-    windows: Array  # (slots, d_conv - 1, channels) float32: the newest inputs of the convolution
-    states: Array  # (slots, heads, d_state, d_head) float32
+    windows: Array  # conv state (slots, d_conv - 1, channels) float32: the convolution's last inputs
+    states: Array  # SSM state (slots, heads, d_state, d_head) float32
 
 
 class KVCache:
@@ -48,11 +48,10 @@ class KVCache:
         """Raises UserError, with the numbers, where the system refuses the memory."""
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.num_slots = num_slots
         self.dtype = dtype
         self._states: list[LayerState] = []
         self._pages: list[LayerCache] = []
-        self.layers: list[Any] = []  # LayerCache or LayerState: what the block of this number asks for
+        self.layers: list[Any] = []  # by layer number: a LayerCache or a LayerState
         try:
             for kind in config.layer_types:
                 if kind == MAMBA:
@@ -74,13 +73,13 @@ class KVCache:
                 f"max_model_len or max_num_seqs, or set kv_cache_memory."
             ) from None
 
-    def reset_slot(self, slot: int) -> None:
+    def reset_state(self, slot: int) -> None:
         """Forget what a slot's last owner left there: a sequence begins with zeros."""
         for layer in self._states:
             layer.windows[slot] = 0
             layer.states[slot] = 0
 
-    def copy_slot(self, source: int, target: int) -> None:
+    def copy_state(self, source: int, target: int) -> None:
         """Make one slot remember what another does."""
         for layer in self._states:
             layer.windows[target] = layer.windows[source]
@@ -103,7 +102,7 @@ class KVCache:
 
 def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> LayerCache:
     heads, width, kept = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
-    scales = (num_blocks, heads, block_size) if dtype == "int8" else (0, 0, 0)
+    scales = (num_blocks, heads, block_size) if KV_CACHE_DTYPES[dtype].scale_bytes else (0, 0, 0)
     return LayerCache(
         np.zeros((num_blocks, heads, config.head_dim, block_size), kept),
         np.zeros((num_blocks, heads, block_size, width), kept),

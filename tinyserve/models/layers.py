@@ -22,7 +22,7 @@ _NO_ALIBI.flags.writeable = False
 
 @dataclass(frozen=True, slots=True)
 class Normed:
-    """A norm and what it is of: computed by the product that reads it, row by row, in the same pass."""
+    """A norm that is not applied yet: the matrix product that reads `x` normalises each row in the same pass."""
 
     x: Array
     norm: Norm
@@ -38,7 +38,7 @@ class Normed:
 class Linear:
     """onto + activation(scale · (x · Wᵀ + b)), where x may be behind a norm: one kernel.
 
-    `width` columns come out: as many as W has rows, but for an activation that makes one number of two.
+    `width` is the number of output columns: the rows of W, or half of them for SwiGLU, which makes one of two.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class MLP:
         self.up, self.down = up, down
 
     def __call__(self, x: Array | Normed, onto: Array) -> Array:
-        """x (tokens, hidden) -> onto + the answer (tokens, hidden)."""
+        """x (tokens, hidden) -> onto + the output (tokens, hidden)."""
         return self.down(self.up(x), onto)
 
 
@@ -178,7 +178,7 @@ class Attention:
         self.qk_norm = qk_norm
 
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerCache, onto: Array) -> Array:
-        """x (tokens, hidden) -> onto + the answer (tokens, hidden); each token sees its own sequence up to itself."""
+        """x (tokens, hidden) -> onto + the output (tokens, hidden); each token sees its own sequence up to itself."""
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
         if self.qk_norm is not None:
             self.qk_norm(qkv, self.heads, self.kv_heads)

@@ -1,7 +1,7 @@
 """Llama, and what is built like it: Llama 1 to 3, TinyLlama, SmolLM2, Mistral.
 
 Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al. 2024, arXiv:2407.21783; Jiang et al. 2023,
-arXiv:2310.06825. RMSNorm before each half, rotary positions, grouped keys, a gated MLP.
+arXiv:2310.06825. Pre-norm by RMSNorm, rotary positions, grouped-query attention, a gated MLP.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from tinyserve.models.layers import MLP, Attention, Block, Rope
 
 
 class Llama(DecoderModel):
-    """Grouped attention and a gated MLP, each behind an RMSNorm."""
+    """Grouped-query attention and a gated MLP, each after an RMSNorm."""
 
     def __init__(self, config: LlamaConfig, loader: Loader):
         rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)

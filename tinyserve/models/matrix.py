@@ -1,6 +1,6 @@
 """How weights are kept: the policy that turns one float32 matrix into what a kernel multiplies with.
 
-Knows dtypes and their kernels; it does not know which layer a matrix belongs to, beyond "embedding" and "not".
+Knows dtypes and their kernels; it does not know which layer a matrix belongs to.
 """
 
 from abc import ABC, abstractmethod
@@ -149,7 +149,7 @@ def pack_parts(parts: Iterable[Array], shape: tuple[int, int], dtype: str) -> Ma
     """The same for a matrix whose rows come in parts, each of them but the last a multiple of quant.BLOCK."""
     kind = WEIGHT_DTYPES[dtype]
     if not kind.is_integer:
-        panels = ((quant.pack_float(part, bfloat16=dtype == "bfloat16"),) for part in parts)
+        panels = ((quant.pack_float(part, bfloat16=kind.weight_bits == 16),) for part in parts)
         return FloatMatrix(shape, *stack_panels(panels, shape[0]))
     packed = stack_panels((_pack_integers(part, dtype) for part in parts), shape[0])
     return IntegerMatrix(shape, quant.Packed(*packed), kind.activation_bits)

@@ -21,7 +21,7 @@ class CachedBlock(NamedTuple):
 
 
 class BlockManager:
-    """Hands out block numbers and takes them back; who shares a block (reference count above 1) only reads it.
+    """Allocates the blocks that block tables list; one that is shared (reference count above 1) is only read.
 
     A block with reference count 0 is free. Its prefixes stay in the cache until it is allocated again: blocks without
     prefixes go first, then the least recently used. `on_evict` is called with the id of each prefix that is lost.
@@ -34,7 +34,7 @@ class BlockManager:
         self._uncached_free = deque(range(num_blocks))
         self._cached_free: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._cached: dict[tuple[int, tuple[int, ...]], CachedBlock] = {}  # by parent prefix and tokens
-        self._keys_of: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # of a block: each extends the one before
+        self._keys_of: dict[int, list[tuple[int, tuple[int, ...]]]] = {}  # by block; each extends the key before it
         self._prefix_ids = count(ROOT_PREFIX + 1)
 
     @property
@@ -101,7 +101,7 @@ class BlockManager:
         return self._cached.get((parent, tokens))
 
     def evict(self, blocks: list[int]) -> None:
-        """Drop the prefixes of held blocks: who shares one keeps it, and nobody finds it any more."""
+        """Remove held blocks from the prefix cache: their holders keep them, no other sequence finds them."""
         for block in blocks:
             if block in self._keys_of:
                 self._evict(block)

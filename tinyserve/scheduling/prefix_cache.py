@@ -131,10 +131,6 @@ class StatePrefixCache(BlockPrefixCache):
         self._snapshots: OrderedDict[int, Snapshot] = OrderedDict()
         self.blocks.on_evict = self._drop
 
-    @property
-    def num_snapshots(self) -> int:
-        return len(self._snapshots)
-
     def reusable_prefix(self, token_ids: list[int]) -> Prefix:
         chain, size = self._chain(token_ids), self.blocks.block_size
         depth = {cached.prefix_id: i + 1 for i, cached in enumerate(chain)} | {ROOT_PREFIX: 0}

@@ -18,7 +18,7 @@ from tinyserve.scheduling.speculative import MAX_DRAFT_TOKENS, MAX_DRAFTING_SEQS
 
 
 class CacheCopier(Protocol):
-    """The memory behind block and slot numbers: a runner's."""
+    """Copies blocks and recurrent states in the cache's memory; the runner does."""
 
     def copy_block(self, source: int, target: int) -> None:
         """Make a block hold what another does."""
@@ -28,7 +28,7 @@ class CacheCopier(Protocol):
 
 
 def queue_order(sequence: Sequence) -> tuple[int, int]:
-    """Who comes first, waiting and running: by priority, then first come, first served."""
+    """The policy of both queues, and of preemption (last first): priority, FCFS. It must not change while queued."""
     return sequence.priority, sequence.request_id
 
 
@@ -53,8 +53,8 @@ class Scheduler:
     ):
         """`running_slots` are the state slots of running sequences: so many run at once, if the token budget allows."""
         self.copier, self.blocks, self.max_model_len = copier, blocks, max_model_len
-        # Each that decodes gets a token in every step: siblings could be more than the budget holds, and would stall
-        # all those behind them until they end.
+        # Each decoding sequence takes a token of the budget in every step: with more of them than the budget holds,
+        # which siblings could be, the last ones would starve.
         self.max_num_seqs = min(len(running_slots), max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefix_cache = prefix_cache or NoPrefixCache(blocks)
@@ -79,7 +79,7 @@ class Scheduler:
     def remove(self, sequence: Sequence, keep_state: bool) -> None:
         """Take a sequence out of its queue and free what it holds; its siblings wait on their own from now on.
 
-        `keep_state`: its recurrent state is that of its computed tokens, so that others may go on from it.
+        `keep_state`: its state is valid at `num_computed`, so the prefix cache may take a snapshot of it.
         """
         if sequence.is_running:
             self._stop_running(sequence, keep_state)
@@ -97,8 +97,8 @@ class Scheduler:
         self._stop_running(sequence, keep_state=True)
         self.add(sequence)
 
-    def recompute(self, scheduled: list[Scheduled]) -> None:
-        """A step has failed: a state may have moved on and cannot go back, so all of it begins again from the start."""
+    def requeue_failed(self, scheduled: list[Scheduled]) -> None:
+        """Requeue the sequences of a failed step; states may be wrong, so they go on from the prefix cache alone."""
         for work in scheduled:
             if work.sequence.is_running:
                 self._stop_running(work.sequence, keep_state=False)
@@ -107,7 +107,7 @@ class Scheduler:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> list[Scheduled]:
-        """What the next step computes; empty where nothing runs, or texts that are only read have the blocks."""
+        """What the next step computes; empty without work, and while prefill-only texts hold the blocks."""
         self.scheduled = []
         for sequence in list(self.running):
             self._start_siblings(sequence)
@@ -117,7 +117,7 @@ class Scheduler:
         budget = self._schedule_running(decoding, self.max_num_batched_tokens)
         budget = self._add_draft_tokens(budget)
         budget = self._schedule_running([s for s in self.running if not _is_decoding(s)], budget)
-        # Where blocks have run out, a newcomer would only take those of the next in need.
+        # Admit nobody after a preemption: running sequences need the free blocks next.
         if self.num_preemptions == num_preemptions:
             self._admit(budget)
         return self.scheduled
@@ -142,7 +142,7 @@ class Scheduler:
             self.speculation.record_step(num_tokens, seconds)
 
     def take_snapshot(self, sequence: Sequence) -> None:
-        """Have the prefix cache keep where a sequence is now, as a place to go on from."""
+        """Have the prefix cache take a snapshot of a sequence at its current position."""
         self.prefix_cache.take_snapshot(sequence, self.copier.copy_state)
 
     def _schedule_running(self, sequences: list[Sequence], budget: int) -> int:
@@ -159,7 +159,7 @@ class Scheduler:
         return budget
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """Chunked prefill: how many tokens come next. A chunk ends where siblings or a snapshot start from, too."""
+        """Chunked prefill: how many tokens come next. A chunk also ends where siblings fork or a snapshot is due."""
         done, end = sequence.cache.num_computed, len(sequence.token_ids)
         if sequence.siblings:
             end = len(sequence.prompt_token_ids) - 1
@@ -172,7 +172,7 @@ class Scheduler:
     def _add_draft_tokens(self, budget: int) -> int:
         """Put draft tokens behind those that decode; returns the budget that is left.
 
-        They take neither a token of this step that another sequence could have, nor a block that one may need next.
+        They use only budget that no other sequence has a use for, and blocks that no running sequence needs next.
         """
         if self.speculation is None:
             return budget
@@ -217,7 +217,7 @@ class Scheduler:
 
     @property
     def watermark_blocks(self) -> int:
-        """Free blocks that an admission leaves to those that run.
+        """The watermark: free blocks that admission leaves to running sequences.
 
         Each of them needs another block within `block_size` steps, a quarter of them within a quarter of that. If there
         were none, the first to need one would preempt the newcomer, and its prefill would have been for nothing.
@@ -225,7 +225,7 @@ class Scheduler:
         return len(self.running) // 4
 
     def _admit(self, budget: int) -> None:
-        """Let those that wait run, in their order: who does not fit yet is overtaken by nobody."""
+        """Admit waiting sequences in queue order; one that does not fit is not overtaken."""
         while budget and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self._try_start(sequence):
@@ -242,19 +242,19 @@ class Scheduler:
             return False  # before the prefix is looked up, since this may be asked at every step
         if self._start(sequence, self._reusable_prefix(sequence)):
             return True
-        # A block to be copied and its copy may be one more than there are: then all of it is computed. If that fails,
-        # a text that is only read has the other blocks.
+        # A partial block and its copy may need one block too many: then start without the prefix. If that fails too,
+        # a prefill-only text holds the other blocks.
         return not self.running and self._start(sequence, Prefix())
 
     def _reusable_prefix(self, sequence: Sequence) -> Prefix:
-        """What need not be computed: nothing, as long as the prompt's own log-probabilities are asked for."""
+        """The cached prefix to start after; none while prompt log-probabilities are still to be computed."""
         asks = sequence.params.prompt_logprobs is not None
         if asks and len(sequence.prompt_logprobs) < len(sequence.prompt_token_ids):
             return Prefix()
         return self.prefix_cache.reusable_prefix(sequence.token_ids)
 
     def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
-        """Let a sequence run from the end of `prefix`; False where not all its tokens find blocks."""
+        """Let a sequence run from the end of `prefix`; False where too few blocks are free for the rest."""
         partial = [] if prefix.partial_block is None else [prefix.partial_block]
         shared = [*prefix.blocks]
         self.blocks.incref(shared + partial)
@@ -286,7 +286,7 @@ class Scheduler:
         return True
 
     def _start_siblings(self, sequence: Sequence) -> None:
-        """Where all but the last token of a prompt is computed, its other answers go on from there (copy on write).
+        """Fork: when all but the last token of a prompt is computed, its siblings start from there (copy on write).
 
         Each computes the last token itself, since a state cannot be wound back to it.
         """
@@ -362,5 +362,5 @@ class Scheduler:
 
 
 def _is_decoding(sequence: Sequence) -> bool:
-    """Whether it has one token to go, or those of a step with a rejection, after which its state went back."""
+    """Whether it has one token to compute, or also accepted ones that a rollback of its state has taken back."""
     return sequence.num_uncomputed <= 1 + (MAX_DRAFT_TOKENS if sequence.num_output else 0)

@@ -91,12 +91,12 @@ class Metrics:
 class CacheState:
     """What a sequence holds of the cache while it runs; the scheduler replaces all of it when it stops running."""
 
-    block_table: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)  # its blocks of the KV cache, in the order of its tokens
     state_slot: int = -1  # its row of the recurrent layers' states; -1 when it does not run
     num_computed: int = 0  # tokens whose keys, values and state are in the cache
     num_cached_blocks: int = 0  # full blocks that the prefix cache knows
-    prefix_id: int = ROOT_PREFIX  # of those
-    chunk_boundary: int = 0  # a chunk of the prompt ends here, if that is ahead
+    prefix_id: int = ROOT_PREFIX  # the prefix cache's id for the tokens of those blocks
+    chunk_boundary: int = 0  # prefill ends a chunk here, for a snapshot; no effect once passed
     last_snapshot: int = 0  # the prefix cache has a snapshot of the state after this many tokens
 
 
@@ -116,8 +116,8 @@ class Sequence:
     num_delivered: int = 0  # tokens of the answer that were handed over
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])  # nothing is before the first token
-    bad_words: list[list[int]] = field(default_factory=list)  # tokens that do not come one after the other
-    matcher: Any = None  # its grammar's state: the runner's business
+    bad_words: list[list[int]] = field(default_factory=list)  # token sequences that must not be generated
+    matcher: Any = None  # its grammar's state, a text/grammar.py Matcher
     finish_reason: str | None = None
     error: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
@@ -178,7 +178,7 @@ class Scheduled(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """Whether its newest token is reached, so that the next one is sampled."""
+        """Whether this step computes its last token, so that the next one is sampled."""
         return self.num_tokens == self.sequence.num_uncomputed
 
 

@@ -55,7 +55,7 @@ class NgramProposer:
     find out.
     """
 
-    def __init__(self, num_tokens: int = 11, max_ngram: int = 6, min_ngram: int = 1):
+    def __init__(self, num_tokens: int, max_ngram: int, min_ngram: int):
         self.num_tokens, self.max_ngram, self.min_ngram = num_tokens, max_ngram, min_ngram
         self.step_cost = StepCostModel()
         self._indices: dict[Sequence, _NgramIndex] = {}
@@ -174,6 +174,9 @@ class Speculation:
         return list(forced)
 
 
+DRAFT_MODEL_TOKENS = 6  # that a draft model proposes, unless told otherwise: each costs a step of its own
+
+
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How to speculate, under vLLM's names; `dtype` is the draft model's, None is that of the model itself."""
@@ -199,7 +202,7 @@ class SpeculativeConfig:
             raise UserError(
                 f"speculative_config has {unknown[0]!r}; with the method {method} it has {', '.join(_OF[method])}."
             )
-        default = cls() if method == "ngram" else cls(method, num_speculative_tokens=6)
+        default = cls() if method == "ngram" else cls(method, num_speculative_tokens=DRAFT_MODEL_TOKENS)
         config = replace(default, **given)
         config._check()
         return config

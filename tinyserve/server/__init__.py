@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server, and a client. Only this package knows HTTP; models and text belong to lower layers."""
+"""An OpenAI-compatible server, and a client. Models and text belong to lower layers."""

@@ -1,7 +1,7 @@
 """The application: its routes, and the middleware around them.
 
-To add an endpoint: a class of its body in protocol.py; a handler that calls `state.read` for the body and enters
-`state.engine` for the model (tokenize.py has short ones); a Route below; a row in docs/serving.md. A field that has
+To add an endpoint: a class of its body in protocol.py; a handler that reads it by `read(request, Body)` of state.py
+and enters `state_of(request).engine(...)` (see tokenize.py); a Route below; a row in docs/serving.md. A field that has
 another name than the parameter of the Python API it goes to needs a line in aliases.py, so that errors name the field.
 """
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tinyserve import __version__
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.progress import Progress, silent
+from tinyserve.server.options import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from httpx2 import URL, Response
@@ -127,7 +128,7 @@ class Client:
         if status == 401:
             if self._key:
                 return UserError(f"{self.server} refuses this API key{why}")
-            return UserError(f"{self.server} asks for an API key: give --api-key, or set TINYSERVE_API_KEY.")
+            return UserError(f"{self.server} asks for an API key: give --api-key, or set {API_KEY_VARIABLE}.")
         if "Location" in response.headers and 300 <= status < 400:
             to = response.headers["Location"]
             return UserError(f"{self.server} sends us on to {to}: give that address, if it is the server you mean.")
@@ -173,7 +174,7 @@ class Answer:
                 )
             for field, value in events(lines(response.iter_bytes())):
                 if field == "comment":
-                    self._hear(value)
+                    self._report_progress(value)
                 elif value == "[DONE]":
                     return
                 elif piece := self._take(value):
@@ -194,7 +195,7 @@ class Answer:
         assert self.output_tokens is not None
         return (self.output_tokens - 1) / (self._last - self._first)
 
-    def _hear(self, comment: str) -> None:
+    def _report_progress(self, comment: str) -> None:
         """A line that is no data: tinyserve tells in it what the answer waits for; others keep the line open."""
         if match := re.fullmatch(r"(prefill|load|download \S+)(?: .*)? (\d+)/(\d+)", comment):
             self._progress(match[1], int(match[2]), int(match[3]))

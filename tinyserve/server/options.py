@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from tinyserve.engine_options import EngineOptions
 
+API_KEY_VARIABLE = "TINYSERVE_API_KEY"  # in the environment of a server, and of whoever asks one
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:

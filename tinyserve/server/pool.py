@@ -35,7 +35,7 @@ class ServedModel:
     source: str  # a preset, a repo id, a folder or a file
     engine: AsyncEngine | None = None
     nbytes: int = 0  # weights and cache, while it is in memory
-    open: int = 0  # answers in progress or waiting
+    num_open: int = 0  # answers in progress or waiting
     last_used: float = 0.0
     seconds: float = 1.0  # per answer, an exponential moving average
     loading: "asyncio.Task[None] | None" = None
@@ -58,7 +58,7 @@ class ModelPool:
         self.models = {name: ServedModel(name, source) for name, source in models.items()}
         self.options, self.memory, self.max_queue = options, memory, max_queue
         self.max_num_seqs = options.max_num_seqs
-        self._turn = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
 
     @property
     def default(self) -> ServedModel:
@@ -92,15 +92,15 @@ class ModelPool:
         Raises ApiError: 429 if its queue is full, 503 if there is no memory to load it.
         """
         limit = self.max_num_seqs + self.max_queue
-        if model.open and model.open + answers > limit:
+        if model.num_open and model.num_open + answers > limit:
             raise ApiError(
                 429,
-                f"{model.name} has {model.open} answers to give and takes {limit} at a time: ask again later.",
+                f"{model.name} has {model.num_open} answers to give and takes {limit} at a time: ask again later.",
                 code="queue_full",
                 retry_after=self._retry_after(model),
             )
         start = time.monotonic()
-        model.open += answers
+        model.num_open += answers
         try:
             if model.engine is None:
                 await self._load(model, progress)
@@ -108,18 +108,20 @@ class ModelPool:
             yield model.engine
             model.seconds += 0.1 * (time.monotonic() - start - model.seconds)
         finally:
-            model.open -= answers
+            model.num_open -= answers
             model.last_used = time.monotonic()
 
     def _retry_after(self, model: ServedModel) -> int:
         """An estimate of the seconds until the queue has room, from how long answers took."""
-        return max(1, min(60, math.ceil(model.seconds * max(1, model.open - self.max_num_seqs) / self.max_num_seqs)))
+        return max(
+            1, min(60, math.ceil(model.seconds * max(1, model.num_open - self.max_num_seqs) / self.max_num_seqs))
+        )
 
     async def _load(self, model: ServedModel, progress: Progress | None) -> None:
         if progress is not None:
             model.listeners.append(progress)
         if model.loading is None:
-            model.loading = asyncio.create_task(self._load_in_turn(model))
+            model.loading = asyncio.create_task(self._load_locked(model))
         task = model.loading
         try:
             await asyncio.shield(task)  # a client that disconnects does not cancel the load for others
@@ -127,26 +129,26 @@ class ModelPool:
             if progress is not None:
                 model.listeners.remove(progress)
 
-    async def _load_in_turn(self, model: ServedModel) -> None:
+    async def _load_locked(self, model: ServedModel) -> None:
         try:
-            async with self._turn:
+            async with self._load_lock:
                 loop = asyncio.get_running_loop()
 
-                def tell(what: str, done: int, of: int) -> None:
+                def tell(stage: str, done: int, total: int) -> None:
                     for listener in list(model.listeners):
-                        listener(what, done, of)
+                        listener(stage, done, total)
 
                 def reserve(needed: int) -> None:
                     asyncio.run_coroutine_threadsafe(self._make_room(model, needed), loop).result()
 
-                def report(what: str, done: int, of: int) -> None:
-                    if what.startswith("compile") and done == 1:
+                def report(stage: str, done: int, total: int) -> None:
+                    if stage.startswith("compile") and done == 1:
                         logger.info(
                             "%s: kernels are compiled for this processor, which takes a minute once", model.name
                         )
-                    if what.startswith("download") and done == 0:
-                        logger.info("%s: %s, %s", model.name, what, size(of))
-                    loop.call_soon_threadsafe(tell, what, done, of)
+                    if stage.startswith("download") and done == 0:
+                        logger.info("%s: %s, %s", model.name, stage, size(total))
+                    loop.call_soon_threadsafe(tell, stage, done, total)
 
                 start = time.monotonic()
                 llm = await _in_thread(
@@ -171,7 +173,7 @@ class ModelPool:
                 code="model_too_large",
             )
         while sum(other.nbytes for other in self.models.values()) + needed > self.memory:
-            idle = [other for other in self.models.values() if other.engine is not None and not other.open]
+            idle = [other for other in self.models.values() if other.engine is not None and not other.num_open]
             if not idle:
                 busy = ", ".join(other.name for other in self.models.values() if other.engine is not None)
                 raise ApiError(

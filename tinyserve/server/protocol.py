@@ -3,11 +3,11 @@
 What the layers below check with sentences of their own (messages, tools, biases, schemas) is only passed on.
 """
 
-from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tinyserve.errors import did_you_mean
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.errors import ApiError
 
@@ -138,8 +138,7 @@ def _as_api_error(kind: type[Body], error: ValidationError) -> ApiError:
                 400, f"The body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", code="invalid_json"
             )
         case "extra_forbidden":
-            near = get_close_matches(where, kind.model_fields, n=1) if len(first["loc"]) == 1 else []
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(where, kind.model_fields, 0.6) if len(first["loc"]) == 1 else ""
             return ApiError(400, f"There is no field {where!r}.{hint}", param=where, code="unknown_field")
         case "missing":
             return ApiError(400, f"The field {where!r} is missing.", param=where, code="missing_field")

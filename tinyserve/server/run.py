@@ -19,7 +19,7 @@ from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import create_app
 from tinyserve.server.guards import MAX_HEADERS
-from tinyserve.server.options import ServeOptions
+from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
 from tinyserve.text.tools import format_named
@@ -33,7 +33,7 @@ def serve(options: ServeOptions) -> int:
     """Serve until a signal comes; returns the exit code. Raises UserError for options that would be unsafe or wrong."""
     if not (options.api_keys or options.no_auth or listens_on_loopback(options.host)):
         raise UserError(
-            f"--host {options.host} lets other machines in: set an API key (TINYSERVE_API_KEY, or --api-key-file), or "
+            f"--host {options.host} lets other machines in: set an API key ({API_KEY_VARIABLE}, or --api-key-file), or "
             "say --no-auth if everybody may use it."
         )
     _check(options)

@@ -35,7 +35,7 @@ def completion_params(body: CompletionBody, llm: LLM) -> SamplingParams:
         extra["prompt_logprobs"] = body.logprobs
     # A text that is only to be scored is continued by a token that is not sent.
     limit = 1 if body.max_tokens == 0 and body.echo else body.max_tokens
-    return _params(body, llm, extra, limit, default=16)
+    return _params(body, llm, extra, limit, default=SamplingParams.rows["max_tokens"].default)
 
 
 def _params(body: Decoding, llm: LLM, extra: dict[str, Any], limit: int | None, default: int) -> SamplingParams:

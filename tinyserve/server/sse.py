@@ -37,13 +37,13 @@ class SSEWriter:
         """One line; line breaks in `text` become spaces."""
         self._queue.put_nowait(b": " + " ".join(text.split()).encode() + b"\n\n")
 
-    def progress(self, step: str, done: int, of: int) -> None:
-        """A comment on the progress of a named step, such as loading."""
-        self.comment(f"{step} {done}/{of}" if of else step)
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A comment on the progress of a stage, such as loading."""
+        self.comment(f"{stage} {done}/{total}" if total else stage)
 
-    def prefill(self, done: int, of: int) -> None:
+    def prefill(self, done: int, total: int) -> None:
         """A comment on how many tokens of a prompt are computed."""
-        self.progress("prefill", done, of)
+        self.progress("prefill", done, total)
 
     def done(self) -> None:
         """OpenAI's last event."""

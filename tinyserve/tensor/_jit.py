@@ -85,10 +85,10 @@ def cache_folder() -> Path:
 
 def _user_cache() -> Path:
     if folder := os.environ.get("TINYSERVE_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()
     from platformdirs import user_cache_path
 
-    return user_cache_path("tinyserve")
+    return user_cache_path("tinyserve", appauthor=False)
 
 
 def cpu_name() -> str:

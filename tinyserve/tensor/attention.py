@@ -1,4 +1,4 @@
-"""Causal attention over a paged cache, one pass over the keys with a running softmax.
+"""Paged attention: causal attention over a paged KV cache, one pass over the keys with a running softmax.
 
 FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; pages: Kwon et al. 2023, arXiv:2309.06180; keys split
 among threads when decoding: Dao et al. 2023, "Flash-Decoding". A page holds keys transposed, (kv_heads, head_dim,

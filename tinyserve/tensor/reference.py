@@ -1,7 +1,7 @@
 """Every kernel once more in plain NumPy, written to be read: the specification that the fast ones are tested against.
 
-Same names, same arguments, same results to rounding. Nothing here is fast, and nothing but tests calls it. (What
-gguf_blocks.py does is specified by the gguf package.)
+Same names, arguments, and results to rounding. Only tests and scripts/kernels/ call it. mamba2.py and moe.py have
+reference_mamba2.py, sampling has reference_sampling.py; gguf_blocks.py is specified by the gguf package.
 """
 
 import math

@@ -1,7 +1,7 @@
 """From logits to a token: greedy, or drawn from what is left when each filter has had its say.
 
-The chain is vLLM's. PROCESSORS change logits (sampler.py, logits_processors.py). Temperature 0 takes the largest then,
-and nothing of what follows; else logits are divided by the temperature, FILTERS leave out tokens, and one is drawn by
+vLLM's chain and two filters more. PROCESSORS (logits processors: sampler.py) change logits. Temperature 0 takes the
+largest then, without filters; else logits are divided by the temperature, FILTERS leave out tokens, and one is drawn by
 its share of what is left. What a request does not ask for is passed over.
 
 Each filter takes probabilities among the tokens that the one before it has left. Log-probabilities are of the model's

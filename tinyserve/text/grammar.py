@@ -1,4 +1,4 @@
-"""Which tokens an answer may go on with: grammars compiled for a vocabulary, and one matcher for each sequence.
+"""Structured outputs: grammars compiled for a vocabulary, and for each sequence a matcher that fills its grammar mask.
 
 Knows llguidance and a tokenizer's bytes; nothing about models, batches or requests. A mask is a row of uint32 words:
 bit t % 32 of word t // 32 is set if token t is allowed.

@@ -1,4 +1,4 @@
-"""From a prompt and its parameters to a request: its tokens, its grammar, its seed, and a detokenizer.
+"""The input processor: from a prompt and its parameters to a request (tokens, grammar, seed, detokenizer).
 
 Knows text and ids both. What it makes is not queued: that is its caller's business.
 """

@@ -1,4 +1,4 @@
-"""One request as the user sees it: the text so far, the pieces of a stream, the answer at the end.
+"""The output processor: one request's text so far, the chunks of a stream, the answer at the end.
 
 Knows text and the updates of one sequence, which the engine may be ahead of; it does not know other requests.
 """
@@ -22,7 +22,7 @@ class CompletionOutput:
     """One answer. `finish_reason`: "stop" (an end token or a stop string), "tool_calls", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
-    `tool_calls` are no part of `text`; "tool_calls" is a "stop" of an answer that has some, and chose them itself.
+    `text` leaves out `tool_calls`. "tool_calls" stands for "stop" where the model chose by itself to call tools.
     """
 
     index: int = 0
@@ -76,7 +76,7 @@ class StreamChunk:
 
 
 class RequestState:
-    """One answer as far as it is certain, made from the updates of its sequence."""
+    """The request state of one answer: detokenizes its sequence's updates, finds stop strings and tool calls."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class RequestState:
         self.sequence, self.prompt, self.index = sequence, prompt, index
         self._parser = parser
         self._detokenizer, self._text_of = detokenizer, text_of
-        self._stops = StopFilter(sequence.params.stop_strings)
+        self._stops = StopFilter(tuple(sequence.params.stop))
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
@@ -113,7 +113,7 @@ class RequestState:
 
     @property
     def is_reading(self) -> bool:
-        """Whether its prompt is being read, and not for the first step."""
+        """Whether its prompt is in chunked prefill: some chunks are computed, and not all."""
         return not self.token_ids and 0 < self.num_computed < self.metrics.prompt_tokens
 
     def take(self, update: Update) -> bool:
@@ -165,11 +165,11 @@ class RequestState:
         return logprobs
 
     def _close(self, reason: str | None) -> None:
-        """Nothing follows: what was held back is certain now."""
+        """End the answer: flush the text that detokenizer, stop filter and parser hold back."""
         if self._detokenizer is not None and self._stops.matched is None:
             self._push(self._detokenizer.finish())
             self._show(self._stops.finish())
-        if self._is_over():  # which weighs more than a length
+        if self._is_over():  # a stop string takes precedence over "length"
             reason, self.stop_reason = "stop", self._stops.matched
         if self._parser is not None:
             self.text += self._parser.finish()
@@ -215,7 +215,7 @@ class RequestState:
 
 
 def output(answers: list[RequestState], n: int, keeps_logprobs: bool) -> RequestOutput:
-    """The answers to one prompt; where there are more than n, the likeliest, first of all."""
+    """One prompt's answers in order; of more than n (best_of) the n likeliest, the best first."""
     first, outputs = answers[0], [request.answer() for request in answers]
     if len(outputs) > n:
         outputs = sorted(outputs, key=lambda answer: -(answer.cumulative_logprob or 0.0))[:n]

@@ -1,6 +1,6 @@
 """From the name of a model to a path on this disk, downloaded if need be.
 
-The only package that knows the network; what a name means is read by model_ref.py, and of a checkpoint it knows the
+The only package that downloads; what a name means is read by model_ref.py, and of a checkpoint it knows the
 names of the files and not what is inside.
 """
 

@@ -11,11 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.errors import UserError
+from tinyserve.errors import UserError, did_you_mean
 from tinyserve.evaluation.likelihood import encode, encode_pair, loglikelihoods, tokenizer_of
 from tinyserve.progress import Progress, renamed, silent
 from tinyserve.sampling_params import SamplingParams
@@ -116,9 +115,7 @@ def find(names: Iterable[str]) -> list[Task]:
     """The tasks of these names, each once; raises UserError with the nearest name there is."""
     for name in names:
         if name not in TASKS:
-            nearest = get_close_matches(name, TASKS, n=1, cutoff=0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"There is no task {name!r}.{hint} The tasks are {', '.join(TASKS)}.")
+            raise UserError(f"There is no task {name!r}.{did_you_mean(name, TASKS)} The tasks are {', '.join(TASKS)}.")
     return [TASKS[name] for name in dict.fromkeys(names)]
 
 

@@ -1,6 +1,6 @@
 """config.json -> a ModelConfig: believe the checkpoint, refuse the unsupported, invent nothing.
 
-Knows nothing of weights, presets or the network; imports neither numpy nor numba.
+Knows nothing of weights or the network; imports neither numpy nor numba.
 """
 
 from collections.abc import Mapping

@@ -229,7 +229,7 @@ function tokensOf(logprobs) {
     { token, logprob: logprobs.token_logprobs[i], top_logprobs: entries(logprobs.top_logprobs?.[i]) }));
 }
 
-/** Comments of the stream: "download NAME 5/80" (bytes), "load MODEL 40/100", "prefill 512/4096", "waiting". */
+/** Comments of the stream: "download NAME 5/80" (bytes), "load 40/100", "prefill 512/4096", "waiting". */
 function showProgress(turn, comment) {
   const [kind, ...rest] = comment.split(" ");
   const [done, all] = (rest.at(-1) ?? "").split("/").map(Number);

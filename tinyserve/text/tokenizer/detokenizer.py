@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, without ever splitting a character.
+"""Incremental detokenization: token ids to text, one token at a time, without ever splitting a character.
 
 Knows the two alphabets in which vocabularies are written, and nothing of where a vocabulary comes from.
 """
