@@ -74,6 +74,28 @@ def test_a_bar_that_is_interrupted_is_gone() -> None:
     assert last_line("\r" + terminal.shown.replace("^C", "")) == "stopped"
 
 
+class InterruptedTerminal(io.StringIO):
+    """A terminal where Ctrl-C is pressed just as 3/4 was written."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if "3/4" in text:
+            raise KeyboardInterrupt
+        return written
+
+
+def test_a_bar_is_gone_if_the_interruption_came_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", InterruptedTerminal())
+    with pytest.raises(KeyboardInterrupt), ProgressBar() as bar:
+        bar("answers", 3, 4)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "3/4" in shown
+    assert last_line(shown) == ""
+
+
 def test_a_finished_download_leaves_a_line() -> None:
     with working("LoadProgress('m')", ("download m", 0, 8), ("download m", 8, 8)) as terminal:
         assert terminal.wait_for("\rDownloaded m in ")

@@ -79,6 +79,9 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.n = self._bar.total  # or a notebook keeps it, in red
             self._bar.close()
+            if _is_terminal() and self._bar.ncols:
+                # tqdm removes what it believes to have written: less, if an interruption came as it wrote.
+                print(f"\r{' ' * self._bar.ncols}\r", end="", file=sys.stderr, flush=True)  # noqa: T201
             self._bar = None
 
     @staticmethod
