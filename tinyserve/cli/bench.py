@@ -9,13 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from tinyserve.checkpoints import presets
-from tinyserve.cli._options import Dtype, Model, Threads
+from tinyserve.cli._options import Dtype, Model, Threads, fields_of, with_options
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
 from tinyserve.progress import size
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 STDOUT = Path("-")
 
 
-def bench(
-    model: Model = presets.DEFAULT,
+@dataclass(frozen=True)
+class Works:
+    """What is measured: sizes that the table of works is made of."""
+
     prefill: Annotated[
         list[int] | None,
         typer.Option(
             min=1, metavar="TOKENS", help="Prompt length; can be given several times.  [default: 128, 512 and 2048]"
         ),
-    ] = None,
+    ] = None
     depth: Annotated[
         list[int] | None,
         typer.Option(
@@ -41,7 +44,7 @@ def bench(
             metavar="TOKENS",
             help="Tokens that come before those decoded; can be given several times.  [default: 0, 512 and 4096]",
         ),
-    ] = None,
+    ] = None
     batch: Annotated[
         list[int] | None,
         typer.Option(
@@ -50,19 +53,61 @@ def bench(
             metavar="NUMBER",
             help="Sequences that decode at once; can be given several times.  [default: 1, 8 and 32]",
         ),
-    ] = None,
+    ] = None
     decode: Annotated[
         int, typer.Option(min=2, metavar="TOKENS", help="Tokens that a repetition decodes for each sequence.")
-    ] = measure.DECODE,
+    ] = measure.DECODE
     repetitions: Annotated[
         int | None,
         typer.Option(
             "--repetitions", "-r", min=1, metavar="NUMBER", help="Counted runs of each.  [default: 5; 3 with --quick]"
         ),
-    ] = None,
+    ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="A short version: prefill of 512 tokens; decode at depth 0, batch 1.")
-    ] = False,
+    ] = False
+
+    def wanted(self) -> "list[Work]":
+        """Every work, with the defaults for what is not said."""
+        return measure.works(
+            self.prefill or (measure.QUICK_PREFILL if self.quick else measure.PREFILL),
+            self.depth or (measure.QUICK_DEPTHS if self.quick else measure.DEPTHS),
+            self.batch or (measure.QUICK_BATCHES if self.quick else measure.BATCHES),
+            self.decode,
+        )
+
+    def counted(self) -> int:
+        """How often each is run and counted."""
+        return self.repetitions or (measure.QUICK_REPETITIONS if self.quick else measure.REPETITIONS)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the figures go."""
+
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False
+    csv_: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write a line for each measurement; - prints them, and no table."),
+    ] = None
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the table, with the limits.")] = None
+
+    def check(self) -> None:
+        """Raise UserError, before anything is measured, for what could not be written after."""
+        if self.json_ and self.csv_ == STDOUT:
+            raise UserError("--json and --csv - both print to standard output: give --csv a file.")
+        for option, path in (("--csv", self.csv_), ("--plot", self.plot)):
+            if path is not None and path != STDOUT:
+                _check_writable(option, path)
+        if self.plot is not None:
+            _check_plot(self.plot)
+
+
+@with_options(works=fields_of(Works), outputs=fields_of(Outputs))
+def bench(
+    model: Model = presets.DEFAULT,
+    *,
+    works: Works,
     dtype: Dtype = "auto",
     threads: Threads = None,
     load_format: Annotated[
@@ -72,12 +117,7 @@ def bench(
             help="auto reads the weights, dummy makes synthetic ones.  [default: dummy for presets not downloaded]",
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    csv_: Annotated[
-        Path | None,
-        typer.Option("--csv", metavar="FILE", help="Write a line for each measurement; - prints them, and no table."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the table, with the limits.")] = None,
+    outputs: Outputs,
 ) -> None:
     """Measure prefill and decode speed on this machine.
 
@@ -93,13 +133,7 @@ def bench(
       tinyserve bench llama-7b --dtype int4 --prefill 512 --depth 0 --depth 2048 --batch 1
       tinyserve bench gpt2 --csv gpt2.csv --plot gpt2.png
     """
-    if json_ and csv_ == STDOUT:
-        raise UserError("--json and --csv - both print to standard output: give --csv a file.")
-    for option, path in (("--csv", csv_), ("--plot", plot)):
-        if path is not None and path != STDOUT:
-            _check_writable(option, path)
-    if plot is not None:
-        _check_plot(plot)
+    outputs.check()
     from tinyserve.checkpoints import hub
     from tinyserve.checkpoints.model_ref import ModelRef
     from tinyserve.cli._answer import load
@@ -107,20 +141,14 @@ def bench(
     from tinyserve.models.cache_plan import available_memory
     from tinyserve.models.dtypes import resolve_dtype
 
-    repetitions = repetitions or (measure.QUICK_REPETITIONS if quick else measure.REPETITIONS)
-    wanted = measure.works(
-        prefill or (measure.QUICK_PREFILL if quick else measure.PREFILL),
-        depth or (measure.QUICK_DEPTHS if quick else measure.DEPTHS),
-        batch or (measure.QUICK_BATCHES if quick else measure.BATCHES),
-        decode,
-    )
     if load_format is None:
         ref = ModelRef.parse(model)
         load_format = "dummy" if ref.preset and not hub.is_cached(ref) else "auto"
-    kept_as = resolve_dtype(dtype)
+    kept_as, repetitions = resolve_dtype(dtype), works.counted()
     files = open_model(model, load_format)
-    plan = measure.plan(files.config, kept_as, wanted, repetitions, available_memory(), synthetic=files.path is None)
-    _check_asked_for(plan, prefill or (), depth or ())
+    synthetic = files.path is None
+    plan = measure.plan(files.config, kept_as, works.wanted(), repetitions, available_memory(), synthetic=synthetic)
+    _check_asked_for(plan, works.prefill or (), works.depth or ())
     llm, line = load(model, dtype, threads, load_format=load_format, **plan.options)
     line.show("measuring what this machine can do")
     limits = measure.measure_limits(llm)
@@ -137,22 +165,22 @@ def bench(
         "peak": limits.operations,
     }
     rows = [result.row(limits) for result in results]
-    if csv_ is not None:
-        _write_csv(csv_, recipe, rows)
-    if plot is not None:
+    if outputs.csv_ is not None:
+        _write_csv(outputs.csv_, recipe, rows)
+    if outputs.plot is not None:
         from tinyserve.cli._plot import draw
 
-        draw(plot, _heading(recipe), results, limits)
-    if json_:
+        draw(outputs.plot, _heading(recipe), results, limits)
+    if outputs.json_:
         skipped = [{**_named(skip.work), "reason": skip.reason} for skip in plan.skipped]
         report = {**recipe, "load_seconds": line.seconds, "repetitions": repetitions}
         print(json.dumps({**report, "results": rows, "skipped": skipped}))
         return
-    if csv_ != STDOUT:
+    if outputs.csv_ != STDOUT:
         print(_heading(recipe))
         _print_table(results, limits)
     for skip in plan.skipped:
-        print(f"skipped: {skip.reason}", file=sys.stderr if csv_ == STDOUT else sys.stdout)
+        print(f"skipped: {skip.reason}", file=sys.stderr if outputs.csv_ == STDOUT else sys.stdout)
 
 
 def _check_writable(option: str, path: Path) -> None:
