@@ -1,6 +1,6 @@
 """How time and memory grow with the prompt: one prefill of each length, in a process of its own.
 
-    python scripts/long_prefill.py --plot docs/long-prefill.png
+    python scripts/long_prefill.py --plot docs/images/long-prefill.png
 
 By default granite-350m's shape with synthetic weights, at 4, 8, 16 and 32 thousand tokens. Prints a table of seconds,
 tokens a second and memory: what the process holds besides mapped files when the weights are loaded, and at the most

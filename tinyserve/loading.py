@@ -99,7 +99,9 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     generation = GenerationConfig.parse(read_json(file) if file.is_file() else {}, str(file))
     tokenizer = Tokenizer.from_folder(folder)
     checkpoint = open_safetensors(folder)
-    if config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
+    if config.tie_word_embeddings and "lm_head.weight" in checkpoint and checkpoint.is_copy("lm_head.weight"):
+        checkpoint = checkpoint.without("lm_head.weight")  # the embedding, written twice
+    elif config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
     return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)

@@ -152,6 +152,16 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def is_copy(self, name: str) -> bool:
+        """Whether another matrix has the very numbers of this one."""
+        mine = self.tensors[name]
+        others = [each for key, each in self.tensors.items() if key != name and each.shape == mine.shape]
+        return any(_are_equal(mine, other) for other in others)
+
+    def without(self, name: str) -> "Checkpoint":
+        """All tensors but one."""
+        return Checkpoint({key: tensor for key, tensor in self.tensors.items() if key != name}, self.source)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError unless the tensor is there in this shape; nothing is read."""
         tensor = self.tensors.get(name)
@@ -178,3 +188,14 @@ class Checkpoint(Mapping[str, Array]):
             f"{tensor.file}: tensor {tensor.name or left[0]!r} is no part of the model that the config describes"
             f"{others}: the config belongs to another model, or asks for something that is not built."
         )
+
+
+def _are_equal(a: LazyTensor, b: LazyTensor, rows: int = 1024) -> bool:
+    """Compares some rows at a time: what differs does so at once, and what is equal need not be in memory whole."""
+    if a.take is None or b.take is None:
+        return False
+    parts = (slice(start, start + rows) for start in range(0, math.prod(a.shape[:-1]), rows))
+    equal = all(np.array_equal(a.take(part, False), b.take(part, False)) for part in parts)
+    a.forget()
+    b.forget()
+    return equal

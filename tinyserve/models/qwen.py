@@ -48,7 +48,4 @@ def _block(config: QwenConfig, loader: Loader, layer: str, rope: Rope) -> Block:
 def sanitize(checkpoint: Checkpoint, config: QwenConfig) -> Checkpoint:
     """The checkpoint under Hugging Face's names; llama.cpp leaves Qwen's q and k rows as they are."""
     renamed = gguf_names(GGUF_PARTS | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"})
-    tensors = {renamed(name): tensor for name, tensor in checkpoint.tensors.items()}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # Qwen3-0.6B keeps a copy of the embedding, as transformers ignores too
-    return Checkpoint(tensors, checkpoint.source)
+    return Checkpoint({renamed(name): tensor for name, tensor in checkpoint.tensors.items()}, checkpoint.source)
