@@ -1,4 +1,4 @@
-"""What commands that load a model share: loading it, a prompt in, a streamed answer and its statistics out.
+"""What `ask` and `chat` share: a prompt in, a streamed answer and its statistics out.
 
 Knows the terminal; ask.py finds the model on the command line, and _backends.py reaches it.
 """
@@ -14,8 +14,6 @@ from tinyserve.errors import TinyserveError, UserError
 
 if TYPE_CHECKING:
     from tinyserve.cli._backends import Backend
-    from tinyserve.llm import LLM
-    from tinyserve.progress import LoadProgress
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -59,21 +57,6 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The text is not UTF-8 (at character {error.start}): convert it first.") from None
-
-
-def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[LLM, LoadProgress]":
-    """An LLM with a progress line, which knows the seconds it took from here."""
-    from tinyserve.progress import LoadProgress
-
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads is {threads}; it must be at least 1.")
-    with LoadProgress(model) as line:
-        from tinyserve.llm import LLM
-
-        llm = LLM(model, dtype=dtype, num_threads=threads, progress=line, **options)
-    if threads is not None and llm.num_threads < threads:
-        print(f"tinyserve: this process has {llm.num_threads} of the {threads} threads asked for", file=sys.stderr)
-    return llm, line
 
 
 def answer(question: Question, backend: "Backend") -> None:

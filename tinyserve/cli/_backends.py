@@ -67,7 +67,7 @@ class LocalBackend:
     """A model that is loaded here."""
 
     def __init__(self, model: str, dtype: str, threads: int | None):
-        from tinyserve.cli._answer import load
+        from tinyserve.cli._load import load
 
         self.llm, self.line = load(model, dtype, threads, max_num_seqs=1)
         self.name = self.llm.name

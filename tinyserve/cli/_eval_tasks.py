@@ -30,7 +30,7 @@ def evaluate_tasks(
     model: str, names: Sequence[str], dtypes: Sequence[str], limit: int | None, threads: int | None, as_json: bool
 ) -> None:
     """Put the tasks to the model in each dtype, and print a table or an object."""
-    from tinyserve.cli._answer import load
+    from tinyserve.cli._load import load
     from tinyserve.evaluation import tasks
     from tinyserve.loading import open_model
     from tinyserve.models.dtypes import resolve_dtype

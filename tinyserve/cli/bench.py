@@ -136,7 +136,7 @@ def bench(
     outputs.check()
     from tinyserve.checkpoints import hub
     from tinyserve.checkpoints.model_ref import ModelRef
-    from tinyserve.cli._answer import load
+    from tinyserve.cli._load import load
     from tinyserve.loading import open_model
     from tinyserve.models.cache_plan import available_memory
     from tinyserve.models.dtypes import resolve_dtype

@@ -6,7 +6,8 @@ Knows how to read a file and to print; the measuring is in evaluation/perplexity
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ import typer
 from tinyserve import __version__
 from tinyserve.checkpoints import presets
 from tinyserve.cli._eval_tasks import LIST, evaluate_tasks, print_list
-from tinyserve.cli._options import Model, Threads
+from tinyserve.cli._options import Model, Threads, fields_of, with_options
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.models.dtypes import HELP
 
@@ -27,11 +28,27 @@ NO_REFERENCE = "none"
 WINDOW = 1024
 
 
-def evaluate(
-    model: Model = presets.DEFAULT,
+@dataclass(frozen=True)
+class TextOptions:
+    """A text, and how it is read."""
+
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The text, in UTF-8. This or a task must be given.")
-    ] = None,
+    ] = None
+    against: Annotated[
+        str, typer.Option(metavar="DTYPE", help="The dtype to compare with; none leaves the comparison out.")
+    ] = "float32"
+    window: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens that are read at once.")] = WINDOW
+    tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many tokens of the text.")
+    ] = None
+
+
+@with_options(text_options=fields_of(TextOptions))
+def evaluate(
+    model: Model = presets.DEFAULT,
+    *,
+    text_options: TextOptions,
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A task, instead of a text; several times for several. `list` shows them."),
@@ -42,13 +59,6 @@ def evaluate(
             metavar="DTYPE",
             help=f"{HELP.removesuffix('.')}; can be given several times.  [default: auto]",
         ),
-    ] = None,
-    against: Annotated[
-        str, typer.Option(metavar="DTYPE", help="The dtype to compare with; none leaves the comparison out.")
-    ] = "float32",
-    window: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens that are read at once.")] = WINDOW,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many tokens of the text.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=2, metavar="NUMBER", help="Only the first so many questions of each task.")
@@ -77,7 +87,7 @@ def evaluate(
       tinyserve eval smollm2-135m --task cloze --task arithmetic --dtype int8 --dtype float32
     """
     if task:
-        if text is not None or tokens is not None or window != WINDOW or against != "float32":
+        if text_options != TextOptions():
             raise UserError("--text, --tokens, --window and --against are for a text: give a task or a text, not both.")
         if LIST in task:
             print_list()
@@ -86,19 +96,25 @@ def evaluate(
         return
     if limit is not None:
         raise UserError("--limit is for tasks: give --task NAME with it, or --tokens with a text.")
-    content = _read(text)
-    from tinyserve.cli._answer import load
+    _evaluate_text(model, _read(text_options.text), text_options, dtype or ["auto"], threads, json_)
+
+
+def _evaluate_text(
+    model: str, content: bytes, options: TextOptions, names: Sequence[str], threads: int | None, as_json: bool
+) -> None:
+    """Read the text in each dtype, and print a table or an object."""
+    from tinyserve.cli._load import load
     from tinyserve.evaluation import perplexity as measure
     from tinyserve.loading import open_model
     from tinyserve.models.dtypes import resolve_dtype
     from tinyserve.progress import ProgressBar
     from tinyserve.tensor._jit import cpu_name
 
-    reference = None if against == NO_REFERENCE else resolve_dtype(against)
-    dtypes = [resolve_dtype(name) for name in dtype or ["auto"]]
+    reference = None if options.against == NO_REFERENCE else resolve_dtype(options.against)
+    dtypes = [resolve_dtype(name) for name in names]
     files = open_model(model)
-    passage = measure.Text.encode(files, content.decode(), tokens)
-    window = min(window, files.config.max_position_embeddings)
+    passage = measure.Text.encode(files, content.decode(), options.tokens)
+    window = min(options.window, files.config.max_position_embeddings)
 
     def load_in(dtype: str) -> "LLM":
         nonlocal threads
@@ -112,7 +128,7 @@ def evaluate(
         raise TinyserveError(
             f"{files.name} computes logits that are not numbers in {', '.join(damaged)}: its weights are damaged."
         )
-    assert text is not None and files.path is not None
+    assert options.text is not None and files.path is not None
     sha256 = hashlib.sha256(content).hexdigest()
     recipe = {
         "tinyserve": __version__,
@@ -120,18 +136,18 @@ def evaluate(
         "threads": threads,
         "model": files.name,
         "weights": files.path.name,
-        "text": text.name,
+        "text": options.text.name,
         "text_sha256": sha256,
         "text_bytes": passage.num_bytes,
         "tokens": len(passage.token_ids) - 1,
         "window": window,
         "against": reference,
     }
-    if json_:
+    if as_json:
         print(json.dumps({**recipe, "results": [asdict(row) for row in rows]}))
         return
     print(
-        f"{files.name} ({files.path.name}) on {text.name} (sha256 {sha256[:16]}): "
+        f"{files.name} ({files.path.name}) on {options.text.name} (sha256 {sha256[:16]}): "
         f"{recipe['tokens']} tokens predicted in windows of {window}"
     )
     _print_table(rows, reference)

@@ -21,7 +21,7 @@ def warmup(
       tinyserve warmup
       tinyserve warmup gpt2 --dtype float32
     """
-    from tinyserve.cli._answer import load
+    from tinyserve.cli._load import load
 
     llm, line = load(model, dtype, None)
     print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({line.seconds:.1f} s).")
