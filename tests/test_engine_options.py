@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinyserve import LLM
-from tinyserve.engine_options import EngineOptions
+from tinyserve.engine_options import EngineKeywords, EngineOptions
 from tinyserve.errors import UserError
 from tinyserve.server.options import ServeOptions
 
@@ -22,6 +22,11 @@ def test_the_signature_of_llm_is_the_table() -> None:
     for name, row in OPTIONS.items():
         assert shown[name].kind is inspect.Parameter.KEYWORD_ONLY and shown[name].default == row.default
         assert f"{name}: {row.metadata['help']}" in (LLM.__init__.__doc__ or "")
+
+
+def test_type_checkers_see_the_table() -> None:
+    assert EngineKeywords.__annotations__ == {name: row.type for name, row in OPTIONS.items()}
+    assert not EngineKeywords.__required_keys__
 
 
 def test_a_server_starts_with_the_defaults_of_the_table() -> None:

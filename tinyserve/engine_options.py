@@ -7,7 +7,7 @@ fields. Plain data: nothing here loads a model.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict, TypeVar
 
 from tinyserve.errors import UserError, did_you_mean
 from tinyserve.models.dtypes import HELP as DTYPE_HELP
@@ -16,6 +16,7 @@ from tinyserve.scheduling.speculative import SpeculativeConfig
 
 LOAD_FORMATS: Final = ("auto", "dummy")
 Check = Callable[[str, Any], None]
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 def _whole(least: int = 1, most: int | None = None, multiple: int = 1, *, required: bool = False) -> Check:
@@ -181,12 +182,29 @@ class EngineOptions:
         return replace(self, dtype=dtype, kv_cache_dtype=resolve_kv_cache_dtype(self.kv_cache_dtype, dtype))
 
 
+class EngineKeywords(TypedDict, total=False):
+    """The names and types of EngineOptions for editors and type checkers, which do not run the program."""
+
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory: int | None
+    kv_cache_dtype: str
+    block_size: int
+    enable_prefix_caching: bool
+    speculative_config: Mapping[str, Any] | None
+    num_threads: int | None
+    seed: int | None
+    load_format: str
+
+
 def describe_options() -> str:
     """What each option means, a line each, for help()."""
     return "\n".join(f"        {row.name}: {row.metadata['help']}" for row in fields(EngineOptions))
 
 
-def takes_engine_options(function: Callable[..., None]) -> Callable[..., None]:
+def takes_engine_options(function: Constructor) -> Constructor:
     """Show the options in the signature and the help of a constructor that takes them as `**options`."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

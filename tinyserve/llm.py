@@ -10,10 +10,10 @@ from collections.abc import Sequence as SequenceOf
 from functools import cached_property
 from os import PathLike
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from tinyserve.engine import EngineStats, EngineThread, Update
-from tinyserve.engine_options import EngineOptions, takes_engine_options
+from tinyserve.engine_options import EngineKeywords, EngineOptions, takes_engine_options
 from tinyserve.errors import RequestError, UserError
 from tinyserve.progress import Progress
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
@@ -49,7 +49,7 @@ class LLM:
         *,
         progress: Progress | None = None,
         reserve: Callable[[int], None] | None = None,
-        **options: Any,
+        **options: Unpack[EngineKeywords],
     ):
         """Load `model`.
 
