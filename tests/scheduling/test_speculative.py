@@ -178,7 +178,7 @@ def test_a_stream_gets_one_token_a_chunk(folder_of: Callable[[str], Path]) -> No
 
 def free(**options: Any) -> NgramProposer:
     """A proposer for a model to which a draft token costs nothing."""
-    proposer = NgramProposer(**options)
+    proposer = NgramProposer(**{"num_tokens": 11, "max_ngram": 6, "min_ngram": 1} | options)
     proposer.step_cost = FreeTokens()
     return proposer
 
@@ -204,7 +204,7 @@ def test_it_goes_on_as_the_text_did() -> None:
 
 def test_acceptance_of_drafts_that_were_never_tried() -> None:
     """Where a text never goes on as before, nothing is tried, and nothing was tried to find out."""
-    proposer = NgramProposer()
+    proposer = NgramProposer(num_tokens=11, max_ngram=6, min_ngram=1)
     for rows in (1, 5, 9, 1):
         proposer.record_step(rows, 10.0 + rows)
     same, other = sequence_of([1, 2, 3, 4, 5]), sequence_of([1, 2, 3, 4, 5])

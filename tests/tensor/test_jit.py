@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
+from numba.core import caching
 
 from tinyserve.tensor import _jit
 
@@ -72,6 +77,78 @@ print(bool(prepared), ids.tolist(), order.tolist(), offsets.tolist())
     # Another type of argument finds no machine code and compiles it, in a process that began with cached code.
     code = code.replace("print(", "group_by_expert(ids.astype(np.int32), 3)\nprint(")
     assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
+
+
+CLOSURES = """
+import sys
+import numpy as np
+from tinyserve.tensor._jit import kernel
+
+def tile_of(rows):
+    @kernel
+    def tile(x):
+        total = 0.0
+        for value in x:
+            for row in range(rows):
+                total += np.sqrt(value + row) * np.sin(value * row + 1.0)
+                total += np.sqrt(value + 2 * row) * np.sin(value * row + 2.0)
+        return total
+    return tile
+
+one, many = tile_of(1), tile_of(40)
+
+@kernel
+def either(x, which):
+    if which == 1:
+        return one(x)
+    return many(x)
+
+x = np.arange(10.0)
+for call in sys.argv[1:]:
+    result = {"one": lambda: one(x), "many": lambda: many(x), "both": lambda: either(x, 40) - many.py_func(x)}[call]()
+print(abs(result) < 1e-9)
+"""
+
+
+def test_closures_of_one_name_stay_apart_whoever_compiled_them(tmp_path: Path) -> None:
+    """One process compiles a tile of one row; another loads it, compiles a tile of forty, and what calls both."""
+    script = tmp_path / "closures.py"
+    script.write_text(CLOSURES)
+    for calls in (["one"], ["many", "both"], ["both"]):
+        command = [sys.executable, str(script), *calls]
+        environment = os.environ | {"TINYSERVE_CACHE": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_two_processes_that_save_at_once_do_not_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is about to write the index waits for a moment for the other, who would have read the same."""
+
+    def double(x: Any) -> Any:
+        return x + x
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "first")
+    compiled = _jit.kernel(double)
+    assert (compiled(1), compiled(0.5)) == (2, 1.0)
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "second")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "second"))
+    both, save_index = threading.Barrier(2), caching.IndexDataCacheFile._save_index
+
+    def save_slowly(self: Any, overloads: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        save_index(self, overloads)
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", save_slowly)
+    processes = [_jit._KernelCache(double) for _ in compiled.overloads]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_jit._KernelCache.save_overload, processes, compiled.overloads, compiled.overloads.values()))
+    reader = _jit._KernelCache(double)
+    for types in compiled.overloads:
+        loaded = reader.load_overload(types, compiled.targetctx)
+        assert loaded is not None and loaded.signature.args == types
 
 
 def test_a_users_own_kernels_keep_their_cache() -> None:

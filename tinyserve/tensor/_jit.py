@@ -6,21 +6,28 @@ The only file that names `numba.njit`. It knows nothing about what the kernels c
 import hashlib
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 import numba
-from numba.core import caching, event
+from filelock import FileLock, Timeout
+from numba.core import bytecode, caching, event
 from numba.core import config as numba_config
 from numba.core.runtime.nrt import rtsys
+
+# A function's symbol has its name, its argument types and a number, which Numba counts from 1 in each process. Of two
+# closures of one function, such as tiles of one row and of four, one that this process compiles and one that it loads,
+# compiled by another, then had one symbol, and the linker kept either: wrong numbers, and kept (numba#10486, #5128).
+bytecode.FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 62), None)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -53,13 +60,25 @@ def _compile(function: Callable[..., Any], parallel: bool) -> Any:
 
 
 class _KernelCache(caching.FunctionCache):
-    """Numba's cache of machine code, which before the first kernel loads all that its compiler needs, 0.3 s of it."""
+    """Numba's cache of machine code, written by one process at a time.
+
+    Numba's own loads all that its compiler needs before the first kernel, 0.3 s of it.
+    """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Load machine code for these argument types, or None: then Numba prepares its compiler, and compiles."""
         rtsys.initialize(target_context)  # the allocator that machine code refers to
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep machine code for these argument types.
+
+        Its file's name is the next that is free in an index: two processes would take the same one, and the index of
+        one would lead to the code of the other.
+        """
+        with suppress(Timeout), FileLock(cache_folder() / "index.lock", timeout=30):
+            super().save_overload(sig, data)
 
 
 @cache
