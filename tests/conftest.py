@@ -5,6 +5,7 @@ asks for: `real_model` (the default model), `browser`, `oracle` (another impleme
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "int8")
 SLOW = {"smollm2": "real_model", "browser": "browser", "oracle": "oracle"}  # fixtures, and the markers they bring
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and every process inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Answer = tuple[list[int], list[Mapping[int, float]]]
 

@@ -137,10 +137,15 @@ class Terminal:
             time.sleep(0.02)
 
     def end(self, timeout: float = 60) -> int:
-        """Read to the end; the exit code."""
+        """Read to the end; the exit code, as a shell tells it.
+
+        Where Ctrl-C falls into an `exec` of Python's, such as a dataclass in a module that is imported late, CPython
+        ends the process by the signal after all, although the program has caught it and asked for 130.
+        """
         while self._read():
             pass
-        return self.process.wait(timeout)
+        code = self.process.wait(timeout)
+        return 128 - code if code < 0 else code
 
     def _read(self) -> bool:
         if not select.select([self._master], [], [], 120)[0]:

@@ -190,6 +190,8 @@ def _download(listing: Listing, names: list[str], progress: Progress) -> None:
     missing = total - sum(_size_of(_partial(blobs, file)) for file in wanted if file.etag)
     if missing > (free := shutil.disk_usage(blobs).free):
         raise HubError(no_room(listing.repo, f"{size(missing)} more, and {size(free)} are free"))
+    import huggingface_hub.file_download  # noqa: F401  # half a second in which a bar would stand still
+
     with Transfer(listing.repo, total, progress) as transfer:
         for file in wanted:
             _bring(listing, file, transfer)
