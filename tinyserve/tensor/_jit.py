@@ -31,32 +31,36 @@ bytecode.FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 62), None
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a kernel on first use, and keep the machine code in the cache folder."""
-    return _compile(function, parallel=False)
-
-
-def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """The same for a kernel that contains a `prange`."""
-    return _compile(function, parallel=True)
-
-
-def _compile(function: Callable[..., Any], parallel: bool) -> Any:
+    """Compile a kernel that other kernels call, on first use. It becomes a part of their machine code."""
     # No fast-math: a fully masked attention row is an infinity that must survive, and kernels name their own vectors,
     # order and fused operations, so that a number is the same in a tile of one row and of four.
+    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+
+
+def cached_kernel(function: Callable[..., Any], parallel: bool = False) -> Any:
+    """The same for one that Python calls: its machine code is kept in the cache folder."""
     before = numba_config.CACHE_DIR
     # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
     numba_config.CACHE_DIR = str(cache_folder())
     try:
-        dispatcher = numba.njit(
-            nogil=True,
-            parallel=parallel,
-            error_model="numpy",
-            boundscheck=False,
-        )(function)
+        dispatcher = numba.njit(nogil=True, parallel=parallel, error_model="numpy", boundscheck=False)(function)
         dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
         return dispatcher
     finally:
         numba_config.CACHE_DIR = before
+
+
+def parallel_kernel(function: Callable[..., Any]) -> Any:
+    """The same for a kernel that contains a `prange`."""
+    return cached_kernel(function, parallel=True)
+
+
+def address(dispatcher: Any, types: tuple[Any, ...]) -> int:
+    """Where the machine code of a kernel for these types is, as a C function of them; compiled or loaded if need be."""
+    dispatcher.compile(types)
+    compiled = dispatcher.overloads[types]
+    found: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return found
 
 
 class _KernelCache(caching.FunctionCache):
@@ -167,36 +171,31 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         return float("inf")
 
 
-# How often an idle thread looks for work before it sleeps. OpenMP's own 300,000 is milliseconds, in which a thread that
-# waits keeps a busy processor from the thread it waits for; this is longer than the gaps between two kernels.
-# Every thread that calls kernels has helpers of its own, and where those of all of them are more than the cores, OpenMP
-# lets them sleep almost at once; "active" makes that half of our number, not a twentieth: 65 -> 85 tokens/s.
-OPENMP = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
+class _Threads(threading.local):
+    count: int | None = None
+
+
+_threads = _Threads()
+one_caller = threading.RLock()  # who calls kernels: the threads beside it serve one at a time
 
 
 def set_threads(threads: int | None) -> int:
     """Use this many threads in kernels this thread calls, by default the usable cores; returns the number in force."""
-    wanted = threads if threads is not None else usable_cores()
-    wanted = max(1, min(wanted, int(numba_config.NUMBA_NUM_THREADS)))
-    # The thread pool reads its environment when it starts, which is now; the user's own settings stand.
-    ours = OPENMP if OPENMP.keys().isdisjoint(os.environ) else {}
-    os.environ.update(ours)
-    try:
-        numba.set_num_threads(wanted)
-    finally:
-        for name in ours:
-            del os.environ[name]
-    return wanted
+    _threads.count = max(1, threads if threads is not None else usable_cores())
+    numba.set_num_threads(min(_threads.count, numba.config.NUMBA_NUM_THREADS))
+    return _threads.count
 
 
-_owner = threading.Lock()
+def get_threads() -> int:
+    """How many threads are used in kernels that this thread calls."""
+    return _threads.count or set_threads(None)
 
 
 @contextmanager
 def one_at_a_time(threads: int) -> Iterator[None]:
-    """Own this process's kernels, with this many threads: Numba's plainest thread pool aborts when two enter it."""
-    with _owner:
-        set_threads(threads)  # Numba keeps the number for each calling thread, not for each model
+    """Own this process's kernels, with this many threads."""
+    with one_caller:
+        set_threads(threads)
         yield
 
 
