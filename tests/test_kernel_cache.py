@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import checkpoints
 import gguf
@@ -19,14 +18,14 @@ from tinyserve.tensor import _jit
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that have run their kernels, with nothing marked as compiled at the beginning."""
     ran: list[str] = []
-    prefill = ModelRunner.prefill
+    run_kernels = ModelRunner._run_kernels
 
-    def counted(self: ModelRunner, *arguments: Any) -> Any:
+    def counted(self: ModelRunner) -> None:
         ran.append(self.model.config.model_type)
-        return prefill(self, *arguments)
+        run_kernels(self)
 
     monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(ModelRunner, "prefill", counted)
+    monkeypatch.setattr(ModelRunner, "_run_kernels", counted)
     return ran
 
 

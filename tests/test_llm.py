@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import numba
 import numpy as np
 import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
@@ -23,7 +23,10 @@ from tinyserve import LLM, RequestOutput, SamplingParams
 from tinyserve.engine import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
+from tinyserve.models.forward import ForwardPass
 from tinyserve.scheduling.sequence import Sequence
+from tinyserve.tensor.program import instruction
+from tinyserve.tensor.thread_pool import ThreadPool
 from tinyserve.text.request import RequestState
 
 TEXTS = ["The other one", "x", "日本語 and 👍🏽, then more of it than one block holds", "the", "<|user|>hi"]
@@ -310,7 +313,14 @@ def test_chunks_join_to_the_answer(llm: LLM, text: str) -> None:
     assert chunks[-1].metrics.output_tokens == 30 and chunks[0].logprobs is None
 
 
-def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
+def test_an_abandoned_stream_frees_its_blocks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = llm.engine.runner.execute
+
+    def slowly(scheduled: Any) -> Any:
+        time.sleep(0.005)  # a whole answer of this model would take less
+        return execute(scheduled)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", slowly)
     free = llm.engine.scheduler.blocks.num_free
     for chunk in llm.stream(TEXTS[0], greedy(50)):
         assert llm.engine.scheduler.blocks.num_free < free
@@ -412,25 +422,25 @@ def test_streams_of_several_threads(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_each_model_has_its_threads(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever was made last, and whichever thread asks: Numba itself keeps one number a thread."""
+    """Whichever was made last, and whichever thread asks."""
     models = [LLM(folder_of("llama"), dtype="float32", num_threads=threads) for threads in (1, 2)]
+    run = ThreadPool.run
     for threads, llm in enumerate(models, start=1):
         seen: list[int] = []
-        model = llm.engine.runner.model
 
-        def spy(*args: Any, model: Any = model, seen: list[int] = seen) -> np.ndarray:
-            seen.append(numba.get_num_threads())
-            return model(*args)
+        def spy(pool: Any, table: int, count: int, threads: int, times: int = 0, seen: list[int] = seen) -> None:
+            seen.append(threads)
+            run(pool, table, count, threads, times)
 
-        spy.logits = model.logits  # type: ignore[attr-defined]
-        monkeypatch.setattr(llm.engine.runner, "model", spy)
+        monkeypatch.setattr(ThreadPool, "run", spy)
         for call in (lambda llm=llm: llm.logits([1]), lambda llm=llm: llm.generate([[1]], greedy(1))):
             call()
             worker = threading.Thread(target=call)
             worker.start()
             worker.join()
-        assert llm.num_threads == min(threads, numba.config.NUMBA_NUM_THREADS)
-        assert seen == [llm.num_threads] * 4
+        monkeypatch.setattr(ThreadPool, "run", run)
+        assert llm.num_threads == threads
+        assert set(seen) == {threads} and len(seen) >= 4
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -585,17 +595,24 @@ def test_weights_that_are_not_numbers(tmp_path: Path, dtype: str, name: str) -> 
     assert name in str(caught.value) and "model.safetensors" in str(caught.value)
 
 
+@instruction
+def damage(team, hidden, token_ids, sequence_of, token):
+    for i in range(team.thread, len(hidden), team.threads):
+        for j in range(len(token_ids)):
+            if sequence_of[j] == sequence_of[i] and token_ids[j] == token:
+                for h in range(hidden.shape[1]):
+                    hidden[i, h] = np.nan
+
+
 class Damaged:
     """A model whose head answers nan for every row that follows from a given token."""
 
     def __init__(self, model: Any, token: int):
-        self.model, self.token, self.config, self.nbytes = model, token, model.config, model.nbytes
-        self.last: list[bool] = []
+        self.model, self.token, self.config = model, token, model.config
 
     def __call__(self, batch: Any, cache: Any) -> Any:
         hidden = self.model(batch, cache)
-        bad = {int(s) for s, t in zip(batch.sequence_of, batch.token_ids, strict=True) if t == self.token}
-        hidden[[i for i, s in enumerate(batch.sequence_of) if int(s) in bad]] = np.nan
+        damage(hidden, batch.token_ids, batch.sequence_of, self.token)
         return hidden
 
     def logits(self, hidden: Any) -> Any:
@@ -606,8 +623,9 @@ class Damaged:
 def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: str) -> None:
     llm = llm_of("llama", dtype)
     alone = [llm.generate([ids], greedy(5))[0].outputs[0].token_ids for ids in ([1, 2, 3], [9, 8])]
-    healthy = llm.engine.runner.model
-    llm.engine.runner.model = Damaged(healthy, token=77)
+    runner: Any = llm.engine.runner
+    healthy = runner.forward
+    runner.forward = ForwardPass(Damaged(runner.model, token=77), runner.cache)  # type: ignore[arg-type]
     try:
         streams = [llm.stream(ids, greedy(5)) for ids in ([1, 2, 3], [77, 5], [9, 8])]
         first = [next(streams[0]).token_ids]
@@ -618,7 +636,7 @@ def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: s
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[1, 2], [77]], greedy(2))
     finally:
-        llm.engine.runner.model = healthy
+        runner.forward = healthy
     settle(llm)
     assert not llm.engine.has_work() and llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 

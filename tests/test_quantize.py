@@ -54,7 +54,7 @@ def test_a_packed_gguf_is_its_original(tmp_path: Path) -> None:
 
 def test_weights_are_mapped_and_not_copied(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
-    integers = LLM(tmp_path / "packed").model.blocks[0].mixer.qkv.matrix.packed
+    integers = LLM(tmp_path / "packed").model.blocks[0].mixer.qkv.matrix.packed.stream
     while isinstance(integers.base, np.ndarray):
         integers = integers.base
     assert isinstance(integers, np.memmap)
@@ -116,17 +116,27 @@ def test_nothing_is_left_of_what_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["integers", "scales"])
-def test_another_layout_is_refused(part: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_another_layout_is_refused(axis: int, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
     file = tmp_path / "packed" / "model.safetensors"
     tensors = load_file(file)
-    name = f"model.layers.1.self_attn.o_proj.{part}"
-    tensors[name] = np.ascontiguousarray(tensors[name][:, :-1])
+    name = "model.layers.1.self_attn.o_proj.stream"
+    tensors[name] = np.ascontiguousarray(np.delete(tensors[name], -1, axis))
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"o_proj.*is no matrix of.*tinyserve quantize"):
+        LLM(tmp_path / "packed")
+
+
+def test_an_older_layout_is_refused_by_its_number(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+    file = tmp_path / "packed" / "config.json"
+    raw = json.loads(file.read_text())
+    raw["quantization_config"]["version"] = 1
+    file.write_text(json.dumps(raw))
+    with pytest.raises(TinyserveError, match=r"config\.json.*layout 1.*reads layout 2.*again.*tinyserve quantize"):
         LLM(tmp_path / "packed")
 
 

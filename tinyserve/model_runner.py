@@ -6,14 +6,13 @@ The highest layer that makes arrays: above, they are only handed on. It neither 
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from tinyserve.models.base import DecoderModel
-from tinyserve.models.batch import Batch
 from tinyserve.models.cache_plan import CachePlan
+from tinyserve.models.forward import ForwardPass, Step
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.progress import Progress
 from tinyserve.sampler import Sampler, logprobs_of
@@ -41,6 +40,7 @@ class ModelRunner:
         self.num_threads = _jit.set_threads(num_threads)
         self.cache = KVCache(model.config, plan.num_blocks, plan.block_size, plan.kv_cache_dtype, plan.num_slots)
         self.sampler = Sampler(eos_token_ids)
+        self.forward = ForwardPass(model, self.cache)
         self.masks: Masks | None = None  # for sequences that have a grammar
 
     def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
@@ -52,18 +52,18 @@ class ModelRunner:
         if filler is not None:  # while the model works
             filler.start([work.sequence.matcher for work in complete], [work.draft_tokens for work in complete])
         with _jit.one_at_a_time(self.num_threads):
-            batch = self._batch([(work.token_ids, work.sequence.cache) for work in scheduled])
-            hidden = self.model(batch, self.cache)  # (tokens, hidden)
-            for work, first in zip(scheduled, batch.starts[:-1], strict=True):
+            places = _places_to_sample(scheduled)
+            step = self.forward(
+                [(work.token_ids, work.sequence.cache) for work in scheduled], [place.row for place in places]
+            )
+            for work, first in zip(scheduled, step.batch.starts[:-1], strict=True):
                 if work.sequence.params.prompt_logprobs is not None:
-                    self._add_prompt_logprobs(work.sequence, hidden[first : first + work.num_tokens])
-            places = _places_to_sample(scheduled, batch.starts)
-            logits = self.model.logits(hidden[[place.row for place in places]])  # (places, vocab)
-            sequences, masks = [place.sequence for place in places], list[Array | None]()
+                    self._add_prompt_logprobs(work.sequence, step.hidden[first : first + work.num_tokens])
+            masks = list[Array | None]()
             if filler is not None:
-                filled = zip(sequences, filler.wait(), strict=True)
-                masks = [mask if sequence.matcher else None for sequence, mask in filled]
-            sampled = self.sampler.sample(sequences, logits, masks, [place.draft_tokens for place in places])
+                filled = zip(places, filler.wait(), strict=True)
+                masks = [mask if place.sequence.matcher else None for place, mask in filled]
+            sampled = self._sample(places, step, masks)
         results, end = list[list[Sampled]](), 0
         for work in scheduled:
             first, end = end, end + (len(work.draft_tokens) + 1 if work.is_complete else 0)
@@ -71,6 +71,12 @@ class ModelRunner:
             matcher = work.sequence.matcher
             results.append(tokens if matcher is None else advance_grammar(matcher, tokens))
         return results
+
+    def _sample(self, places: "list[_Place]", step: Step, masks: list[Array | None]) -> list[Sampled]:
+        sequences = [place.sequence for place in places]
+        if not masks and all(sequence.params.takes_largest for sequence in sequences):
+            return self.sampler.take_largest(step.token_ids)
+        return self.sampler.sample(sequences, step.logits, masks, [place.draft_tokens for place in places])
 
     def _add_prompt_logprobs(self, sequence: Sequence, hidden: Array) -> None:
         """Append prompt log-probabilities of the tokens after these positions, unless known; hidden (tokens, H)."""
@@ -98,12 +104,12 @@ class ModelRunner:
         start = sequence.cache.num_computed
         token_ids = sequence.token_ids[start : start + max_tokens]
         with _jit.one_at_a_time(self.num_threads):
-            reduced = reduce(self.model(self._batch([(token_ids, sequence.cache)]), self.cache))
+            reduced = reduce(self.forward([(token_ids, sequence.cache)], []).hidden)
         sequence.cache.num_computed += len(token_ids)
         return reduced
 
     def compile_kernels(self, dtype: str, progress: Progress) -> None:
-        """Run two tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
+        """Run some tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
 
         `dtype` is that of the weights. `progress` hears ("wait", 0, 0) when another process has the lock.
         """
@@ -118,11 +124,17 @@ class ModelRunner:
                 progress("wait", 0, 0)
                 lock.acquire()
             try:
-                text = PrefillOnlySequence([0, 0], CacheState([0], self.scratch_slot))
-                self.sampler.run_kernels(self.prefill(text, 2, self.model.logits))
+                self._run_kernels()
                 ready.touch()
             finally:
                 lock.release()
+
+    def _run_kernels(self) -> None:
+        with _jit.one_at_a_time(self.num_threads):
+            cache = CacheState([0], self.scratch_slot)
+            for tokens, rows in ((3, [2]), (1, [0])):  # a single row has kernels of its own
+                self.forward([([0] * tokens, cache)], rows)
+            self.sampler.run_kernels(self.forward([([0, 0], cache)], [0, 1]).logits)
 
     def _kernels(self, dtype: str) -> str:
         """A key for the set of kernels that this model compiles; models that may need others get another key.
@@ -133,26 +145,6 @@ class ModelRunner:
         config, kv_cache_dtype = self.model.config, self.cache.dtype
         told = f"{config!r} {self.model.nbytes}"
         return f"{config.model_type}-{dtype}-{kv_cache_dtype}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-
-    def _batch(self, work: list[tuple[list[int], CacheState]]) -> Batch:
-        """The batch of new tokens: positions from `num_computed` on, slot mapping, block tables, state slots."""
-        caches, block_size = [cache for _, cache in work], self.cache.block_size
-        for cache in caches:
-            if cache.num_computed == 0:
-                self.cache.reset_state(cache.state_slot)  # a new sequence: its state begins with zeros
-        first_positions = np.array([cache.num_computed for cache in caches])
-        counts = np.array([len(token_ids) for token_ids, _ in work])
-        starts = np.concatenate(([0], np.cumsum(counts)))  # where each sequence's tokens begin
-        token_ids = np.fromiter(chain.from_iterable(token_ids for token_ids, _ in work), np.int64, starts[-1])
-        sequence_of = np.repeat(np.arange(len(work)), counts)
-        positions = np.arange(starts[-1]) + (first_positions - starts[:-1])[sequence_of]
-        width = max(len(cache.block_table) for cache in caches)
-        padding = [0] * width
-        tables = np.array([(cache.block_table + padding)[:width] for cache in caches], np.int32)
-        slot_mapping = tables[sequence_of, positions // block_size].astype(np.int64) * block_size
-        slot_mapping += positions % block_size
-        state_indices = np.array([cache.state_slot for cache in caches])
-        return Batch(token_ids, positions, slot_mapping, sequence_of, tables, starts, state_indices)
 
 
 class Masks(Protocol):
@@ -173,13 +165,14 @@ class _Place(NamedTuple):
     draft_tokens: SequenceOf[int]
 
 
-def _places_to_sample(scheduled: list[Scheduled], starts: Array) -> list[_Place]:
-    return [
-        _Place(work.sequence, start + work.num_tokens - 1 + i, work.draft_tokens[:i])
-        for work, start in zip(scheduled, starts[:-1], strict=True)
-        if work.is_complete
-        for i in range(len(work.draft_tokens) + 1)
-    ]
+def _places_to_sample(scheduled: list[Scheduled]) -> list[_Place]:
+    places, start = list[_Place](), 0
+    for work in scheduled:
+        drafts, last = len(work.draft_tokens), start + work.num_tokens - 1
+        if work.is_complete:
+            places += [_Place(work.sequence, last + i, work.draft_tokens[:i]) for i in range(drafts + 1)]
+        start = last + 1 + drafts
+    return places
 
 
 def accept_draft(draft_tokens: SequenceOf[int], sampled: list[Sampled]) -> list[Sampled]:

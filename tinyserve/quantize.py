@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.errors import UserError
 from tinyserve.loading import open_model
 from tinyserve.models import build_model
-from tinyserve.models.config import PACKED
+from tinyserve.models.base import STREAM
+from tinyserve.models.config import PACKED, PACKED_VERSION
 from tinyserve.models.dtypes import weight_dtype
 from tinyserve.models.matrix import IntegerMatrix
 from tinyserve.progress import Progress
@@ -20,7 +21,6 @@ from tinyserve.progress import Progress
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1  # of the layout that tensor/quant.py describes
 SHARD = 1 << 30  # bytes after which another file begins, so that no more than that is copied at a time
 # What a checkpoint's folder has beside config.json and weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "additional_chat_templates/*.jinja")
@@ -54,7 +54,7 @@ def write(model: str, out: Path, dtype: str, progress: Progress | None = None) -
             files.tokenizer.save(partial)
             generation = files.generation.as_json() | {"eos_token_id": sorted(files.eos_token_ids)}
             (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        quantization = {"quant_method": PACKED, "version": VERSION, "dtype": dtype}
+        quantization = {"quant_method": PACKED, "version": PACKED_VERSION, "dtype": dtype}
         config = files.raw_config | {"quantization_config": quantization}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
@@ -69,9 +69,7 @@ def write(model: str, out: Path, dtype: str, progress: Progress | None = None) -
 def _tensors(built: dict[str, Any]) -> "Iterator[tuple[str, np.ndarray]]":
     for name, value in built.items():
         if isinstance(value, IntegerMatrix):
-            for part, array in (("integers", value.packed), ("scales", value.scales), ("minimums", value.minimums)):
-                if array.size:
-                    yield f"{name}.{part}", array
+            yield f"{name}.{STREAM}", value.packed.stream
         else:
             yield name, value
 

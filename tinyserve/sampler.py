@@ -62,6 +62,12 @@ class Sampler:
             results[row] = results[row]._replace(logprobs=logprobs)
         return results
 
+    def take_largest(self, token_ids: Array) -> list[Sampled]:
+        """The same where every row asks for its largest logit and nothing else; token_ids (rows,) as the model chose
+        them, -1 where its logits are no numbers.
+        """
+        return [Sampled(token) if token >= 0 else Sampled(-1, error=DAMAGED) for token in token_ids.tolist()]
+
     def run_kernels(self, logits: Array) -> None:
         """Sample two rows (2, vocab) in every way, so that whoever comes later has all kernels."""
         everything = np.full((logits.shape[1] + 31) // 32, 0xFFFFFFFF, np.uint32)

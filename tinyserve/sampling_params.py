@@ -466,6 +466,11 @@ class SamplingParams(Options):
         """Whether there is anything to do before the temperature."""
         return self._asks_for("mask", "bias", "penalty")
 
+    @cached_property
+    def takes_largest(self) -> bool:
+        """Whether a token is the largest of the logits as the model computes them, and nothing else is asked."""
+        return self.temperature == 0 and self.logprobs is None and not self.changes_logits
+
     def _asks_for(self, *stages: Stage) -> bool:
         """Whether a parameter of these stages is neither empty nor its default, which changes nothing."""
         rows = self.rows.values()

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from tinyserve.tensor import _jit, dot_product
-from tinyserve.tensor._jit import kernel
-from tinyserve.tensor.quant import LARGEST_16, activation_kind, store_activations
+from tinyserve.tensor._jit import cached_kernel
+from tinyserve.tensor.quant import LARGEST_16, PAIR, activation_dtype, store_activations
 from tinyserve.tensor.simd import LANES, WIDE, load, round_to_int, splat, store
 from tinyserve.tensor.tiles import (
     PANELS,
@@ -61,15 +61,15 @@ def far_apart(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 
 def copied(argument: Any) -> Any:
-    if not isinstance(argument, np.ndarray):
-        return argument
-    twin = argument.copy()
-    twin.flags.writeable = argument.flags.writeable  # part of the type that a kernel is compiled for
-    return twin
+    if isinstance(argument, tuple):  # a named one
+        return type(argument)(*[copied(part) for part in argument])
+    return argument.copy() if isinstance(argument, np.ndarray) else argument
 
 
 def nbytes(arguments: tuple[Any, ...]) -> int:
-    return sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))
+    """Bytes of all arrays, also of those in named tuples."""
+    sizes = (a.nbytes if isinstance(a, np.ndarray) else nbytes(a) if isinstance(a, tuple) else 0 for a in arguments)
+    return sum(sizes)
 
 
 def error(got: Array, expected: Array) -> float:
@@ -80,7 +80,7 @@ def error(got: Array, expected: Array) -> float:
 # --- what this machine can do, on one thread ------------------------------------------------------------------------
 
 
-@kernel
+@cached_kernel
 def _fused_products(x, times, out):
     sums, factor = load_rows(CHAINS, 1, x, 0, LANES), load_tile(1, x, 0, 0)
     for _ in range(times):
@@ -88,18 +88,18 @@ def _fused_products(x, times, out):
     store_rows(out, 0, LANES, sums, 1, LANES)
 
 
-@kernel
+@cached_kernel
 def _integer_products(w, q, starts, ones, times, out):
     sums = start_rows(3, PANELS, q, starts, 0, 0)
     for _ in range(times):
         for k in range(0, DEPTH, 4):
-            sums = dot_rows(sums, PANELS, w, 16 * k, 16 * DEPTH, q, k, DEPTH)
+            sums = dot_rows(sums, PANELS, w, PAIR * k, PAIR * DEPTH, q, k, DEPTH)
     # Every sum is used, or the compiler would leave it out.
     total = scaled_rows(zeros(TILE), sums, load_tile(PANELS, ones, 0, 0), ones, 0, 0)
     store_rows(out, 0, PANELS * LANES, total, PANELS, PANELS * LANES)
 
 
-@kernel
+@cached_kernel
 def _sum(x):
     """Reads every number once, in four places at a time: what a processor fetches ahead, it fetches for each."""
     s0 = s1 = s2 = s3 = splat(np.float32(0.0))
@@ -112,7 +112,7 @@ def _sum(x):
     return out
 
 
-@kernel
+@cached_kernel
 def _keep(x, q):
     """Whole numbers, as the dot product wants them."""
     for k in range(0, x.size, LANES):
@@ -131,8 +131,8 @@ def float_peak() -> float:
 def integer_peak() -> float:
     """Multiply-adds a second of 8-bit weights with 16-bit activations, on a tile of three rows in the nearest cache."""
     random = np.random.default_rng(0)
-    w = random.integers(-128, 128, 16 * PANELS * DEPTH).astype(np.int8)
-    q = np.empty(3 * DEPTH, activation_kind(16, 8).dtype)
+    w = random.integers(-128, 128, max(2, PANELS) * LANES * DEPTH).astype(np.int8)
+    q = np.empty(3 * DEPTH, activation_dtype(16, 8))
     _keep(random.integers(-LARGEST_16, LARGEST_16, 3 * DEPTH).astype(np.float32), q)
     starts, ones, out = np.zeros(1, np.int32), np.ones(LANES, np.float32), np.empty(TILE * LANES, np.float32)
     _integer_products(w, q, starts, ones, 1, out)
@@ -178,8 +178,8 @@ class Table:
         self.products = products
         self.seconds: dict[str, float] = {}
         print(f"\n{title}\n")
-        print(f"| {'version':24} | {'ms':>8} | 10⁹ products/s | {limit:>11} | gain |")
-        print(f"|{'-' * 26}|{'-' * 9}:|{'-' * 15}:|{'-' * 12}:|{'-' * 5}:|")
+        print(f"| {'version':28} | {'ms':>8} | 10⁹ products/s | {limit:>11} | gain |")
+        print(f"|{'-' * 30}|{'-' * 9}:|{'-' * 15}:|{'-' * 12}:|{'-' * 5}:|")
 
     def row(self, name: str, seconds: float, least: float, before: str | None = None) -> None:
         """`least`: the seconds that the limit alone would take. The gain is over the row `before`, or the last one."""
@@ -187,4 +187,4 @@ class Table:
         gain = f"{self.seconds[before] / seconds:.2f}" if before else ""
         self.seconds[name] = seconds
         rate = self.products / seconds / 1e9
-        print(f"| {name:24} | {1e3 * seconds:8.2f} | {rate:14.2f} | {100 * least / seconds:9.1f} % | {gain:>4} |")
+        print(f"| {name:28} | {1e3 * seconds:8.2f} | {rate:14.2f} | {100 * least / seconds:9.1f} % | {gain:>4} |")

@@ -20,7 +20,8 @@ import numpy as np
 
 from tinyserve.tensor import _jit, reference
 from tinyserve.tensor import attention as tinyserve
-from tinyserve.tensor._jit import kernel
+from tinyserve.tensor._jit import cached_kernel, kernel
+from tinyserve.tensor.kv_cache import Heads, Pages, Tokens
 from tinyserve.tensor.mamba2 import broadcast
 from tinyserve.tensor.simd import LANES, exp, first_lanes, fma, load, max_lane, maximum, splat, store, sum_lanes
 from tinyserve.tensor.tiles import fma_rows, load_rows, load_tile, store_rows, zeros
@@ -39,7 +40,7 @@ NO_ALIBI = np.zeros((0, 0), np.float32)
 # scale of the scores -> (tokens, heads, head_dim). Query m sees the keys up to its own, which is count - tokens + m.
 
 
-@kernel
+@cached_kernel
 def v1_obvious_loops(q, k, v, count, scale):
     """Softmax as it is written: all scores of a query, their maximum, their exponentials, the mean of the values."""
     tokens, heads, head_dim = q.shape
@@ -71,7 +72,7 @@ def _score(q, q_at, k, k_at, head_dim):
     return sum_lanes(total)
 
 
-@kernel
+@cached_kernel
 def v2_lanes_of_head_dim(q, k, v, count, scale):
     """A vector is 16 numbers along head_dim, as they lie: every score ends in a sum over lanes."""
     tokens, heads, head_dim = q.shape
@@ -95,7 +96,7 @@ def v2_lanes_of_head_dim(q, k, v, count, scale):
     return out
 
 
-@kernel
+@cached_kernel
 def v3_running_softmax(q, k, v, count, scale):
     """One pass, key by key: when a larger score comes, what has been added up shrinks to match (FlashAttention).
 
@@ -122,7 +123,7 @@ def v3_running_softmax(q, k, v, count, scale):
     return out
 
 
-@kernel
+@cached_kernel
 def v4_keys_transposed(q, k, v, count, scale):
     """Keys lie (kv_heads, keys/16, head_dim, 16): 16 keys a vector. No sum over lanes; 16 exponentials at once.
 
@@ -216,7 +217,7 @@ def _query_tile(ROWS):
 _query_tile_1, _query_tile_3 = _query_tile(1), _query_tile(ROWS)
 
 
-@kernel
+@cached_kernel
 def v5_chunks_of_64_keys(q, k, v, count, scale):
     """Four vectors of keys a step: a maximum, a shrinking and a sum over lanes a quarter as often, and more chains."""
     tokens, heads, _ = q.shape
@@ -228,7 +229,7 @@ def v5_chunks_of_64_keys(q, k, v, count, scale):
     return out
 
 
-@kernel
+@cached_kernel
 def v6_register_tiles(q, k, v, count, scale):
     """Three queries share every key and value that is loaded: here the query heads of a token that share a key head.
 
@@ -255,12 +256,20 @@ def v7_tinyserves(q, keys, values, table, count, scale):
 
     `keys` and `values` are pages of 16 tokens, and `table` says which page is whose.
     """
+    return tinyserve.attention(*_arguments(q, keys, values, table, count, scale)).reshape(q.shape)
+
+
+def _arguments(q, keys, values, table, count, scale):
     tokens, heads, head_dim = q.shape
     qkv = q.reshape(tokens, heads * head_dim)  # the keys and values behind each query are in the cache already
-    positions, sequence_of = np.arange(count - tokens, count), np.zeros(tokens, np.int64)
-    return tinyserve.attention(
-        qkv, heads, keys, values, NO_SCALES, NO_SCALES, table, sequence_of, positions, scale, 0, NO_ALIBI
-    ).reshape(q.shape)
+    positions, none = np.arange(count - tokens, count), np.zeros(tokens, np.int64)
+    return (
+        qkv,
+        Heads(heads, keys.shape[1], head_dim),
+        tinyserve.Scoring(scale, 0, NO_ALIBI),
+        Tokens(positions, none, none, table),
+        Pages(keys, values, NO_SCALES, NO_SCALES),
+    )
 
 
 # --- packing: k and v (keys, kv_heads, head_dim) -> a version's arguments -------------------------------------------
@@ -326,11 +335,7 @@ def check(version: Version, shape: Shape = ODD) -> None:
     q, k, v, scale = inputs(shape)
     _jit.set_threads(version.threads)
     got = version.function(q, *version.pack(k, v), shape.keys, scale)
-    keys, values, table = in_pages(k, v)
-    expected = reference.attention(
-        q.reshape(shape.tokens, -1), shape.heads, keys, values, NO_SCALES, NO_SCALES, table,
-        np.zeros(shape.tokens, np.int64), np.arange(shape.keys - shape.tokens, shape.keys), scale, 0, NO_ALIBI,
-    ).reshape(q.shape)  # fmt: skip
+    expected = reference.attention(*_arguments(q, *in_pages(k, v), shape.keys, scale)).reshape(q.shape)
     difference = _workshop.error(got, expected)
     assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e}"
 

@@ -9,6 +9,7 @@ lines, and in docs/kernels.md with figures.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import numpy as np
-from numba import prange
 
 from tinyserve.tensor import _jit, reference_mamba2
-from tinyserve.tensor._jit import kernel, parallel_kernel
-from tinyserve.tensor.mamba2 import broadcast, selective_scan
+from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.mamba2 import Scan, Sequences, broadcast, selective_scan
+from tinyserve.tensor.program import allocating_instruction, instruction
 from tinyserve.tensor.simd import LANES, exp, fma, load, splat, store, sum_lanes
+from tinyserve.tensor.thread_pool import own_items
 from tinyserve.tensor.tiles import fma_rows, load_rows, load_tile, store_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,12 +38,24 @@ CHUNK = 64  # tokens
 # d_state), and the states, updated in place: (heads, d_head, d_state) in v1 and v2, (heads, d_state, d_head) later.
 
 
-@parallel_kernel
-def v1_obvious_loop(x, dt, A, B, C, D, states):
+def returns_y(function: Callable[..., None]) -> Callable[..., Array]:
+    """A version as a function that makes its last argument, y (tokens, heads·d_head), and returns it."""
+
+    @functools.wraps(function, assigned=("__name__", "__doc__"), updated=())
+    def version(x: Array, *others: Array) -> Array:
+        y = np.empty_like(x)
+        function(x, *others, y)
+        return y
+
+    return version
+
+
+@returns_y
+@instruction
+def v1_obvious_loop(team, x, dt, A, B, C, D, states, y):
     """The formula, number by number: S = exp(dt·A)·S + dt·B⊗x; y = C·S + D·x."""
-    y = np.empty_like(x)
     heads, d_head, d_state = states.shape
-    for head in prange(heads):
+    for head in range(*own_items(team, heads)):
         for t in range(x.shape[0]):
             decay = np.exp(dt[head, t] * A[head])
             for p in range(d_head):
@@ -52,15 +66,14 @@ def v1_obvious_loop(x, dt, A, B, C, D, states):
                     states[head, p, n] = s
                     total += s * C[t, n]
                 y[t, head * d_head + p] = total
-    return y
 
 
-@parallel_kernel
-def v2_lanes_of_d_state(x, dt, A, B, C, D, states):
+@returns_y
+@instruction
+def v2_lanes_of_d_state(team, x, dt, A, B, C, D, states, y):
     """A vector is 16 numbers along d_state, as the paper lays the state out: every output ends in a sum over lanes."""
-    y = np.empty_like(x)
     heads, d_head, d_state = states.shape
-    for head in prange(heads):
+    for head in range(*own_items(team, heads)):
         for t in range(x.shape[0]):
             decay = splat(np.exp(dt[head, t] * A[head]))
             for p in range(d_head):
@@ -72,16 +85,15 @@ def v2_lanes_of_d_state(x, dt, A, B, C, D, states):
                     store(states, at, s)
                     total = fma(s, load(C, t * d_state + n), total)
                 y[t, head * d_head + p] = D[head] * v + sum_lanes(total)
-    return y
 
 
-@parallel_kernel
-def v3_lanes_of_d_head(x, dt, A, B, C, D, states):
+@returns_y
+@instruction
+def v3_lanes_of_d_head(team, x, dt, A, B, C, D, states, y):
     """A vector is 16 numbers along d_head: no sum over lanes, but the state goes to the nearest cache and back."""
     tokens, width = x.shape
-    y = np.empty_like(x)
     heads, d_state, d_head = states.shape
-    for head in prange(heads):
+    for head in range(*own_items(team, heads)):
         for t in range(tokens):
             decay = splat(np.exp(dt[head, t] * A[head]))
             for p in range(0, d_head, LANES):
@@ -93,19 +105,18 @@ def v3_lanes_of_d_head(x, dt, A, B, C, D, states):
                     store(states, at, s)
                     total = fma(s, broadcast(C, t * d_state + n), total)
                 store(y, t * width + head * d_head + p, total)
-    return y
 
 
-@parallel_kernel
-def v4_rows_in_registers(x, dt, A, B, C, D, states):
+@returns_y
+@allocating_instruction
+def v4_rows_in_registers(team, x, dt, A, B, C, D, states, y):
     """Four rows of the state stay in registers while a chunk of tokens passes; the outputs go to the cache instead.
 
     Each number is still computed token after token, and a state row after the other: the same bits as v3's.
     """
     tokens, width = x.shape
-    y = np.empty_like(x)
     heads, d_state, d_head = states.shape
-    for head in prange(heads):
+    for head in range(*own_items(team, heads)):
         decays, steps = np.empty(CHUNK, np.float32), np.empty(CHUNK * d_head, np.float32)
         totals = np.empty(CHUNK * d_head, np.float32)
         for start in range(0, tokens, CHUNK):
@@ -139,7 +150,6 @@ def v4_rows_in_registers(x, dt, A, B, C, D, states):
             for t in range(count):
                 for p in range(0, d_head, LANES):
                     store(y, (start + t) * width + head * d_head + p, load(totals, t * d_head + p))
-    return y
 
 
 @kernel
@@ -152,24 +162,24 @@ def _add_product(x, x_at, x_row, x_step, w, w_at, w_row, K, y, y_at, y_row, N):
         store_rows(y, y_at + n, y_row, tile, 1, LANES)
 
 
-@parallel_kernel
-def v5_products_in_chunks(x, dt, A, B, C, D, states):
-    """The paper's own algorithm (its section 6): matrix products inside a chunk, the state passed on between chunks.
-
-    A token costs d_head·CHUNK/2 products more and d_head·d_state fewer. But its sums depend on where the chunks begin,
-    and a token that is decoded alone would add in another order than one of a prompt: not the same to the bit.
-    """
-    tokens, width = x.shape
-    y = np.empty_like(x)
-    heads, d_state, d_head = states.shape
-    G = np.zeros((tokens, CHUNK), np.float32)  # C · Bᵀ within each chunk, the same for every head
-    for chunk in prange(tokens // CHUNK):
+@allocating_instruction
+def _chunks_products(team, B, C, G):
+    """G (tokens, CHUNK) = C · Bᵀ within each chunk, the same for every head."""
+    tokens, d_state = B.shape
+    for chunk in range(*own_items(team, tokens // CHUNK)):
         start = chunk * CHUNK
         B_transposed = B[start : start + CHUNK].T.copy()
         for t in range(0, CHUNK, ROWS):
             row, seen = start + t, t // LANES * LANES + LANES
             _add_product(C, row * d_state, d_state, 1, B_transposed, 0, CHUNK, d_state, G, row * CHUNK, CHUNK, seen)
-    for head in prange(heads):
+
+
+@allocating_instruction
+def _pass_chunks(team, x, dt, A, B, C, D, states, G, y):
+    """Every head's chunks, one after the other."""
+    tokens, width = x.shape
+    heads, d_state, d_head = states.shape
+    for head in range(*own_items(team, heads)):
         S = head * d_state * d_head
         steps, M = np.empty((CHUNK, d_head), np.float32), np.empty((CHUNK, CHUNK), np.float32)
         inside, past = np.empty((CHUNK, d_head), np.float32), np.empty((CHUNK, d_head), np.float32)
@@ -208,13 +218,29 @@ def v5_products_in_chunks(x, dt, A, B, C, D, states):
             for n in range(0, d_state, ROWS):
                 at = S + n * d_head
                 _add_product(B_decayed, n, 1, d_state, steps, 0, d_head, CHUNK, states, at, d_head, d_head)
-    return y
+
+
+@returns_y
+def v5_products_in_chunks(x, dt, A, B, C, D, states, y):
+    """The paper's own algorithm (its section 6): matrix products inside a chunk, the state passed on between chunks.
+
+    A token costs d_head·CHUNK/2 products more and d_head·d_state fewer. But its sums depend on where the chunks begin,
+    and a token that is decoded alone would add in another order than one of a prompt: not the same to the bit.
+    """
+    G = np.zeros((len(x), CHUNK), np.float32)
+    _chunks_products(B, C, G)
+    _pass_chunks(x, dt, A, B, C, D, states, G, y)
 
 
 def v6_tinyserves(xBC, raw, A, D, dt_bias, states):
     """v4 for any shape, with softplus, several sequences and groups: tinyserve.tensor.mamba2.selective_scan."""
-    starts, slots = np.array([0, len(xBC)]), np.array([0])
-    return selective_scan(xBC, raw, A, D, dt_bias, (0.0, np.inf), 1, states, starts, slots)
+    scan, sequences = one_sequence(xBC, A, D, dt_bias)
+    return selective_scan(xBC, raw, scan, states, sequences)
+
+
+def one_sequence(xBC: Array, A: Array, D: Array, dt_bias: Array) -> tuple[Scan, Sequences]:
+    scan = Scan(A, D, dt_bias, np.float32(0.0), np.float32(np.inf), 1)
+    return scan, Sequences(np.array([0, len(xBC)]), np.array([0]))
 
 
 # --- from x, dt, A, B, C, D and a state (heads, d_head, d_state) to a version's arguments, the state last -----------
@@ -273,9 +299,8 @@ def check(version: Version, shape: Shape = ODD) -> None:
     y = version.function(*arguments)
     S = arguments[-1].transpose(0, 2, 1) if version.pack is as_in_the_paper else arguments[-1]
     xBC, raw, A, D, dt_bias, expected_S = as_layers_have_them(*numbers)
-    expected = reference_mamba2.selective_scan(
-        xBC, raw, A, D, dt_bias, (0.0, np.inf), 1, expected_S, np.array([0, shape.tokens]), np.array([0])
-    )
+    scan, sequences = one_sequence(xBC, A, D, dt_bias)
+    expected = reference_mamba2.selective_scan(xBC, raw, scan, expected_S, sequences)
     difference = max(_workshop.error(y, expected), _workshop.error(S.reshape(expected_S.shape), expected_S))
     assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e}"
 

@@ -19,28 +19,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import numpy as np
 
 from tinyserve.models import matrix as matrices
-from tinyserve.tensor import _jit, dot_product, matmul, reference, tiles
-from tinyserve.tensor._jit import kernel
+from tinyserve.tensor import _jit, matmul, reference
+from tinyserve.tensor._jit import cached_kernel, kernel
 from tinyserve.tensor.mamba2 import broadcast
-from tinyserve.tensor.norm import NONE
-from tinyserve.tensor.quant import (
-    BLOCK,
-    LARGEST_8,
-    LARGEST_16,
-    NO_MINIMUMS,
-    PANEL,
-    ZERO_4,
-    ZERO_8,
-    activation_kind,
-    quantize_row,
-)
+from tinyserve.tensor.matmul import Epilogue, QuantizedRows
+from tinyserve.tensor.norm import NO_NORM
+from tinyserve.tensor.program import Arena, Program, capture
+from tinyserve.tensor.quant import BLOCK, LARGEST_8, PAIR, PANEL, IntegerWeights, Rounding, padded, quantize_row
 from tinyserve.tensor.simd import LANES, WIDE, fma, load, load_first, splat, store, sum_lanes
 from tinyserve.tensor.tiles import (
+    PANELS,
     begin_part,
     dot_rows,
     end_part,
     fma_rows,
     inputs_per_load,
+    load_scales,
     load_tile,
     scaled_rows,
     start_rows,
@@ -52,14 +46,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _workshop
 
 Array = np.ndarray
-NO_NUMBERS, ONE = matrices.no_bias(), np.float32(1.0)
-NO_NORM = NONE, NO_NUMBERS, NO_NUMBERS, ONE
-NOTHING_AFTER = NO_NUMBERS, ONE, matmul.PLAIN, matrices.no_residual()  # no bias, scale, activation, residual
+NOTHING_AFTER = Epilogue(matrices.no_bias(), np.float32(1.0), matmul.PLAIN)
 
 # Every version: x (M, K) and the weights as its packing left them -> y (M, N, or more: panels are padded with zeros).
 
 
-@kernel
+@cached_kernel
 def v1_obvious_loop(x, w):
     """The formula. The compiler may not reorder a sum of floats, so each addition waits for the one before it."""
     y = np.empty((x.shape[0], w.shape[0]), np.float32)
@@ -72,7 +64,7 @@ def v1_obvious_loop(x, w):
     return y
 
 
-@kernel
+@cached_kernel
 def v2_lanes_of_inputs(x, w):
     """A vector is 16 neighbouring inputs: 16 sums at once, but every output ends in a sum over lanes."""
     M, K = x.shape
@@ -88,7 +80,7 @@ def v2_lanes_of_inputs(x, w):
     return y
 
 
-@kernel
+@cached_kernel
 def v3_panels_of_outputs(x, w):
     """W is packed (N/16, K, 16): a vector is one input of 16 outputs. No sum over lanes, and no rest of K.
 
@@ -126,7 +118,7 @@ def _float_tile(ROWS, PANELS):
 _float_tile_1, _float_tile_6 = _float_tile(1, 4), _float_tile(6, 4 if WIDE else 1)
 
 
-@kernel
+@cached_kernel
 def v4_register_tile(x, w):
     """A few rows by a few panels: as many chains as there are registers, and each loaded vector serves several."""
     M, N = x.shape[0], w.shape[0] * PANEL
@@ -142,7 +134,7 @@ def v4_register_tile(x, w):
     return y
 
 
-@kernel
+@cached_kernel
 def v5_bytes_widened(x, w, scales):
     """The same tile on W in 8 bits, (N/16, K, 16) int8 with a scale an output: bytes become floats as they are loaded.
 
@@ -155,74 +147,136 @@ def v5_bytes_widened(x, w, scales):
     return y
 
 
-def _integer_tile(ROWS, PANELS):
-    SIZE = ROWS * PANELS
+@kernel
+def _rounded(x, group, groups, numbers, kept):
+    """The rows of x as integers, in an array of the type of `kept`."""
+    M = x.shape[0]
+    q, starts = np.empty((M, groups * group), kept.dtype), np.empty((M, groups), np.int32)
+    rows = QuantizedRows(q, starts, np.empty((M, groups), np.float32), np.empty((M, groups), np.float32))
+    for m in range(M):
+        quantize_row(x, m, rows, m, numbers)
+    return rows
 
+
+def _panel_tile(ROWS):
     @kernel
-    def tile(q, starts, x_scales, m, w, w_scales, n, y):
-        N, K, groups = y.shape[1], q.shape[1], w_scales.shape[1]
+    def tile(rows, m, w, w_scales, panel, y):
+        groups, K, N = w_scales.shape[1], rows.q.shape[1], y.shape[1]
         inputs, group = inputs_per_load(w), K // groups
-        w_stride, scale_stride = 4 * PANEL * w.shape[1], PANEL * groups
-        w_at, scales_at = n // PANEL * w_stride, n // PANEL * scale_stride
-        total = zeros(SIZE)
+        total = zeros(ROWS)
         for g in range(groups):
-            sums = start_rows(ROWS, PANELS, q, starts, m * groups + g, groups)
+            sums = start_rows(ROWS, 1, rows.q, rows.starts, m * groups + g, groups)
             for k in range(g * group, (g + 1) * group, 32):
-                part = begin_part(sums, w, q)
+                part = begin_part(sums, w, rows.q)
                 for i in range(k, k + 32, inputs):
-                    part = dot_rows(part, PANELS, w, w_at + 4 * PANEL * (i // inputs), w_stride, q, m * K + i, K)
+                    here = (panel * w.shape[1] + i // inputs) * 4 * PANEL
+                    part = dot_rows(part, 1, w, here, 0, rows.q, m * K + i, K)
                 sums = end_part(sums, part)
-            scales = load_tile(PANELS, w_scales, scales_at + g * PANEL, scale_stride)
-            total = scaled_rows(total, sums, scales, x_scales, m * groups + g, groups)
-        store_rows(y, m * N + n, N, total, PANELS, PANELS * PANEL)
+            scales = load_tile(1, w_scales, (panel * groups + g) * PANEL, 0)
+            total = scaled_rows(total, sums, scales, rows.scales, m * groups + g, groups)
+        store_rows(y, m * N + panel * PANEL, N, total, 1, PANEL)
 
     return tile
 
 
-_integer_tile_1, _integer_tile_3 = _integer_tile(1, tiles.PANELS), _integer_tile(3, tiles.PANELS)
+_panel_tile_1, _panel_tile_3 = _panel_tile(1), _panel_tile(3)
 
 
-@kernel
-def v6_integers(x, w, w_scales, kind, largest, zero):
+@cached_kernel
+def v6_integers(x, w, w_scales, numbers, kept):
     """x is rounded to 16 bits, and whole numbers are multiplied; each group of inputs ends with its two scales.
 
-    The packing is tinyserve's (tensor/quant.py): four inputs of an output lie side by side, as the dot product eats
-    them. The accumulator starts at -zero · Σx, because weights are kept unsigned.
+    W is (N/16, K/4, 64) int8: panel after panel, four inputs of an output side by side, as the dot product eats them;
+    scales are in an array of their own. Sums start at -zero · Σx, because weights are kept unsigned.
     """
-    M, N, groups = x.shape[0], w.shape[0] * PANEL, w_scales.shape[1]
-    group = w.shape[1] * inputs_per_load(w) // groups
-    q, starts = np.empty((M, groups * group), kind.dtype), np.empty((M, groups), np.int32)
-    x_scales, x_sums = np.empty((M, groups), np.float32), np.empty((M, groups), np.float32)
-    for m in range(M):
-        quantize_row(x, m, q, starts, x_scales, x_sums, group, largest, zero)
-    y = np.empty((M, N), np.float32)
-    for n in range(0, N, tiles.PANELS * PANEL):
+    M, (panels, groups, _) = x.shape[0], w_scales.shape
+    rows = _rounded(x, w.shape[1] * inputs_per_load(w) // groups, groups, numbers, kept)
+    y = np.empty((M, panels * PANEL), np.float32)
+    for panel in range(panels):
         m = 0
         while m + 3 <= M:
-            _integer_tile_3(q, starts, x_scales, m, w, w_scales, n, y)
+            _panel_tile_3(rows, m, w, w_scales, panel, y)
             m += 3
         while m < M:
-            _integer_tile_1(q, starts, x_scales, m, w, w_scales, n, y)
+            _panel_tile_1(rows, m, w, w_scales, panel, y)
             m += 1
     return y
 
 
-def v6_in_4_bits(x, w, w_scales, kind, largest, zero):
+def _stream_tile(ROWS, PANELS):
+    SIZE = ROWS * PANELS
+
+    @kernel
+    def tile(rows, m, w, panel, y):
+        stream, group, N = w.stream, w.group, y.shape[1]
+        groups, size = stream.shape[1], stream.shape[2]
+        inputs, K, pair = inputs_per_load(stream), groups * group, groups * size
+        total = zeros(SIZE)
+        for g in range(groups):
+            at = panel // 2 * pair + g * size
+            sums = start_rows(ROWS, PANELS, rows.q, rows.starts, m * groups + g, groups)
+            for k in range(0, group, 32):
+                part = begin_part(sums, stream, rows.q)
+                for i in range(k, k + 32, inputs):
+                    here = at + 2 * PAIR + i // inputs * 4 * PAIR + panel % 2 * 4 * PANEL
+                    part = dot_rows(part, PANELS, stream, here, pair, rows.q, m * K + g * group + i, K)
+                sums = end_part(sums, part)
+            scales = load_scales(PANELS, stream, at + panel % 2 * 2 * PANEL, pair)
+            total = scaled_rows(total, sums, scales, rows.scales, m * groups + g, groups)
+        store_rows(y, m * N + panel * PANEL, N, total, PANELS, PANELS * PANEL)
+
+    return tile
+
+
+_stream_tile_1, _stream_tile_3 = _stream_tile(1, 2), _stream_tile(3, PANELS)
+
+
+@cached_kernel
+def v7_one_stream(x, w, numbers, kept):
+    """The same numbers in the order of use: of two panels in turn, group after group, a group's scales before it.
+
+    A processor that sees a program read on and on fetches ahead by itself; v6 reads short pieces from two places. And
+    what lies between two panels of 16 can be a tile of both: twice as many sums that do not wait for each other.
+    """
+    M, groups = x.shape[0], w.stream.shape[1]
+    rows = _rounded(x, w.group, groups, numbers, kept)
+    y = np.empty((M, w.stream.shape[0] * PAIR), np.float32)
+    for block in range(0, y.shape[1] // PANEL, BLOCK // PANEL):
+        m = 0
+        while m + 3 <= M:
+            for panel in range(block, block + BLOCK // PANEL, PANELS):
+                _stream_tile_3(rows, m, w, panel, y)
+            m += 3
+        while m < M:
+            for panel in range(block, block + BLOCK // PANEL, 2):
+                _stream_tile_1(rows, m, w, panel, y)
+            m += 1
+    return y
+
+
+def v7_in_4_bits(x, w, numbers, kept):
     """The same kernel on nibbles, groups of 32: half the bytes again; two dot products for each vector that is loaded.
 
     The array's type chooses: 64 bytes of uint8 are eight inputs of 16 outputs, of int8 four.
     """
-    return v6_integers(x, w, w_scales, kind, largest, zero)
+    return v7_one_stream(x, w, numbers, kept)
 
 
-def v7_tinyserves(x, w, w_scales, kind, largest, zero):
-    """v6 in blocks of 64 outputs by 48 rows, shared among threads: tinyserve.tensor.matmul.matmul_integer.
+def v8_an_instruction(x, w, rounding):
+    """v7 in blocks of 64 outputs by 48 rows, shared among threads: tinyserve.tensor.matmul.matmul_integer.
 
-    A row's part of x is used for four panels while it is in the nearest cache, and a block of y is finished there:
-    bias, activation and residual, which are empty here, cost no pass over memory.
+    A block of y is finished in the nearest cache: bias, activation and residual, which are empty here, cost no pass
+    over memory. Called from Python, each product is a program of its own, to which threads are called and let go.
     """
-    kept = (kind, largest, zero, w, w_scales, NO_MINIMUMS)
-    return matmul.matmul_integer(x, *NO_NORM, *kept, w.shape[0] * PANEL, *NOTHING_AFTER)
+    return matmul.matmul_integer(x, NO_NORM, rounding, w, NOTHING_AFTER, matmul.NOTHING, w.stream.shape[0] * PAIR)
+
+
+def v9_tinyserves(x, w, rounding):
+    """The same call, captured: all products are one program, and between two of them there is a barrier and no Python.
+
+    The matrices of a model are so many products after each other; with one row each is some tens of microseconds.
+    """
+    return v8_an_instruction(x, w, rounding)
 
 
 # --- packing: W (N, K) float32 -> a version's arguments ---------------------------------------------------------------
@@ -233,40 +287,56 @@ def as_it_is(w: Array) -> tuple[Any, ...]:
 
 
 def in_panels(w: Array) -> tuple[Any, ...]:
-    return (reference.pack_float(w, bfloat16=False),)
+    """(N/16, K, 16), N padded with zeros to a multiple of 64."""
+    N, K = w.shape
+    full = np.zeros((padded(N, BLOCK), K), np.float32)
+    full[:N] = w
+    return (np.ascontiguousarray(full.reshape(-1, PANEL, K).transpose(0, 2, 1)),)
 
 
 def in_bytes(w: Array) -> tuple[Any, ...]:
     """Panels of int8, and a scale for each output."""
-    scales = np.abs(w).max(1) / np.float32(LARGEST_8)
-    panels = reference.pack_float(np.rint(w / scales[:, None]), bfloat16=False)
-    padded = np.zeros(len(panels) * PANEL, np.float32)
-    padded[: len(scales)] = scales
-    return panels.astype(np.int8), padded
+    scales = np.zeros(padded(len(w), BLOCK), np.float32)
+    scales[: len(w)] = np.abs(w).max(1) / np.float32(LARGEST_8)
+    (panels,) = in_panels(np.rint(w / scales[: len(w), None]))
+    return panels.astype(np.int8), scales
 
 
-def in_groups_of_bytes(w: Array) -> tuple[Any, ...]:
-    matrix = matrices.pack(w, "w8a16")
-    return (
-        matrix.packed,
-        matrix.scales,
-        activation_kind(16, 8),
-        np.float32(LARGEST_16),
-        0 if dot_product.SIGNED else ZERO_8,
-    )
+def in_a_stream(w: Array, dtype: str = "w8a16") -> tuple[Any, ...]:
+    """As tinyserve packs it (tensor/quant.py)."""
+    matrix = matrices.pack(w, dtype)
+    assert isinstance(matrix, matrices.IntegerMatrix)
+    return matrix.packed, matrix.rounding
 
 
-def in_groups_of_nibbles(w: Array) -> tuple[Any, ...]:
-    matrix = matrices.pack(w, "w4a16")
-    return matrix.packed, matrix.scales, activation_kind(16, 4), np.float32(LARGEST_16), ZERO_4
+def told_to_kernels(weights: IntegerWeights, rounding: Rounding) -> tuple[Any, ...]:
+    return weights, rounding.numbers, np.empty(0, rounding.dtype)
+
+
+def in_a_stream_of_bytes(w: Array) -> tuple[Any, ...]:
+    return told_to_kernels(*in_a_stream(w))
+
+
+def in_a_stream_of_nibbles(w: Array) -> tuple[Any, ...]:
+    return told_to_kernels(*in_a_stream(w, "w4a16"))
+
+
+def in_panels_of_bytes(w: Array) -> tuple[Any, ...]:
+    """The stream's weights (N/16, K/4, 64), and its scales (N/16, groups, 16) float32."""
+    weights, *others = in_a_stream_of_bytes(w)
+    panels = 2 * len(weights.stream)
+    integers = np.ascontiguousarray(weights.integers.transpose(0, 3, 1, 2, 4)).reshape(panels, -1, 4 * PANEL)
+    scales = weights.scales.transpose(0, 2, 1, 3).astype(np.int16, order="C").view(np.float16)
+    return integers, scales.reshape(panels, -1, PANEL).astype(np.float32), *others
 
 
 class Version(NamedTuple):
     function: Callable[..., Array]
     pack: Callable[[Array], tuple[Any, ...]]
-    integers: bool = False
     after: str | None = None  # the version whose time this one's is compared with, if not the one above
+    dtype: str | None = None  # of integers
     threads: int = 1
+    captured: bool = False
 
 
 VERSIONS = [
@@ -275,29 +345,45 @@ VERSIONS = [
     Version(v3_panels_of_outputs, in_panels),
     Version(v4_register_tile, in_panels),
     Version(v5_bytes_widened, in_bytes),
-    Version(v6_integers, in_groups_of_bytes, integers=True, after="v4_register_tile"),
-    Version(v6_in_4_bits, in_groups_of_nibbles, integers=True, after="v6_integers"),
-    Version(v7_tinyserves, in_groups_of_bytes, integers=True, after="v6_integers"),
-    Version(v7_tinyserves, in_groups_of_bytes, integers=True, threads=2),
+    Version(v6_integers, in_panels_of_bytes, "v4_register_tile", dtype="w8a16"),
+    Version(v7_one_stream, in_a_stream_of_bytes, dtype="w8a16"),
+    Version(v7_in_4_bits, in_a_stream_of_nibbles, dtype="w4a16"),
+    Version(v8_an_instruction, in_a_stream, "v7_one_stream", dtype="w8a16"),
+    Version(v9_tinyserves, in_a_stream, dtype="w8a16", captured=True),
+    Version(v8_an_instruction, in_a_stream, dtype="w8a16", threads=2),
+    Version(v9_tinyserves, in_a_stream, dtype="w8a16", threads=2, captured=True),
 ]
 
 
-def check(version: Version, M: int = 7, N: int = 70, K: int = 100) -> None:
+def captured(version: Version, x: Array, weights: list[tuple[Any, ...]]) -> tuple[Program, list[Array]]:
+    """A program of the products with all these weights, and where their results are."""
+    with capture(Arena()) as program:
+        return program, [version.function(x, *each) for each in weights]
+
+
+def check(version: Version, N: int = 70, K: int = 100) -> None:
     """Raise AssertionError unless the version computes what tensor/reference.py does; the shape fits no tile."""
-    x, w = inputs(M, N, K)
-    packed = version.pack(w)
     _jit.set_threads(version.threads)
-    got = version.function(x, *packed)[:, :N]
-    if version.integers:
-        integers, scales, kind, largest, zero = packed
-        kept = (kind, largest, zero, integers, scales, NO_MINIMUMS)
-        expected = reference.matmul_integer(x, *NO_NORM, *kept, N, *NOTHING_AFTER)
-    else:
-        if version.pack is in_bytes:
-            w = reference.unpack_float(packed[0].astype(np.float32), N) * packed[1][:N, None]
-        expected = reference.matmul_float(x, *NO_NORM, *in_panels(w), N, *NOTHING_AFTER)
-    difference = _workshop.error(got, expected)
-    assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e}"
+    for M in (7, 1):
+        x, w = inputs(M, N, K)
+        packed = version.pack(w)
+        if version.captured:
+            program, (got,) = captured(version, x, [packed])
+            program.run()
+        else:
+            got = version.function(x, *packed)
+        if version.dtype:
+            weights, rounding = in_a_stream(w, version.dtype)
+            expected = reference.matmul_integer(x, NO_NORM, rounding, weights, NOTHING_AFTER, matmul.NOTHING, N)
+        else:
+            if version.pack is in_bytes:
+                panels, scales = packed
+                w = (panels * scales.reshape(-1, 1, PANEL)).transpose(0, 2, 1).reshape(-1, K)[:N]
+            expected = reference.matmul_float(
+                x, NO_NORM, reference.pack_float(w, False), NOTHING_AFTER, matmul.NOTHING, N
+            )
+        difference = _workshop.error(got[:, :N], expected)
+        assert difference < 1e-5, f"{version.function.__name__} is wrong by {difference:.1e} with {M} rows"
 
 
 def inputs(M: int, N: int, K: int) -> tuple[Array, Array]:
@@ -314,9 +400,14 @@ def climb(M: int, N: int, K: int) -> None:
     for version in VERSIONS:
         packed = version.pack(w)
         weights = _workshop.far_apart(packed) if M == 1 else [packed]
-        calls = [lambda version=version, each=each: version.function(x, *each) for each in weights]
-        seconds = _workshop.shortest(calls, version.threads)
-        peak = _workshop.integer_peak() if version.integers else _workshop.float_peak()
+        _jit.set_threads(version.threads)
+        if version.captured:
+            program, _ = captured(version, x, weights)
+            seconds = _workshop.shortest([program.run], version.threads) / len(weights)
+        else:
+            calls = [lambda version=version, each=each: version.function(x, *each) for each in weights]
+            seconds = _workshop.shortest(calls, version.threads)
+        peak = _workshop.integer_peak() if version.dtype else _workshop.float_peak()
         least = _workshop.nbytes(packed) / _workshop.reading_speed() if M == 1 else table.products / peak
         table.row(_workshop.name(version), seconds, least / (1 if M == 1 else version.threads), version.after)
 

@@ -1,4 +1,4 @@
-"""When the steps of an engine began, and how long each was inside the model; stands in the model's place."""
+"""When the steps of an engine began, and how long each was inside the model; stands in the forward pass's place."""
 
 from dataclasses import dataclass
 from time import perf_counter
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Step:
-    """A call of the model and its head; the time between the two is the head's preparation, and counted."""
+    """A forward pass, head and greedy choice included."""
 
     tokens: int
     sequences: int
@@ -20,21 +20,13 @@ class Step:
 
 
 class StepClock:
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, forward: Any):
+        self._forward = forward
         self.steps: list[Step] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, batch: Any, cache: Any) -> Any:
-        step = Step(len(batch.token_ids), len(batch.state_indices), perf_counter(), 0.0)
-        hidden = self._model(batch, cache)
-        step.ended = perf_counter()
-        self.steps.append(step)
-        return hidden
-
-    def logits(self, hidden: Any) -> Any:
-        logits = self._model.logits(hidden)
-        self.steps[-1].ended = perf_counter()
-        return logits
+    def __call__(self, work: Any, rows: Any) -> Any:
+        began = perf_counter()
+        result = self._forward(work, rows)
+        tokens = sum(len(token_ids) for token_ids, _ in work)
+        self.steps.append(Step(tokens, len(work), began, perf_counter()))
+        return result

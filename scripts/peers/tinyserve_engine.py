@@ -132,12 +132,12 @@ class Engine:
     @contextmanager
     def _clock(self) -> Iterator[StepClock]:
         runner = self.llm.engine.runner
-        model = runner.model
-        runner.model = clock = StepClock(model)
+        forward = runner.forward
+        runner.forward = clock = StepClock(forward)
         try:
             yield clock
         finally:
-            runner.model = model
+            runner.forward = forward
 
 
 def _greedy(count: int) -> SamplingParams:

@@ -64,9 +64,9 @@ def test_blocks_are_repacked_without_a_loss(kind: Type, rows: int) -> None:
     packed = gguf_blocks.repack(blocks, most_bits=8)
     assert packed is not None and packed.holds((rows, 96))
     expected = gguf.quants.dequantize(raw, kind)
-    np.testing.assert_array_equal(reference.unpack(*packed, rows, 96), expected)
+    np.testing.assert_array_equal(reference.unpack(packed, rows, 96), expected)
     ids = np.array([rows - 1, 0])
-    np.testing.assert_array_equal(quant.take_rows_integer(*packed, ids, 96), expected[ids])
+    np.testing.assert_array_equal(quant.take_rows_integer(packed, ids, 96), expected[ids])
     assert (gguf_blocks.repack(blocks, most_bits=4) is None) == (kind == Type.Q8_0)
 
 

@@ -22,8 +22,8 @@ from tinyserve.models import registry
 from tinyserve.models.config import preset_config
 
 COMMANDS = [
-    "ask", "chat", "serve", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup", "quantize",
-    "completion",
+    "ask", "chat", "serve", "bench", "trace", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup",
+    "quantize", "completion",
 ]  # fmt: skip
 FolderOf = Callable[[str], Path]
 
@@ -130,7 +130,7 @@ def test_a_wrong_command_line_is_one_sentence(shell: Shell, line: str, says: str
 # --- models that cannot be loaded -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["ask", "chat", "bench", "inspect-config", "compare", "pull", "warmup"])
+@pytest.mark.parametrize("command", ["ask", "chat", "bench", "trace", "inspect-config", "compare", "pull", "warmup"])
 def test_an_unknown_model(shell: Shell, command: str) -> None:
     result = shell(command, "smolm2-135m", *(["hi"] if command == "ask" else []))
     assert result.code == 2

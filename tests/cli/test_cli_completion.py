@@ -61,7 +61,7 @@ def test_models(complete: Complete, tmp_path: Path) -> None:
     for name in ("small.gguf", "needs quotes.gguf", "smuggled.txt"):
         (tmp_path / name).touch()
     falcons = [name for name in presets.names() if name.startswith("falcon-")]
-    for command in ("chat", "bench", "eval", "inspect-config", "compare gpt2", "pull", "warmup", "quantize"):
+    for command in ("chat", "bench", "trace", "eval", "inspect-config", "compare gpt2", "pull", "warmup", "quantize"):
         assert complete(f"tinyserve {command} falcon-") == falcons, command
     assert complete("tinyserve ask falcon") == ["falcon", *falcons]
     assert complete("tinyserve ask sm") == [

@@ -27,7 +27,7 @@ def test_the_page_is_current(make_cli_docs: Any) -> None:
 
 def test_the_page_has_every_command_with_examples(make_cli_docs: Any) -> None:
     page: str = make_cli_docs.page()
-    commands = ("chat", "bench", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup")
+    commands = ("chat", "bench", "trace", "eval", "inspect-config", "compare", "pull", "list", "rm", "warmup")
     for name in ("ask", "ask gpt2", *commands):
         _, _, section = page.partition(f"## tinyserve {name}\n")
         assert f"tinyserve {name} " in section.partition("```bash\n")[2].partition("```")[0] or name == "list"

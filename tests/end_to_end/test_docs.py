@@ -63,6 +63,16 @@ def test_the_page_about_python_runs(smollm2: Path) -> None:
     assert done.stdout.count("Paris") >= 3 and "Tokyo" in done.stdout and "EngineStats(num_running=0" in done.stdout
 
 
+def test_the_page_about_kernels_runs(tmp_path: Path) -> None:
+    """Its example is a file: Numba reads a kernel's source."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    done = run([sys.executable, str(tmp_path / "example.py")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["3.0", "2 10.0", "2 20.0"]
+
+
 @pytest.fixture(scope="module")
 def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny hybrid in Granite's place, whose template shows tools."""

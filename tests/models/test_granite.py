@@ -20,7 +20,7 @@ from tinyserve.models.config import parse_config
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.matrix import IntegerMatrix
-from tinyserve.tensor.quant import BLOCK, PANEL
+from tinyserve.tensor.quant import BLOCK, PAIR
 
 HYBRIDS = ["granite-hybrid", "granite-hybrid-moe", "granite-hybrid-rope"]
 CONFIGS = checkpoints.CONFIGS
@@ -156,13 +156,14 @@ def test_experts_are_one_matrix(dtype: str, llm_of: Callable[..., LLM]) -> None:
     mixture = llm_of("granite-hybrid-moe", dtype).model.blocks[0].mlp
     for experts in (mixture.up, mixture.down):
         assert mixture.count == 5 and experts.width % BLOCK
-        assert experts.matrix.shape[0] == len(experts.matrix.packed) * PANEL
+        packed = experts.matrix.packed
+        assert experts.matrix.shape[0] == len(getattr(packed, "stream", packed)) * PAIR
         assert experts.matrix.shape[0] % (5 * BLOCK) == 0
 
 
 def test_the_router_keeps_8_bits(llm_of: Callable[..., LLM]) -> None:
     router = llm_of("granite-moe", "int4").model.blocks[0].mlp.router.matrix
-    assert isinstance(router, IntegerMatrix) and router.packed.dtype == np.int8
+    assert isinstance(router, IntegerMatrix) and router.packed.bits == 8
 
 
 def test_multipliers_leave_the_weights_alone(llm_of: Callable[..., LLM], tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_multipliers_leave_the_weights_alone(llm_of: Callable[..., LLM], tmp_pat
     expected = checkpoints.tensor("model.embed_tokens.weight", (checkpoints.VOCAB, 120))
     np.testing.assert_array_equal(model.embedding(np.arange(checkpoints.VOCAB)), expected)
     assert model.head.matrix is model.embedding.matrix
-    assert model.head.scale == np.float32(1 / 3)
+    assert model.head.after.scale == np.float32(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from tinyserve.errors import CheckpointError
 from tinyserve.models import base, build_model
 from tinyserve.models.config import parse_config
 from tinyserve.models.config.shapes import TensorShape
-from tinyserve.models.matrix import FloatMatrix
 
 CONFIGS = checkpoints.CONFIGS
 RAW = CONFIGS["llama"]
@@ -100,13 +99,13 @@ def opened(name: str, is_gguf: bool, folder: Path) -> Checkpoint:
     return open_safetensors(checkpoints.write_folder(folder, CONFIGS[name]))
 
 
-def packed_arrays(name: str, checkpoint: Checkpoint, dtype: str) -> dict[str, list[np.ndarray]]:
+def packed_arrays(name: str, checkpoint: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
     built: dict[str, Any] = {}
     build_model(parse_config(CONFIGS[name]), checkpoint, dtype, 32, built=built)
     arrays = {}
     for key, value in built.items():
-        parts = [value] if isinstance(value, np.ndarray) else [value.packed]
-        arrays[key] = parts if isinstance(value, np.ndarray | FloatMatrix) else [*parts, value.scales, value.minimums]
+        whole = value if isinstance(value, np.ndarray) else value.packed
+        arrays[key] = whole if isinstance(whole, np.ndarray) else whole.stream
     return arrays
 
 
@@ -124,9 +123,8 @@ def test_packing_in_parts_changes_no_bit(
     monkeypatch.setattr(base, "_AT_ONCE", 1)
     parts = packed_arrays(name, checkpoint, dtype)
     assert whole.keys() == parts.keys()
-    for key, arrays in whole.items():
-        for one, other in zip(arrays, parts[key], strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=key)
+    for key, array in whole.items():
+        np.testing.assert_array_equal(array, parts[key], err_msg=key)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
@@ -148,9 +146,8 @@ def test_blocks_are_packed_in_parts(kind: str, tmp_path: Path, monkeypatch: pyte
     whole = packed_arrays("blocks", open_gguf(path).tensors, "w8a16")
     monkeypatch.setattr(base, "_AT_ONCE", 1)
     parts = packed_arrays("blocks", open_gguf(path).tensors, "w8a16")
-    for key, arrays in whole.items():
-        for one, other in zip(arrays, parts[key], strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=key)
+    for key, array in whole.items():
+        np.testing.assert_array_equal(array, parts[key], err_msg=key)
 
 
 @pytest.mark.parametrize("is_gguf", [False, True])

@@ -164,14 +164,15 @@ class Recorder:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.logits: dict[int, list[np.ndarray]] = {}
-        sample = llm.engine.runner.sampler.sample
+        runner: Any = llm.engine.runner
+        sample = runner._sample
 
-        def recording(sequences: list[Any], logits: np.ndarray, *others: Any) -> Any:
-            for sequence, row in zip(sequences, logits, strict=True):
-                self.logits.setdefault(sequence.request_id, []).append(row.copy())
-            return sample(sequences, logits, *others)
+        def recording(places: list[Any], step: Any, masks: Any) -> Any:
+            for place, row in zip(places, step.logits, strict=True):
+                self.logits.setdefault(place.sequence.request_id, []).append(row.copy())
+            return sample(places, step, masks)
 
-        monkeypatch.setattr(llm.engine.runner.sampler, "sample", recording)
+        monkeypatch.setattr(runner, "_sample", recording)
 
     def of(self, output: Any) -> np.ndarray:
         return np.stack(self.logits[output.request_id])

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tinyserve.tensor.quant import IntegerWeights
+
 
 def random(seed: int, *shape: int) -> np.ndarray:
     """Normally distributed float32, the same for a seed."""
@@ -20,3 +22,11 @@ def assert_drawn_from(probabilities: np.ndarray, ids: np.ndarray) -> None:
     assert freedom >= 4
     statistic = sum((count - share) ** 2 / share for count, share in classes)
     assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def with_minimums(packed, shape):
+    """The same 4-bit weights with random minimums beside their scales."""
+    whole = IntegerWeights.empty(shape, 4, packed.group, has_minimums=True)
+    whole.scales[:], whole.integers[:] = packed.scales, packed.integers
+    whole.minimums[:] = random(3, *whole.minimums.shape).astype(np.float16).view(np.int16)
+    return whole

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from arrays import random
+from arrays import random, with_minimums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def matrices(experts, N, K, dtype):
 
 def together(matrix, x, counts, width, **options):
     offsets = np.cumsum([0, *counts])
-    given = {"norm": kept.NO_NORM, "scale": ONE, "activation": matmul.PLAIN} | options
+    given = {"norm": norm.NO_NORM, "scale": ONE, "activation": matmul.PLAIN} | options
     return matrix.grouped_matmul(x, offsets, width=width, **given)
 
 
@@ -53,7 +53,7 @@ def test_each_experts_own_product_bit_for_bit(dtype, counts):
     for N, K, width, activation in ((50, 100, 50, matmul.PLAIN), (160, 72, 77, matmul.SILU_MUL)):
         x = random(1, sum(counts), K)
         alone, whole = matrices(len(counts), N, K, dtype)
-        for before in (kept.NO_NORM, kept.Norm(norm.RMS, random(5, K), random(6, K), np.float32(1e-5))):
+        for before in (norm.NO_NORM, norm.Norm(norm.RMS, random(5, K), random(6, K), np.float32(1e-5))):
             options = {"norm": before, "activation": activation, "scale": np.float32(0.22)}
             got = together(whole, x, counts, width, **options)
             assert (got.dtype, got.shape) == (np.float32, (len(x), width))
@@ -66,7 +66,7 @@ def test_the_kernel_is_its_twin(dtype, counts, monkeypatch):
     N, K, width = 160, 65, 77
     x = random(1, sum(counts), K)
     _, whole = matrices(len(counts), N, K, dtype)
-    before = kept.Norm(norm.RMS, random(5, K), random(6, K), np.float32(1e-5))
+    before = norm.Norm(norm.RMS, random(5, K), random(6, K), np.float32(1e-5))
     options = {"norm": before, "activation": matmul.SILU_MUL, "scale": np.float32(0.5)}
     got = together(whole, x, counts, width, **options)
     for name in ("grouped_matmul_float", "grouped_matmul_integer"):
@@ -92,11 +92,13 @@ def test_whatever_the_shapes(counts, N, K, dtype):
 def test_weights_with_minimums():
     """Those that GGUF's Q4_1 has: the integers' scales and what is added to them lie expert by expert too."""
     experts, N, K, counts = 3, 64, 96, [4, 0, 1]
-    packed = quant.pack_nibbles(random(2, experts * N, K), 32)
-    parts = packed.integers, packed.scales, random(3, *packed.scales.shape).astype(np.float16).view(np.int16)
-    whole = kept.IntegerMatrix((experts * N, K), quant.Packed(*parts), 16)
-    split = zip(*(np.split(part.copy(), experts) for part in parts), strict=True)
-    alone = [kept.IntegerMatrix((N, K), quant.Packed(*part), 16) for part in split]
+    shape = experts * N, K
+    packed = with_minimums(quant.pack_nibbles(random(2, *shape), 32), shape)
+    whole = kept.IntegerMatrix(shape, packed, 16)
+    alone = [
+        kept.IntegerMatrix((N, K), packed._replace(stream=stream.copy()), 16)
+        for stream in np.split(packed.stream, experts)
+    ]
     x = random(1, sum(counts), K)
     np.testing.assert_array_equal(together(whole, x, counts, N), one_by_one(alone, x, counts, N))
 

@@ -68,10 +68,10 @@ prepared = []
 refresh = numba.core.base.BaseContext.refresh
 numba.core.base.BaseContext.refresh = lambda self: (prepared.append(1), refresh(self))[1]
 ids, weights = route(np.array([[0, 3, 1]], np.float32), 2)
-order, offsets = group_by_expert(ids, 3)
-print(bool(prepared), ids.tolist(), order.tolist(), offsets.tolist())
+row_of, offsets = group_by_expert(ids, 3)
+print(bool(prepared), ids.tolist(), row_of.tolist(), offsets.tolist())
 """
-    same = "[[1, 2]] [0, 1] [0, 0, 1, 2]"
+    same = "[[1, 2]] [[0, 1]] [0, 0, 1, 2]"
     assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"True {same}"
     assert python(code, TINYSERVE_CACHE=str(tmp_path)) == f"False {same}"
     # Another type of argument finds no machine code and compiles it, in a process that began with cached code.
@@ -82,7 +82,7 @@ print(bool(prepared), ids.tolist(), order.tolist(), offsets.tolist())
 CLOSURES = """
 import sys
 import numpy as np
-from tinyserve.tensor._jit import kernel
+from tinyserve.tensor._jit import cached_kernel as kernel
 
 def tile_of(rows):
     @kernel
@@ -130,7 +130,7 @@ def test_two_processes_that_save_at_once_do_not_share_a_file(tmp_path: Path, mon
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "first")
-    compiled = _jit.kernel(double)
+    compiled = _jit.cached_kernel(double)
     assert (compiled(1), compiled(0.5)) == (2, 1.0)
     monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "second")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "second"))
@@ -153,7 +153,7 @@ def test_two_processes_that_save_at_once_do_not_share_a_file(tmp_path: Path, mon
 
 def test_a_users_own_kernels_keep_their_cache() -> None:
     before = numba.config.CACHE_DIR
-    _jit.kernel(lambda x: x)
+    _jit.cached_kernel(lambda x: x)
     assert before == numba.config.CACHE_DIR
 
 
@@ -185,9 +185,9 @@ def test_quotas_are_rounded_down_to_at_least_one(
 
 def test_threads_are_bounded_and_the_environment_is_left_alone() -> None:
     before = dict(os.environ)
-    assert _jit.set_threads(10_000) == numba.config.NUMBA_NUM_THREADS
-    assert _jit.set_threads(1) == numba.get_num_threads() == 1
-    assert _jit.set_threads(None) == min(_jit.usable_cores(), numba.config.NUMBA_NUM_THREADS)
+    assert _jit.set_threads(10_000) == _jit.get_threads() == _jit.MAX_THREADS
+    assert _jit.set_threads(1) == _jit.get_threads() == 1
+    assert _jit.set_threads(None) == _jit.usable_cores()
     assert dict(os.environ) == before
 
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from arrays import random
+from arrays import random, with_minimums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.models import matrix as matrices
 from tinyserve.tensor import _jit, activation, attention, kv_cache, matmul, norm, quant, reference, rope
-from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.arena import Arena
+from tinyserve.tensor.program import capture, instruction
 from tinyserve.tensor.simd import load_first, store_first
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -66,7 +67,7 @@ def test_matmul(shape, dtype):
 def test_what_comes_before_and_after_a_product(dtype, normed, activated):
     K, width = 100, 77
     N = 160 if activated == matmul.SILU_MUL else width
-    before = matrices.Norm(normed, random(5, K), random(6, K), np.float32(1e-5))
+    before = norm.Norm(normed, random(5, K), random(6, K), np.float32(1e-5))
     for M in (1, 5, 50):
         x, residual = random(1, M, K) * 3, random(4, M, width)
         matrix = matrices.pack(random(2, N, K), dtype)
@@ -90,12 +91,10 @@ def test_pack_float(shape, bfloat16):
 def test_pack_bytes(shape, group):
     _, N, K = shape
     w = random(2, N, K)
-    packed, scales, minimums = quant.pack_bytes(w, group)
-    expected_packed, expected_scales = reference.pack_bytes(w, group)
-    np.testing.assert_array_equal(packed, expected_packed)
-    np.testing.assert_array_equal(scales, expected_scales)
+    packed = quant.pack_bytes(w, group)
+    np.testing.assert_array_equal(packed.stream, reference.pack_bytes(w, group))
     # Eight bits keep a matrix within half a step of the largest weight of its group.
-    back = reference.unpack(packed, scales, minimums, N, K)
+    back = reference.unpack(packed, N, K)
     assert np.abs(back - w).max() <= np.abs(w).max() / 127 / 2 * 1.002
 
 
@@ -104,7 +103,7 @@ def test_pack_nibbles(shape):
     """Four bits keep each group as near as the simple rule would, a step being an eighth of its largest weight."""
     _, N, K = shape
     w = random(2, N, K)
-    back = reference.unpack(*quant.pack_nibbles(w, 32), N, K)
+    back = reference.unpack(quant.pack_nibbles(w, 32), N, K)
     for k in range(0, K, 32):
         group, error = w[:, k : k + 32], (back - w)[:, k : k + 32]
         step = np.abs(group).max(1, keepdims=True) / 8
@@ -141,16 +140,15 @@ def test_the_largest_sums_there_are(dtype, x_sign, w_sign):
 def test_minimums_are_added_to_every_weight():
     """What GGUF's Q4_1 needs: w = scale · nibble + minimum."""
     w, x = random(1, 70, 96), random(2, 5, 96)
-    integers, scales, _ = quant.pack_nibbles(w, 32)
-    minimums = random(3, *scales.shape).astype(np.float16).view(np.int16)
+    packed = with_minimums(quant.pack_nibbles(w, 32), w.shape)
     for bits in (16, 8):
-        matrix = matrices.IntegerMatrix(w.shape, quant.Packed(integers, scales, minimums), bits)
+        matrix = matrices.IntegerMatrix(w.shape, packed, bits)
         close(matrix.matmul(x), in_reference(matrix, x), TOLERANCE[f"w4a{bits}"])
-        close(matrix.rows(np.arange(70)), reference.unpack(integers, scales, minimums, 70, 96))
+        close(matrix.rows(np.arange(70)), reference.unpack(packed, 70, 96))
 
 
-@kernel
-def _copy_halves(halves, out):
+@instruction
+def _copy_halves(team, halves, out):
     from_array = quant.as_float
     for i in range(halves.size):
         out[i] = from_array(halves[i])
@@ -174,7 +172,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, batch, N, K, seed):
     """Bit for bit, on one thread and on several: the promise that batching changes nobody's answer."""
     x, bias, residual = random(seed, batch, K), random(seed + 2, N), random(seed + 3, batch, N)
     matrix = matrices.pack(random(seed + 1, N, K), dtype)
-    before = matrices.Norm(norm.RMS, random(3, K), EMPTY, np.float32(1e-5))
+    before = norm.Norm(norm.RMS, random(3, K), EMPTY, np.float32(1e-5))
 
     def product(rows, threads):
         with _jit.one_at_a_time(threads):
@@ -194,8 +192,8 @@ def test_a_row_does_not_depend_on_its_batch(dtype, batch, N, K, seed):
 def test_a_normalised_row_does_not_depend_on_its_batch(batch):
     x, weight, bias = random(1, batch, 100), random(3, 100), random(4, 100)
     for function in (
-        lambda rows: norm.rms_norm(rows, weight, np.float32(1e-5)),
-        lambda rows: norm.layer_norm(rows, weight, bias, np.float32(1e-5)),
+        lambda rows: norm.norm_rows(rows, norm.Norm(norm.RMS, weight, EMPTY, np.float32(1e-5))),
+        lambda rows: norm.norm_rows(rows, norm.Norm(norm.LAYER, weight, bias, np.float32(1e-5))),
     ):
         together = function(x)
         for m in range(batch):
@@ -205,9 +203,11 @@ def test_a_normalised_row_does_not_depend_on_its_batch(batch):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 24), (3, 16), (5, 577), (40, 100)])
 def test_norms(shape):
     x, weight, bias = random(1, *shape) * 3 + 1, random(2, shape[1]), random(3, shape[1])
-    close(norm.rms_norm(x, weight, np.float32(1e-5)), reference.rms_norm(x, weight, 1e-5))
+    eps = np.float32(1e-5)
+    close(norm.norm_rows(x, norm.Norm(norm.RMS, weight, EMPTY, eps)), reference.rms_norm(x, weight, eps))
     if shape[1] > 1:
-        close(norm.layer_norm(x, weight, bias, np.float32(1e-5)), reference.layer_norm(x, weight, bias, 1e-5), 1e-5)
+        normed = norm.norm_rows(x, norm.Norm(norm.LAYER, weight, bias, eps))
+        close(normed, reference.layer_norm(x, weight, bias, eps), 1e-5)
 
 
 HEADS = [(1, 1, 1), (5, 5, 24), (6, 2, 20), (3, 1, 100), (16, 8, 128)]  # heads, kv_heads, head_dim
@@ -241,8 +241,8 @@ def test_a_token_whose_heads_are_normalised_does_not_depend_on_its_batch(batch):
         np.testing.assert_array_equal(normed(x[m : m + 1], 1), together[m : m + 1])
 
 
-@kernel
-def _apply(x, y, which):
+@instruction
+def _apply(team, x, y, which):
     for i in range(0, x.size, 16):
         v = load_first(x, i, x.size - i)
         if which == matmul.GELU:
@@ -274,7 +274,7 @@ def test_take_rows():
     np.testing.assert_array_equal(quant.take_rows_float(floats, ids, 100), w[ids])
     np.testing.assert_array_equal(quant.take_rows_float(halves, ids, 100), reference.take_rows_float(halves, ids, 100))
     for packed in (quant.pack_bytes(w, 64), quant.pack_nibbles(w, 32)):
-        got, expected = quant.take_rows_integer(*packed, ids, 100), reference.take_rows_integer(*packed, ids, 100)
+        got, expected = quant.take_rows_integer(packed, ids, 100), reference.take_rows_integer(packed, ids, 100)
         np.testing.assert_array_equal(got, expected)
 
 
@@ -286,7 +286,7 @@ class Paged:
 
     def __init__(self, lengths, heads, kv_heads, head_dim, block_size, seed=0, dtype="float32", rotated=False):
         generator = np.random.default_rng(seed)
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.heads = kv_cache.Heads(heads, kv_heads, head_dim)
         most = -(-max(lengths) // block_size)
         blocks = generator.permutation(len(lengths) * most + 1).astype(np.int32)
         self.tables = blocks[: len(lengths) * most].reshape(len(lengths), most)
@@ -294,39 +294,35 @@ class Paged:
         # What no token has written may be anything: the kernels must not read it into a result.
         anything = {"float32": np.nan, "bfloat16": 0x7FC0, "int8": 77}[dtype]
         kept = KV_DTYPES[dtype]
-        self.keys = np.full((len(blocks), kv_heads, head_dim, block_size), anything, kept)
-        self.values = np.full((len(blocks), kv_heads, block_size, width), anything, kept)
         scales = (len(blocks), kv_heads, block_size) if dtype == "int8" else (0, 0, 0)
-        self.key_scales, self.value_scales = np.full(scales, np.nan, np.float32), np.full(scales, np.nan, np.float32)
-        self.cosines = self.sines = EMPTY.reshape(0, 0)
+        self.pages = kv_cache.Pages(
+            np.full((len(blocks), kv_heads, head_dim, block_size), anything, kept),
+            np.full((len(blocks), kv_heads, block_size, width), anything, kept),
+            np.full(scales, np.nan, np.float32),
+            np.full(scales, np.nan, np.float32),
+        )
+        self.rope_table = rope.RopeTable(EMPTY.reshape(0, 0), EMPTY.reshape(0, 0))
         if rotated:
             frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-            self.cosines, self.sines = rope.rope_table(frequencies, max(lengths))
+            self.rope_table = rope.rope_table(frequencies, max(lengths))
         self.positions = np.concatenate([np.arange(n) for n in lengths])
         self.sequence_of = np.repeat(np.arange(len(lengths)), lengths)
         self.slots = self.tables[self.sequence_of, self.positions // block_size].astype(np.int64) * block_size
         self.slots += self.positions % block_size
         self.qkv = random(seed, len(self.slots), (heads + 2 * kv_heads) * head_dim)
 
-    @property
-    def cache(self):
-        return self.keys, self.values, self.key_scales, self.value_scales
+    def tokens(self, rows):
+        return kv_cache.Tokens(self.positions[rows], self.slots[rows], self.sequence_of[rows], self.tables)
 
     def store(self, module, rows=slice(None)):
         """Write the cache; returns the queries, keys and values as they were rotated."""
         qkv = self.qkv[rows].copy()
-        module.rotate_and_store(
-            qkv, self.cosines, self.sines, self.positions[rows], self.heads, self.kv_heads, self.head_dim,
-            self.slots[rows], *self.cache,
-        )  # fmt: skip
+        module.rotate_and_store(qkv, self.heads, self.rope_table, self.tokens(rows), self.pages)
         return qkv
 
     def attend(self, module, rows=slice(None), window=0, alibi=NO_ALIBI):
-        scale = np.float32(self.head_dim**-0.5)
-        return module.attention(
-            self.qkv[rows], self.heads, *self.cache, self.tables, self.sequence_of[rows], self.positions[rows], scale,
-            window, alibi,
-        )  # fmt: skip
+        scoring = attention.Scoring(np.float32(self.heads.head_dim**-0.5), window, alibi)
+        return module.attention(self.qkv[rows], self.heads, scoring, self.tokens(rows), self.pages)
 
 
 HEADS = [(1, 1, 64), (9, 3, 64), (71, 1, 64), (4, 2, 24), (2, 2, 80), (3, 3, 2)]
@@ -337,9 +333,9 @@ HEADS = [(1, 1, 64), (9, 3, 64), (71, 1, 64), (4, 2, 24), (2, 2, 80), (3, 3, 2)]
 @pytest.mark.parametrize("rotated", [False, True])
 def test_what_is_written_to_the_cache(heads, kv_heads, head_dim, dtype, rotated):
     paged = Paged([1, 17, 40], heads, kv_heads, head_dim, 16, dtype=dtype, rotated=rotated)
-    qkv, ours = paged.store(kv_cache), [array.copy() for array in paged.cache]
+    qkv, ours = paged.store(kv_cache), [array.copy() for array in paged.pages]
     close(qkv, paged.store(reference))
-    for mine, its in zip(ours, paged.cache, strict=True):
+    for mine, its in zip(ours, paged.pages, strict=True):
         if dtype == "float32" or mine.dtype == np.float32:
             np.testing.assert_allclose(mine, its, rtol=1e-5, atol=2e-6)
         else:  # a step apart where a number lies in the middle, and rotation rounds differently
@@ -381,6 +377,53 @@ def test_attention_alone_in_chunks_and_together_is_the_same_bit_for_bit(dtype, w
     for size in (1, 7, 64, 65, 200):
         chunks = [paged.attend(attention, slice(i, i + size), window) for i in range(0, len(together), size)]
         np.testing.assert_array_equal(np.concatenate(chunks), together)
+
+
+@pytest.mark.parametrize("group", range(1, 12))
+def test_a_head_has_the_same_bits_whichever_share_its_keys(group):
+    """Tiles of one to four queries: a head among eleven that share keys, and among fewer."""
+    paged = Paged([700], 11, 1, 24, 16, dtype="bfloat16")
+    paged.store(kv_cache)
+    together = paged.attend(attention)
+    few = Paged([700], group, 1, 24, 16, dtype="bfloat16")
+    few.qkv = np.concatenate([paged.qkv[:, : group * 24], paged.qkv[:, 11 * 24 :]], axis=1)
+    few.pages = paged.pages
+    for rows in (slice(None), slice(699, 700), slice(690, 700)):
+        np.testing.assert_array_equal(few.attend(attention, rows), together[rows, : group * 24])
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 513, 514, 600])
+def test_attention_is_the_same_with_room_for_longer_sequences_and_on_other_threads(window):
+    """How many spans a query could have decides who computes them, not what they come to."""
+    paged = Paged([1, 513, 40, 1500], 4, 2, 24, 16)
+    paged.store(kv_cache)
+    rows = np.concatenate([[0], np.arange(500, 520), [553], np.arange(2040, 2054)])
+    _jit.set_threads(1)
+    expected = paged.attend(attention, rows, window)
+    paged.tables = np.concatenate([paged.tables, np.zeros((4, 400), np.int32)], axis=1)
+    for threads in (1, 2, 5):
+        _jit.set_threads(threads)
+        np.testing.assert_array_equal(paged.attend(attention, rows, window), expected)
+
+
+def test_a_recorded_attention_follows_what_its_arrays_say():
+    """A program is recorded once for a shape, and replayed for sequences of other lengths in other blocks."""
+    paged = Paged([1500, 900, 30], 6, 2, 24, 16)
+    paged.store(kv_cache)
+    last = np.array([1499, 2399, 2429])
+    tokens = paged.tokens(last)
+    tokens = kv_cache.Tokens(*[array.copy() for array in tokens])
+    qkv = paged.qkv[last].copy()
+    scoring = attention.Scoring(np.float32(0.2), 0, NO_ALIBI)
+    with capture(Arena()) as program:
+        out = attention.attention(qkv, paged.heads, scoring, tokens, paged.pages)
+    for rows in (last, [0, 1500, 2400], [700, 2011, 2012], [511, 512, 2429]):
+        now = paged.tokens(np.array(rows))
+        for array, new in zip(tokens, now, strict=True):
+            array[:] = new
+        qkv[:] = paged.qkv[rows]
+        program.run()
+        np.testing.assert_array_equal(out, attention.attention(qkv, paged.heads, scoring, now, paged.pages))
 
 
 def test_attention_with_one_huge_score():

@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.tensor import _jit, mamba2
+from tinyserve.tensor import program as programs
 from tinyserve.tensor import reference_mamba2 as reference
+from tinyserve.tensor.mamba2 import Convolution, Scan, Sequences
 
 pytestmark = pytest.mark.usefixtures("threads")
 
-NO_LIMIT = (0.0, float("inf"))
+NO_LIMIT = np.float32(0.0), np.float32(np.inf)
+LIMIT = np.float32(0.001), np.float32(0.1)
 EPS = np.float32(1e-5)
 
 
@@ -43,12 +46,16 @@ class Mixer:
 
     def run(self, module, projected, lengths, slots, memory, limit=NO_LIMIT):
         """projected (tokens, width) -> (xBC, y, normed y) of sequences of these lengths, side by side."""
+        sequences = Sequences(np.concatenate([[0], np.cumsum(lengths)]), np.array(slots))
+        return self.layer(module, projected, sequences, memory, limit)
+
+    def layer(self, module, projected, sequences, memory, limit=NO_LIMIT):
+        """The same of these sequences."""
         windows, states = memory
-        starts, slots = np.concatenate([[0], np.cumsum(lengths)]), np.array(slots)
-        xBC = module.causal_conv1d(projected, self.inner, self.weight, self.bias, windows, starts, slots)
-        y = module.selective_scan(
-            xBC, projected, self.A, self.D, self.dt_bias, limit, self.groups, states, starts, slots
-        )
+        convolution = Convolution(self.weight, self.bias)
+        scan = Scan(self.A, self.D, self.dt_bias, *limit, self.groups)
+        xBC = module.causal_conv1d(projected, self.inner, convolution, windows, sequences)
+        y = module.selective_scan(xBC, projected, scan, states, sequences)
         return xBC, y, module.gated_rms_norm(y, projected, self.norm, EPS, self.groups)
 
 
@@ -58,7 +65,8 @@ SHAPES = [
     {"heads": 6, "d_head": 32, "d_state": 128, "groups": 2},
     {"heads": 4, "d_head": 64, "d_state": 128, "groups": 2, "d_conv": 3},
     {"heads": 5, "d_head": 24, "d_state": 7, "groups": 5, "d_conv": 2},  # no multiple of a register tile
-    {"heads": 12, "d_head": 32, "d_state": 128},  # one token's state is worth a second thread
+    {"heads": 12, "d_head": 32, "d_state": 128},
+    {"heads": 3, "d_head": 80, "d_state": 13},
 ]
 
 
@@ -126,6 +134,22 @@ def test_the_number_of_threads_changes_no_bit():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_program_reads_its_arrays_each_time_it_runs():
+    """Recorded for one division into sequences and one choice of slots, and run for another."""
+    mixer = Mixer(heads=3, d_head=16)
+    projected, memory = mixer.tokens(9), mixer.memory(4)
+    sequences = Sequences(np.array([0, 4, 9]), np.array([1, 3]))
+    with programs.capture(programs.Arena()) as program:
+        results = mixer.layer(mamba2, projected, sequences, memory)
+    projected[:] = mixer.tokens(9, seed=30)
+    sequences.starts[:], sequences.slots[:] = [0, 1, 9], [2, 0]
+    expected_memory = tuple(array.copy() for array in memory)
+    program.run()
+    expected = mixer.run(mamba2, projected, [1, 8], [2, 0], expected_memory)
+    for a, b in zip((*results, *memory), (*expected, *expected_memory), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_what_is_not_a_number_is_not_hidden():
     """A nan in dt, x or the gate comes out as nan in its own head, sequence and channels, and nowhere else."""
     mixer = Mixer(heads=3, d_head=16)
@@ -134,7 +158,7 @@ def test_what_is_not_a_number_is_not_hidden():
     projected[7, mixer.inner + 20] = np.nan  # the second head's x
     projected[1, 40] = np.nan  # a gate
     memory = mixer.memory(2)
-    xBC, y, normed = mixer.run(mamba2, projected, [5, 5], [0, 1], memory, (0.001, 0.1))
+    xBC, y, normed = mixer.run(mamba2, projected, [5, 5], [0, 1], memory, LIMIT)
     assert np.isnan(xBC[7:, 20]).all()
     assert np.isnan(y[2:5, :16]).all()
     assert np.isnan(memory[1][0, 0]).all()
@@ -146,7 +170,7 @@ def test_what_is_not_a_number_is_not_hidden():
 
 
 @pytest.mark.parametrize("dt", [-1e30, -200.0, -87.0, -30.0, 0.0, 30.0, 90.0, 1e4, 1e12])
-@pytest.mark.parametrize("limit", [NO_LIMIT, (0.001, 0.1)])
+@pytest.mark.parametrize("limit", [NO_LIMIT, LIMIT])
 def test_extremes_of_dt_are_finite(dt, limit):
     """A step so small that the state stays, or so large that it forgets everything: never an overflow on the way."""
     mixer = Mixer(heads=3, d_head=16)
@@ -166,9 +190,8 @@ def test_softplus_keeps_its_relative_precision_when_it_is_tiny():
     dt = np.linspace(-80, 20, 3001, dtype=np.float32)[:, None]
     xBC, one, zero = np.ones((len(dt), 3), np.float32), np.ones(1, np.float32), np.zeros(1, np.float32)
     states = np.zeros((len(dt), 1, 1, 1), np.float32)
-    y = mamba2.selective_scan(
-        xBC, dt, -one, zero, zero, NO_LIMIT, 1, states, np.arange(len(dt) + 1), np.arange(len(dt))
-    )
+    sequences = Sequences(np.arange(len(dt) + 1), np.arange(len(dt)))
+    y = mamba2.selective_scan(xBC, dt, Scan(-one, zero, zero, *NO_LIMIT, 1), states, sequences)
     np.testing.assert_allclose(y, np.logaddexp(0, dt.astype(np.float64)), rtol=1e-6)
 
 
@@ -212,8 +235,7 @@ def test_the_scan_goes_on_from_a_state_as_that_of_transformers():
         D=torch.tensor(mixer.D), dt_bias=torch.tensor(mixer.dt_bias), dt_softplus=True, dt_limit=(0.05, 2.0),
         initial_states=torch.tensor(states.transpose(0, 1, 3, 2)), return_final_states=True,
     )  # fmt: skip
-    y = mamba2.selective_scan(
-        xBC, dt, mixer.A, mixer.D, mixer.dt_bias, (0.05, 2.0), 2, states, np.array([0, 50]), np.array([0])
-    )
+    scan = Scan(mixer.A, mixer.D, mixer.dt_bias, np.float32(0.05), np.float32(2.0), 2)
+    y = mamba2.selective_scan(xBC, dt, scan, states, Sequences(np.array([0, 50]), np.array([0])))
     close(y, expected.numpy().reshape(50, -1), 1e-5)
     close(states.transpose(0, 1, 3, 2), last.numpy(), 1e-5)

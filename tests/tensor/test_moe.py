@@ -7,29 +7,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.tensor import moe
+from tinyserve.tensor import program as programs
 from tinyserve.tensor import reference_mamba2 as reference
 
 pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (1, 64, 6), (9, 5, 5), (40, 32, 8), (3, 100, 20)])
-@pytest.mark.parametrize("hidden", [1, 24, 64])
+@pytest.mark.parametrize("hidden", [1, 24, 64, 300])
 def test_every_kernel_is_its_twin(tokens, experts, k, hidden):
-    logits, x = random(1, tokens, experts), random(2, tokens, hidden)
+    logits, x, onto = random(1, tokens, experts), random(2, tokens, hidden), random(3, tokens, hidden)
     ids, weights = moe.route(logits, k)
     expected_ids, expected_weights = reference.route(logits, k)
     assert (ids.dtype, weights.dtype) == (np.int64, np.float32)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
-    order, offsets = moe.group_by_expert(ids, experts)
-    expected_order, expected_offsets = reference.group_by_expert(ids, experts)
-    np.testing.assert_array_equal(order, expected_order)
+    row_of, offsets = moe.group_by_expert(ids, experts)
+    expected_row_of, expected_offsets = reference.group_by_expert(ids, experts)
+    np.testing.assert_array_equal(row_of, expected_row_of)
     np.testing.assert_array_equal(offsets, expected_offsets)
-    rows = moe.gather_rows(x, order)
-    np.testing.assert_array_equal(rows, reference.gather_rows(x, order))
-    y = moe.combine(rows, order, weights)
-    np.testing.assert_allclose(y, reference.combine(rows, order, weights), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)  # the weights sum to one
+    rows = moe.gather_rows(x, row_of)
+    np.testing.assert_array_equal(rows, reference.gather_rows(x, row_of))
+    y = moe.combine(rows, row_of, weights, onto)
+    np.testing.assert_allclose(y, reference.combine(rows, row_of, weights, onto), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, onto + x, rtol=1e-5, atol=1e-6)  # the weights sum to one
 
 
 def test_of_equal_logits_the_lower_expert_comes_first():
@@ -40,20 +41,20 @@ def test_of_equal_logits_the_lower_expert_comes_first():
 
 
 def test_an_expert_that_nobody_goes_to_has_no_rows():
-    order, offsets = moe.group_by_expert(np.array([[3, 1], [1, 3]]), 5)
+    row_of, offsets = moe.group_by_expert(np.array([[3, 1], [1, 3]]), 5)
     np.testing.assert_array_equal(offsets, [0, 0, 2, 2, 4, 4])
-    np.testing.assert_array_equal(order, [1, 2, 0, 3])
+    np.testing.assert_array_equal(row_of, [[2, 0], [1, 3]])
 
 
 def experts_of(x, logits, k, matrices):
     """A whole mixture, its experts as plain as can be: a function of a row's own numbers, whoever stands beside it."""
     ids, weights = moe.route(logits, k)
-    order, offsets = moe.group_by_expert(ids, len(matrices))
-    rows = moe.gather_rows(x, order)
+    row_of, offsets = moe.group_by_expert(ids, len(matrices))
+    rows = moe.gather_rows(x, row_of)
     for e, matrix in enumerate(matrices):
         for row in range(offsets[e], offsets[e + 1]):
             rows[row] = matrix @ rows[row]
-    return moe.combine(rows, order, weights)
+    return moe.combine(rows, row_of, weights, x)
 
 
 @settings(max_examples=20, deadline=None)
@@ -67,6 +68,23 @@ def test_a_token_does_not_depend_on_its_batch(tokens, k, hidden, seed):
         np.testing.assert_array_equal(alone[0], together[m])
 
 
+def test_a_program_reads_its_arrays_each_time_it_runs():
+    """Recorded for some logits, and run for others, which send the tokens elsewhere."""
+    x, logits, onto = random(1, 9, 24), random(2, 9, 6), random(3, 9, 24)
+
+    def mixture():
+        ids, weights = moe.route(logits, 2)
+        row_of, offsets = moe.group_by_expert(ids, 6)
+        return offsets, moe.combine(moe.gather_rows(x, row_of), row_of, weights, onto)
+
+    with programs.capture(programs.Arena()) as program:
+        results = mixture()
+    logits[:] = random(4, 9, 6)
+    program.run()
+    for a, b in zip(results, mixture(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("damage", [np.nan, np.inf])
 def test_what_is_not_a_number_is_not_hidden(damage):
     logits = random(1, 3, 10)
@@ -75,8 +93,8 @@ def test_what_is_not_a_number_is_not_hidden(damage):
     assert ids[1, 0] == 7
     assert np.isnan(weights[1]).any()
     assert np.isfinite(weights[[0, 2]]).all()
-    order, _ = moe.group_by_expert(ids, 10)
-    y = moe.combine(random(2, 6, 20), order, weights)
+    row_of, _ = moe.group_by_expert(ids, 10)
+    y = moe.combine(random(2, 6, 20), row_of, weights, random(3, 3, 20))
     assert np.isnan(y[1]).all()
     assert np.isfinite(y[[0, 2]]).all()
 
@@ -99,12 +117,11 @@ def test_a_mixture_is_that_of_transformers():
         logits = (x[0] @ block.router.weight.T).numpy()
     gate_up, down = block.experts.gate_up_proj.detach().numpy(), block.experts.down_proj.detach().numpy()
     ids, weights = moe.route(logits, 3)
-    order, offsets = moe.group_by_expert(ids, 8)
-    rows = moe.gather_rows(x[0].numpy(), order)
+    row_of, offsets = moe.group_by_expert(ids, 8)
+    rows = moe.gather_rows(x[0].numpy(), row_of)
     for e in range(8):
         mine = slice(offsets[e], offsets[e + 1])
         gate, up = np.split(rows[mine] @ gate_up[e].T, 2, axis=1)
         rows[mine] = (reference.silu(gate) * up) @ down[e].T
-    np.testing.assert_allclose(
-        moe.combine(rows, order, weights), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
-    )
+    y = moe.combine(rows, row_of, weights, np.zeros((11, 32), np.float32))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

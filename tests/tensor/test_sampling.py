@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from oracles import Oracle
 
 from tinyserve import SamplingParams
+from tinyserve.tensor import _jit, sampling
 from tinyserve.tensor import reference_sampling as reference
-from tinyserve.tensor.sampling import CHUNK, FILTERS, SETTINGS, find_peaks, keep, log_probabilities, sample
+from tinyserve.tensor.arena import Arena
+from tinyserve.tensor.program import capture
+from tinyserve.tensor.sampling import CHUNK, FILTERS, SETTINGS, find_largest, greedy, log_probabilities, sample
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -107,10 +110,13 @@ def test_the_kernel_is_its_twin(shape, vocab, seed, asked, uniform):
         assert got in twins
 
 
+keep = _jit.cached_kernel(sampling.keep.py_func)
+
+
 def kept(logits, asked):
     """The kernel's set, without what is impossible anyway."""
-    peaks = np.empty(-(-logits.size // CHUNK), np.float32)
-    assert find_peaks(logits, peaks) == logits.argmax()
+    [largest], [peaks] = find_largest(logits[None])
+    assert largest == logits.argmax()
     ids, values = keep(logits, peaks, logits.max(), settings_of(1, **asked)[0])
     ids = ids if ids.size else np.arange(logits.size)
     assert (np.diff(ids) > 0).all() and (logits[ids] == (values if values.size == ids.size else logits)).all()
@@ -271,8 +277,7 @@ def test_top_n_sigma_off_changes_no_bit(off):
     logits = logits_of("plain", 5000, 1)
     for others in ({}, {"top_k": 40}, {"min_p": 0.01}, {"typical_p": 0.9, "top_p": 0.9}):
         assert kept(logits, others | {"top_n_sigma": off}) == kept(logits, others)
-    peaks = np.empty(-(-logits.size // CHUNK), np.float32)
-    find_peaks(logits, peaks)
+    _, [peaks] = find_largest(logits[None])
     ids, values = keep(logits, peaks, logits.max(), settings_of(1, top_n_sigma=off)[0])
     assert not ids.size and values.size == logits.size
 
@@ -280,6 +285,33 @@ def test_top_n_sigma_off_changes_no_bit(off):
 def test_greedy_takes_the_first_of_equals():
     logits = np.array([[1, 3, 2, 3], [5, 5, 5, 5], [-np.inf, -np.inf, 0, -np.inf]], np.float32)
     np.testing.assert_array_equal(sample(logits, settings_of(3, temperature=0, uniform=0.9)), [1, 0, 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    vocab=st.sampled_from([*VOCABULARIES, 49_152]),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    odd=st.dictionaries(st.integers(0, 10**6), st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 0.0, 3e38]), max_size=4),
+)
+def test_greedy_is_its_twin_wherever_something_odd_is(shape, vocab, rows, seed, odd):
+    logits = np.stack([logits_of(shape, vocab, seed + row) for row in range(rows)])
+    for place, value in odd.items():
+        logits.flat[place % logits.size] = value
+    expected = reference.sample(logits, settings_of(rows, temperature=0))
+    np.testing.assert_array_equal(greedy(logits), expected)
+    np.testing.assert_array_equal(sample(logits, settings_of(rows, temperature=0)), expected)
+
+
+def test_greedy_is_a_part_of_a_program():
+    logits = np.zeros((3, 5000), np.float32)
+    with capture(Arena()) as program:
+        ids = greedy(logits)
+    for seed in range(20):
+        logits[:] = [logits_of("tied", 5000, seed + row) for row in range(3)]
+        program.run()
+        np.testing.assert_array_equal(ids, logits.argmax(axis=1))
 
 
 def test_of_equals_top_k_and_top_p_keep_the_lower_ids():

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tinyserve import LLM, AsyncEngine, SamplingParams
 from tinyserve.errors import EngineDeadError, TinyserveError
 from tinyserve.models.layers import LayerNorm, RMSNorm
 from tinyserve.tensor import reference
+from tinyserve.tensor.norm import norm_rows
 from tinyserve.text.pooling import mean_pool, sum_pool
 
 TEXTS = [checkpoints.token_ids(length, seed=length) for length in (1, 2, 40)]
@@ -95,11 +97,20 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
     """A long text holds up whoever decodes for a chunk at a time."""
     llm = LLM(folder_of("llama"), dtype="float32", max_num_batched_tokens=4, num_threads=1)
     events: list[str] = []
-    for name in ("prefill", "execute"):
-        real = getattr(llm.engine.runner, name)
-        monkeypatch.setattr(
-            llm.engine.runner, name, lambda *args, real=real, name=name: (events.append(name), real(*args))[1]
-        )
+    runner: Any = llm.engine.runner
+    prefill, execute = runner.prefill, runner.execute
+
+    def reading(*args: Any) -> Any:
+        events.append("prefill")
+        return prefill(*args)
+
+    def decoding(*args: Any) -> Any:
+        events.append("execute")
+        time.sleep(0.002)  # a whole answer of this model would take less than the text needs to come
+        return execute(*args)
+
+    monkeypatch.setattr(runner, "prefill", reading)
+    monkeypatch.setattr(runner, "execute", decoding)
 
     async def main() -> None:
         engine = AsyncEngine(llm)
@@ -209,7 +220,6 @@ def test_norms_as_arrays_are_their_twins() -> None:
     rng = np.random.default_rng(2)
     x, weight, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 37), 37, 37))
     eps = np.float32(1e-5)
-    np.testing.assert_allclose(RMSNorm(weight, eps)(x).array(), reference.rms_norm(x, weight, eps), rtol=1e-5)
-    np.testing.assert_allclose(
-        LayerNorm(weight, bias, eps)(x).array(), reference.layer_norm(x, weight, bias, eps), rtol=1e-4, atol=1e-6
-    )
+    rms, layer = RMSNorm(weight, eps).norm, LayerNorm(weight, bias, eps).norm
+    np.testing.assert_allclose(norm_rows(x, rms), reference.rms_norm(x, weight, eps), rtol=1e-5)
+    np.testing.assert_allclose(norm_rows(x, layer), reference.layer_norm(x, weight, bias, eps), rtol=1e-4, atol=1e-6)

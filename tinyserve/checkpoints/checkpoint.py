@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyserve.errors import CheckpointError
 from tinyserve.tensor.gguf_blocks import Blocks
-from tinyserve.tensor.quant import Packed
+from tinyserve.tensor.quant import IntegerWeights
 
 Array = np.ndarray
 Index = slice | np.ndarray
@@ -51,7 +51,7 @@ class LazyTensor:
     read: Callable[[], Array]
     blocks: Callable[[], Blocks] | None = None
     stored: Callable[[], Array] | None = None
-    packed: Callable[[tuple[int, int], str], Packed] | None = None
+    packed: Callable[[tuple[int, int], str], IntegerWeights] | None = None
     name: str = ""  # its file's own: a model may know it by another
     take: Callable[[Index, bool], Array] | None = None
     forget: Callable[[], None] = lambda: None

@@ -5,6 +5,7 @@ Knows no architecture by name; registry.py keeps that table.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 
@@ -23,7 +24,7 @@ from tinyserve.models.matrix import (
     no_bias,
     pack_parts,
     repack,
-    stack_panels,
+    stacked,
 )
 from tinyserve.models.row_orders import (
     Places,
@@ -37,7 +38,8 @@ from tinyserve.models.row_orders import (
 from tinyserve.progress import Progress, silent
 from tinyserve.tensor.gguf_blocks import Blocks
 from tinyserve.tensor.matmul import PLAIN, SILU_MUL
-from tinyserve.tensor.quant import BLOCK, Packed, padded
+from tinyserve.tensor.norm import norm_rows
+from tinyserve.tensor.quant import BLOCK, IntegerWeights, padded
 
 Array = np.ndarray
 
@@ -74,7 +76,7 @@ class DecoderModel:
 
     def normed(self, hidden: Array) -> Array:
         """hidden (rows, hidden) -> (rows, hidden) behind the last norm: transformers' last_hidden_state."""
-        return self.norm(hidden).array()
+        return norm_rows(hidden, self.norm.norm)
 
     def logits(self, hidden: Array) -> Array:
         """hidden (rows, hidden) -> (rows, vocab) float32: the last norm, and the head."""
@@ -128,10 +130,10 @@ class Loader:
         packed: set[str] = set()
         parts: set[str] = set()
         for key in checkpoint:
-            layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{_INTEGERS}") else []
+            layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{STREAM}") else []
             if layers and all(layer in shapes for layer in layers):
                 packed.update(layers)
-                parts.update(f"{key.removesuffix(_INTEGERS)}{part}" for part in Packed._fields)
+                parts.add(key)
         for name, shape in shapes.items():
             if name not in packed:
                 checkpoint.check(name, shape)
@@ -199,7 +201,7 @@ class Loader:
         rows, places = order([math.prod(shape[:-1]) for shape in shapes])
         shape = rows, shapes[0][-1]
         matrix: Matrix | None
-        if f"{key}.{_INTEGERS}" in self.checkpoint:
+        if f"{key}.{STREAM}" in self.checkpoint:
             matrix = self._packed(key, shape, dtype)
         else:
             tensors = [self.checkpoint.tensors[f"{name}.weight"] for name in names]
@@ -217,17 +219,15 @@ class Loader:
 
     def _packed(self, key: str, shape: tuple[int, int], dtype: str) -> Matrix:
         """A matrix that `tinyserve quantize` wrote: mapped, not read; raises CheckpointError for another layout."""
-        found: dict[str, Array] = {}
-        for part in Packed._fields:
-            tensor = self.checkpoint.tensors.get(f"{key}.{part}")
-            if tensor is not None and tensor.stored is not None:
-                found[part] = tensor.stored()
-        packed = Packed(**found) if {"integers", "scales"} <= found.keys() else None
+        tensor = self.checkpoint.tensors[f"{key}.{STREAM}"]
+        stream = tensor.stored() if tensor.stored is not None else tensor.read()
+        packed: IntegerWeights | None = None
+        with suppress(ValueError):
+            packed = IntegerWeights.of(stream)
         if packed is None or not packed.holds(shape):
-            shapes = {part: list(array.shape) for part, array in found.items()}
             raise CheckpointError(
-                f"{self.checkpoint.source}: {key!r} is packed as {shapes}, which is no matrix of {list(shape)}: write "
-                f"the checkpoint again with this version's `tinyserve quantize`."
+                f"{self.checkpoint.source}: {key!r} is packed as {stream.dtype} {list(stream.shape)}, which is no "
+                f"matrix of {list(shape)}: write the checkpoint again with this version's `tinyserve quantize`."
             )
         return IntegerMatrix(shape, packed, WEIGHT_DTYPES[dtype].activation_bits)
 
@@ -241,7 +241,7 @@ class Loader:
         kind, width = blocks[0].quantization, blocks[0].raw.shape[1]
         whole = len(blocks) == 1 and isinstance(places[0], slice)
 
-        def repacked(start: int, end: int) -> Packed | None:
+        def repacked(start: int, end: int) -> IntegerWeights | None:
             if whole:
                 raw = blocks[0].raw[start:end]
             else:
@@ -257,8 +257,8 @@ class Loader:
         first = repacked(*steps[0])
         if first is None:
             return None
-        rest = (part for step in steps[1:] if (part := repacked(*step)) is not None)
-        packed = Packed(*stack_panels(chain([first], rest), shape[0]))
+        rest = (part.stream for step in steps[1:] if (part := repacked(*step)) is not None)
+        packed = IntegerWeights.of(stacked(chain([first.stream], rest), shape[0]))
         if not packed.is_finite():
             raise CheckpointError(
                 f"{tensors[0].file}: the weights of {key!r} hold scales that are no numbers: they are damaged, "
@@ -335,12 +335,12 @@ class Loader:
 
 
 _AT_ONCE = 1 << 20  # weights that are floats at the same time while a matrix is packed
-_INTEGERS = Packed._fields[0]
+STREAM = "stream"  # the name of a packed matrix in a checkpoint, behind that of its layers
 
 
 def _names(key: str) -> list[str]:
     """The layers that are one matrix under this name in a packed checkpoint."""
-    return key.removesuffix(f".{_INTEGERS}").split("+")
+    return key.removesuffix(f".{STREAM}").split("+")
 
 
 def _steps(rows: int, columns: int) -> list[tuple[int, int]]:

@@ -3,11 +3,43 @@
 Knows no model, and not how the tokens were chosen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 Array = np.ndarray
+
+
+class SequenceCache(Protocol):
+    """Where a sequence is in the cache: its blocks, its state slot, and how many of its tokens are there."""
+
+    block_table: list[int]
+    state_slot: int
+    num_computed: int
+
+
+Work = Sequence[tuple[Sequence[int], SequenceCache]]  # the new tokens of each sequence
+
+
+class BatchShape(NamedTuple):
+    """What a program for a batch depends on; everything else may change from one run to the next."""
+
+    tokens: int
+    sequences: int
+    blocks: int  # in a row of the block tables: a power of two, so that a growing sequence seldom changes it
+    rows: int  # whose logits are wanted
+
+    @classmethod
+    def of(cls, work: Work, rows: int) -> "BatchShape":
+        """The shape of these tokens, with so many rows of logits."""
+        blocks = max(len(cache.block_table) for _, cache in work)
+        tokens = sum(len(token_ids) for token_ids, _ in work)
+        return cls(tokens, len(work), max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length()), rows)
+
+
+LEAST_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -21,3 +53,39 @@ class Batch:
     block_tables: Array  # (sequences, most blocks) int32
     starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
     state_indices: Array  # (sequences,) int64: each sequence's state slot, its row of the recurrent states
+    rows: Array  # int64: the tokens whose logits are wanted
+
+    @classmethod
+    def empty(cls, shape: BatchShape) -> "Batch":
+        """Room for a batch of this shape."""
+        token_ids, positions, slot_mapping, sequence_of = (np.zeros(shape.tokens, np.int64) for _ in range(4))
+        return cls(
+            token_ids,
+            positions,
+            slot_mapping,
+            sequence_of,
+            np.zeros((shape.sequences, shape.blocks), np.int32),
+            np.zeros(shape.sequences + 1, np.int64),
+            np.zeros(shape.sequences, np.int64),
+            np.zeros(shape.rows, np.int64),
+        )
+
+    def fill(self, work: Work, rows: Sequence[int], block_size: int) -> None:
+        """Take in the new tokens of some sequences, from their `num_computed` on, in blocks of so many tokens."""
+        first = 0
+        for i, (token_ids, cache) in enumerate(work):
+            table, position = cache.block_table, cache.num_computed
+            self.block_tables[i, : len(table)] = table
+            last = first + len(token_ids)
+            if last - first == 1:
+                self.token_ids[first], self.positions[first], self.sequence_of[first] = token_ids[0], position, i
+                self.slot_mapping[first] = table[position // block_size] * block_size + position % block_size
+            else:
+                self.token_ids[first:last] = token_ids
+                self.positions[first:last] = positions = np.arange(position, position + last - first)
+                self.sequence_of[first:last] = i
+                blocks = self.block_tables[i, positions // block_size].astype(np.int64)
+                self.slot_mapping[first:last] = blocks * block_size + positions % block_size
+            self.starts[i + 1] = first = last
+            self.state_indices[i] = cache.state_slot
+        self.rows[:] = rows

@@ -105,7 +105,7 @@ def sanitize(checkpoint: Checkpoint, config: FalconConfig) -> Checkpoint:
         name = name.removeprefix("transformer.")
         match name.split("."):
             case ["h", layer, "self_attention", "query_key_value", _]:
-                if f"transformer.h.{layer}.self_attention.query_key_value.integers" not in checkpoint:
+                if f"transformer.h.{layer}.self_attention.query_key_value.stream" not in checkpoint:
                     tensor = tensor.reordered(in_groups)
         name = renamed(name)
         tensors[name if name.startswith("lm_head.") else f"transformer.{name}"] = tensor

@@ -9,6 +9,7 @@ from tinyserve.models.base import DecoderModel, Loader, gguf_names
 from tinyserve.models.batch import Batch
 from tinyserve.models.config.gpt2 import GPT2Config
 from tinyserve.models.layers import MLP, Attention, Block
+from tinyserve.tensor import rows
 from tinyserve.tensor.matmul import GELU, GELU_TANH
 
 _ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": GELU}
@@ -24,7 +25,9 @@ class GPT2(DecoderModel):
         super().__init__(config, loader, embedding, blocks, loader.layer_norm("ln_f", config.layer_norm_epsilon))
 
     def embed(self, batch: Batch) -> Array:
-        return super().embed(batch) + self.wpe[batch.positions]
+        x = super().embed(batch)
+        rows.add_rows(x, self.wpe, batch.positions)
+        return x
 
 
 def _block(config: GPT2Config, loader: Loader, i: int) -> Block:

@@ -20,7 +20,7 @@ from tinyserve.models.kv_cache import LayerState
 from tinyserve.models.layers import MLP, Attention, Block, Experts, FeedForward, Linear, Normed, Rope
 from tinyserve.models.llama import check_divisors, rope_frequencies, rotate_halves
 from tinyserve.models.matrix import read_only
-from tinyserve.tensor import mamba2, moe
+from tinyserve.tensor import mamba2, moe, rows
 
 
 class Mamba:
@@ -29,30 +29,23 @@ class Mamba:
     def __init__(
         self,
         in_proj: Linear,
-        conv_weight: Array,  # (d_conv, channels), oldest input first
-        conv_bias: Array,  # (channels,)
-        A: Array,  # (heads,), as are D and dt_bias
-        D: Array,
-        dt_bias: Array,
+        convolution: mamba2.Convolution,
+        scan: mamba2.Scan,
         norm: Array,  # (inner,)
+        eps: float,
         out_proj: Linear,
-        config: GraniteConfig,
     ):
-        self.in_proj, self.out_proj = in_proj, out_proj
-        self.conv_weight, self.conv_bias = conv_weight, conv_bias
-        self.A, self.D, self.dt_bias, self.norm = A, D, dt_bias, norm
-        self.inner, self.groups = config.mamba_intermediate_size, config.mamba_n_groups
-        self.time_step_limit, self.eps = config.time_step_limit, np.float32(config.rms_norm_eps)
+        self.in_proj, self.convolution, self.scan, self.out_proj = in_proj, convolution, scan, out_proj
+        self.norm, self.eps = norm, np.float32(eps)
 
     def __call__(self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the output (tokens, hidden); the sequences' windows and states move on."""
         projected = self.in_proj(x)  # (tokens, gate | x, B, C | dt)
-        where = batch.starts, batch.state_indices
-        xBC = mamba2.causal_conv1d(projected, self.inner, self.conv_weight, self.conv_bias, cache.windows, *where)
-        y = mamba2.selective_scan(
-            xBC, projected, self.A, self.D, self.dt_bias, self.time_step_limit, self.groups, cache.states, *where
-        )  # (tokens, inner)
-        return self.out_proj(mamba2.gated_rms_norm(y, projected, self.norm, self.eps, self.groups), onto)
+        sequences = mamba2.Sequences(batch.starts, batch.state_indices)
+        inner = self.norm.size
+        xBC = mamba2.causal_conv1d(projected, inner, self.convolution, cache.windows, sequences)
+        y = mamba2.selective_scan(xBC, projected, self.scan, cache.states, sequences)  # (tokens, inner)
+        return self.out_proj(mamba2.gated_rms_norm(y, projected, self.norm, self.eps, self.scan.groups), onto)
 
 
 class Mixture:
@@ -65,12 +58,12 @@ class Mixture:
     def __call__(self, x: Normed, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the output (tokens, hidden)."""
         ids, weights = moe.route(self.router(x), self.top_k)
-        order, offsets = moe.group_by_expert(ids, self.count)
-        rows = moe.gather_rows(x.x, order)  # (tokens·k, hidden), expert by expert
+        row_of, offsets = moe.group_by_expert(ids, self.count)
+        rows = moe.gather_rows(x.x, row_of)  # (tokens·k, hidden), expert by expert
         rows = self.down(self.up(Normed(rows, x.norm), offsets), offsets)
         if self.shared is not None:
             onto = self.shared(x, onto)
-        return onto + moe.combine(rows, order, weights)
+        return moe.combine(rows, row_of, weights, onto)
 
 
 class Granite(DecoderModel):
@@ -93,7 +86,9 @@ class Granite(DecoderModel):
         self.embedding_multiplier = np.float32(config.embedding_multiplier)
 
     def embed(self, batch: Batch) -> Array:
-        return super().embed(batch) * self.embedding_multiplier
+        x = super().embed(batch)
+        rows.scale_rows(x, self.embedding_multiplier)
+        return x
 
 
 def _attention(config: GraniteConfig, loader: Loader, layer: str, rope: Rope) -> Attention:
@@ -112,16 +107,22 @@ def _mamba(config: GraniteConfig, loader: Loader, layer: str) -> Mamba:
     name = f"{layer}.mamba"
     weight = loader.array(f"{name}.conv1d.weight")  # (channels, 1, d_conv)
     bias = loader.array(f"{name}.conv1d.bias") if config.mamba_conv_bias else np.zeros(len(weight), np.float32)
-    return Mamba(
-        loader.linear(f"{name}.in_proj"),
-        read_only(np.ascontiguousarray(weight[:, 0].T)),
-        read_only(bias),
+    dt_min, dt_max = config.time_step_limit
+    scan = mamba2.Scan(
         read_only(-np.exp(loader.array(f"{name}.A_log"))),
         loader.array(f"{name}.D"),
         loader.array(f"{name}.dt_bias"),
+        np.float32(dt_min),
+        np.float32(dt_max),
+        config.mamba_n_groups,
+    )
+    return Mamba(
+        loader.linear(f"{name}.in_proj"),
+        mamba2.Convolution(read_only(np.ascontiguousarray(weight[:, 0].T)), read_only(bias)),
+        scan,
         loader.array(f"{name}.norm.weight"),
+        config.rms_norm_eps,
         loader.linear(f"{name}.out_proj").scaled(config.residual_multiplier),
-        config,
     )
 
 

@@ -12,21 +12,14 @@ from tinyserve.models.config import MAMBA, ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.dtypes import KV_CACHE_DTYPES
 from tinyserve.progress import size
+from tinyserve.tensor.arena import aligned
+from tinyserve.tensor.kv_cache import Pages
 from tinyserve.tensor.quant import padded
 from tinyserve.tensor.simd import LANES
 
 Array = np.ndarray
 
 _KEPT_AS = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-
-
-class LayerCache(NamedTuple):
-    """One attention layer's pages; the scales are empty unless keys and values are int8."""
-
-    keys: Array  # (blocks, kv_heads, head_dim, block_size)
-    values: Array  # (blocks, kv_heads, block_size, padded head_dim)
-    key_scales: Array  # (blocks, kv_heads, block_size) float32
-    value_scales: Array
 
 
 class LayerState(NamedTuple):
@@ -50,15 +43,16 @@ class KVCache:
         self.num_blocks = num_blocks
         self.dtype = dtype
         self._states: list[LayerState] = []
-        self._pages: list[LayerCache] = []
-        self.layers: list[Any] = []  # by layer number: a LayerCache or a LayerState
+        self._pages: list[Pages] = []
+        self.layers: list[Any] = []  # by layer number: Pages or a LayerState
         try:
             for kind in config.layer_types:
                 if kind == MAMBA:
                     window, state = config.state_shapes
                     self._states.append(
                         LayerState(
-                            np.zeros((num_slots, *window), np.float32), np.zeros((num_slots, *state), np.float32)
+                            aligned((num_slots, *window), np.float32, np.zeros),
+                            aligned((num_slots, *state), np.float32, np.zeros),
                         )
                     )
                     self.layers.append(self._states[-1])
@@ -100,12 +94,12 @@ class KVCache:
         return config.num_key_value_heads * per_head * block_size * config.num_attention_layers
 
 
-def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> LayerCache:
+def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> Pages:
     heads, width, kept = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
     scales = (num_blocks, heads, block_size) if KV_CACHE_DTYPES[dtype].scale_bytes else (0, 0, 0)
-    return LayerCache(
-        np.zeros((num_blocks, heads, config.head_dim, block_size), kept),
-        np.zeros((num_blocks, heads, block_size, width), kept),
+    return Pages(
+        aligned((num_blocks, heads, config.head_dim, block_size), kept, np.zeros),
+        aligned((num_blocks, heads, block_size, width), kept, np.zeros),
         np.zeros(scales, np.float32),
         np.zeros(scales, np.float32),
     )

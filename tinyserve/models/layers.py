@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tinyserve.models.batch import Batch
-from tinyserve.models.kv_cache import LayerCache
-from tinyserve.models.matrix import NO_NORM, Matrix, Norm, no_bias, no_residual
+from tinyserve.models.matrix import Matrix, no_bias
 from tinyserve.tensor import attention, kv_cache, matmul, rope
 from tinyserve.tensor import norm as norms
+from tinyserve.tensor.norm import NO_NORM, Norm
 
 Array = np.ndarray
 
@@ -26,13 +26,6 @@ class Normed:
 
     x: Array
     norm: Norm
-
-    def array(self) -> Array:
-        """The same as an array, where no product reads it; (rows, columns) float32."""
-        is_layer_norm = self.norm.kind == norms.LAYER
-        x = self.x - self.x.mean(axis=1, keepdims=True) if is_layer_norm else self.x
-        y = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + self.norm.eps) * self.norm.weight
-        return y + self.norm.bias if is_layer_norm else y
 
 
 class Linear:
@@ -49,40 +42,34 @@ class Linear:
         width: int | None = None,
         scale: float = 1.0,
     ):
-        self.matrix, self.bias, self.activation = matrix, bias, activation
-        self.width = width or matrix.shape[0]
-        self.scale = np.float32(scale)
+        self.matrix, self.width = matrix, width or matrix.shape[0]
+        self.after = matmul.Epilogue(bias, np.float32(scale), activation)
 
     def scaled(self, scale: float) -> "Linear":
         """The same layer, times a constant: applied to what comes out, so that the weights stay the file's."""
-        return Linear(self.matrix, self.bias, self.activation, self.width, scale)
+        return Linear(self.matrix, self.after.bias, self.after.activation, self.width, scale)
 
     def __call__(self, x: Array | Normed, onto: Array | None = None) -> Array:
         """x (tokens, inputs), onto (tokens, width) or nothing -> (tokens, width)."""
         x, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, NO_NORM)
-        return self.matrix.matmul(
-            x, self.bias, norm=norm, scale=self.scale, activation=self.activation, width=self.width,
-            residual=no_residual() if onto is None else onto,
-        )  # fmt: skip
+        return self.matrix.product(x, norm, self.after, matmul.NOTHING if onto is None else onto, self.width)
 
 
 class Experts:
     """activation(scale · (x · Wᵀ)) with a W for each expert, one above the other in one matrix: one kernel for all."""
 
     def __init__(self, matrix: Matrix, activation: int, width: int, scale: float = 1.0):
-        self.matrix, self.activation, self.width = matrix, activation, width
-        self.scale = np.float32(scale)
+        self.matrix, self.width = matrix, width
+        self.after = matmul.Epilogue(no_bias(), np.float32(scale), activation)
 
     def scaled(self, scale: float) -> "Experts":
         """The same experts, times a constant."""
-        return Experts(self.matrix, self.activation, self.width, scale)
+        return Experts(self.matrix, self.after.activation, self.width, scale)
 
     def __call__(self, x: Array | Normed, offsets: Array) -> Array:
         """x (rows, inputs), of which offsets[e] .. offsets[e + 1] are expert e's -> (rows, width)."""
         x, norm = (x.x, x.norm) if isinstance(x, Normed) else (x, NO_NORM)
-        return self.matrix.grouped_matmul(
-            x, offsets, norm=norm, scale=self.scale, activation=self.activation, width=self.width
-        )
+        return self.matrix.grouped_product(x, norm, offsets, self.after, self.width)
 
 
 class Embedding:
@@ -121,8 +108,8 @@ class Rope:
     """Rotary positions for heads of one size; the table has a row for each position."""
 
     def __init__(self, frequencies: Array, positions: int):
-        self.cosines, self.sines = rope.rope_table(frequencies, positions)
-        self.cosines.flags.writeable = self.sines.flags.writeable = False
+        self.table = rope.rope_table(frequencies, positions)
+        self.table.cosines.flags.writeable = self.table.sines.flags.writeable = False
 
     @classmethod
     def none(cls) -> "Rope":
@@ -136,9 +123,10 @@ class QKNorm:
     def __init__(self, q_norm: RMSNorm, k_norm: RMSNorm):
         self.q_norm, self.k_norm = q_norm.norm, k_norm.norm
 
-    def __call__(self, qkv: Array, heads: int, kv_heads: int) -> None:
+    def __call__(self, qkv: Array, heads: kv_cache.Heads) -> None:
         """qkv (tokens, (heads + 2·kv_heads)·head_dim): its queries and keys are normalised in place."""
-        norms.rms_norm_heads(qkv, heads, kv_heads, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        eps = self.q_norm.eps
+        norms.rms_norm_heads(qkv, heads.heads, heads.kv_heads, self.q_norm.weight, self.k_norm.weight, eps)
 
 
 class MLP:
@@ -172,24 +160,18 @@ class Attention:
         qk_norm: QKNorm | None = None,
     ):
         self.qkv, self.out, self.rope = qkv, out, rope or Rope.none()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.scale, self.window = np.float32(scale), window
-        self.alibi = _NO_ALIBI if alibi is None else alibi  # (heads, positions), as tensor/attention.py wants it
+        self.heads = kv_cache.Heads(heads, kv_heads, head_dim)
+        self.scoring = attention.Scoring(np.float32(scale), window, _NO_ALIBI if alibi is None else alibi)
         self.qk_norm = qk_norm
 
-    def __call__(self, x: Array | Normed, batch: Batch, cache: LayerCache, onto: Array) -> Array:
+    def __call__(self, x: Array | Normed, batch: Batch, cache: kv_cache.Pages, onto: Array) -> Array:
         """x (tokens, hidden) -> onto + the output (tokens, hidden); each token sees its own sequence up to itself."""
+        tokens = kv_cache.Tokens(batch.positions, batch.slot_mapping, batch.sequence_of, batch.block_tables)
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
         if self.qk_norm is not None:
-            self.qk_norm(qkv, self.heads, self.kv_heads)
-        kv_cache.rotate_and_store(
-            qkv, self.rope.cosines, self.rope.sines, batch.positions, self.heads, self.kv_heads, self.head_dim,
-            batch.slot_mapping, *cache,
-        )  # fmt: skip
-        mixed = attention.attention(
-            qkv, self.heads, *cache, batch.block_tables, batch.sequence_of, batch.positions, self.scale, self.window,
-            self.alibi,
-        )  # (tokens, heads·head_dim)  # fmt: skip
+            self.qk_norm(qkv, self.heads)
+        kv_cache.rotate_and_store(qkv, self.heads, self.rope.table, tokens, cache)
+        mixed = attention.attention(qkv, self.heads, self.scoring, tokens, cache)  # (tokens, heads·head_dim)
         return self.out(mixed, onto)
 
 

@@ -13,7 +13,7 @@ from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.shapes import TensorShape
 from tinyserve.models.dtypes import WEIGHT_DTYPES
-from tinyserve.tensor.quant import BLOCK, PANEL, ZERO_4, ZERO_8, Packed, padded
+from tinyserve.tensor.quant import ZERO_4, ZERO_8, IntegerWeights
 
 # Numbers drawn once; a tensor starts at a place of its own and repeats them. A prime: no two rows begin alike.
 _POOL = 1048573
@@ -31,14 +31,14 @@ def synthetic_checkpoint(config: ModelConfig) -> Checkpoint:
     return Checkpoint(tensors, "synthetic weights")
 
 
-def packed_matrix(name: str, shape: tuple[int, int], dtype: str) -> Packed:
+def packed_matrix(name: str, shape: tuple[int, int], dtype: str) -> IntegerWeights:
     """Random integers as a packed (N, K) matrix of this dtype, at the speed of memory: nothing is rounded."""
     bits, group = WEIGHT_DTYPES[dtype].weight_bits, WEIGHT_DTYPES[dtype].group_size
-    panels, inputs = padded(shape[0], BLOCK) // PANEL, padded(shape[1], group)
+    packed = IntegerWeights.empty(shape, bits, group)
     pool, deviation = _integers(bits)
-    integers = _repeat(pool, name, (panels, inputs * bits // 32, 4 * PANEL))
-    scale = np.float16(_DEVIATION / deviation)
-    return Packed(integers, np.full((panels, inputs // group, PANEL), scale).view(np.int16))
+    packed.stream[:] = _repeat(pool, name, packed.stream.shape)
+    packed.scales[:] = np.float16(_DEVIATION / deviation).view(np.int16)
+    return packed
 
 
 def _draw(tensor: TensorShape) -> Array:

@@ -1,4 +1,4 @@
-"""How kernels are compiled: one decorator, one cache, one thread count.
+"""How kernels are compiled: their decorators, one cache, one thread count.
 
 The only file that names `numba.njit`. It knows nothing about what the kernels compute.
 """
@@ -20,9 +20,11 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from filelock import FileLock, Timeout
-from numba.core import bytecode, caching, event
+from numba.core import bytecode, caching, compiler, event
 from numba.core import config as numba_config
+from numba.core.codegen import JITCodeLibrary
 from numba.core.runtime.nrt import rtsys
+from numba.core.types import unliteral  # type: ignore[attr-defined]
 
 # A function's symbol has its name, its argument types and a number, which Numba counts from 1 in each process. Of two
 # closures of one function, such as tiles of one row and of four, one that this process compiles and one that it loads,
@@ -30,29 +32,84 @@ from numba.core.runtime.nrt import rtsys
 bytecode.FunctionIdentity._unique_ids = iter(partial(secrets.randbits, 62), None)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], inline: bool = False) -> Any:
     """Compile a kernel that other kernels call, on first use. It becomes a part of their machine code."""
     # No fast-math: a fully masked attention row is an infinity that must survive, and kernels name their own vectors,
     # order and fused operations, so that a number is the same in a tile of one row and of four.
-    return numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    dispatcher = numba.njit(
+        nogil=True,
+        error_model="numpy",
+        boundscheck=False,
+        forceinline=inline,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        pipeline_class=_LinkedCompiler,
+    )(function)
+    template = dispatcher.get_call_template
+
+    def of_types(args: Any, keywords: Any) -> Any:
+        """A number that is written in a call is of the type that it is in a variable: one version, not two."""
+        return template([unliteral(kind) for kind in args], keywords)
+
+    def add_overload(compiled: Any) -> None:
+        dispatcher.overloads[tuple(compiled.signature.args)] = compiled
+
+    def refuse(*args: Any, **keywords: Any) -> Any:
+        raise TypeError(f"{function.__name__} is a kernel that only kernels call: it has no entry for Python")
+
+    dispatcher.get_call_template = of_types
+    # Without a wrapper there is nothing that Python could call.
+    dispatcher.add_overload, dispatcher._compile_for_args = add_overload, refuse
+    return dispatcher
 
 
-def cached_kernel(function: Callable[..., Any], parallel: bool = False) -> Any:
-    """The same for one that Python calls: its machine code is kept in the cache folder."""
+class _LinkedLibrary(JITCodeLibrary):
+    """The code of a kernel that others call: linked into theirs, and only there optimised and made machine code."""
+
+    def _optimize_final_module(self) -> None: ...
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        return self
+
+    def set_env(self, name: str, env: Any) -> None: ...
+
+
+class _LinkedCompiler(compiler.Compiler):
+    def define_pipelines(self) -> Any:
+        if self.state.library is None:
+            self.state.library = _LinkedLibrary(self.state.targetctx.codegen(), "linked")
+        return super().define_pipelines()
+
+
+def inline_kernel(function: Callable[..., Any]) -> Any:
+    """The same for one in an inner loop that takes named tuples: a call would pass each of their words."""
+    return kernel(function, inline=True)
+
+
+def cached_kernel(function: Callable[..., Any], allocates: bool = True) -> Any:
+    """The same for one that Python calls: its machine code is kept in the cache folder.
+
+    A kernel that does not allocate, and nor does what it calls, does not count references: one call for each array
+    taken out of a tuple, between the loops.
+    """
     before = numba_config.CACHE_DIR
     # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
     numba_config.CACHE_DIR = str(cache_folder())
     try:
-        dispatcher = numba.njit(nogil=True, parallel=parallel, error_model="numpy", boundscheck=False)(function)
+        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, _nrt=allocates)(function)
         dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
         return dispatcher
     finally:
         numba_config.CACHE_DIR = before
-
-
-def parallel_kernel(function: Callable[..., Any]) -> Any:
-    """The same for a kernel that contains a `prange`."""
-    return cached_kernel(function, parallel=True)
 
 
 def address(dispatcher: Any, types: tuple[Any, ...]) -> int:
@@ -150,7 +207,7 @@ def runs(name: str, code: str, environment: dict[str, str]) -> bool:
 def usable_cores() -> int:
     """Cores this process may really use: affinity and the container's quota, rounded down, at least one.
 
-    More threads than that is not slower by a little: they spin, waiting for each other.
+    More threads than that are slower: at every barrier some wait for one that has no core.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(cores, _cgroup_quota())))
@@ -171,6 +228,9 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         return float("inf")
 
 
+MAX_THREADS = 256  # that a pool has room for
+
+
 class _Threads(threading.local):
     count: int | None = None
 
@@ -181,8 +241,7 @@ one_caller = threading.RLock()  # who calls kernels: the threads beside it serve
 
 def set_threads(threads: int | None) -> int:
     """Use this many threads in kernels this thread calls, by default the usable cores; returns the number in force."""
-    _threads.count = max(1, threads if threads is not None else usable_cores())
-    numba.set_num_threads(min(_threads.count, numba.config.NUMBA_NUM_THREADS))
+    _threads.count = max(1, min(threads if threads is not None else usable_cores(), MAX_THREADS))
     return _threads.count
 
 

@@ -1,20 +1,24 @@
 """Paged attention: causal attention over a paged KV cache, one pass over the keys with a running softmax.
 
-FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; pages: Kwon et al. 2023, arXiv:2309.06180; keys split
-among threads when decoding: Dao et al. 2023, "Flash-Decoding". A page holds keys transposed, (kv_heads, head_dim,
-block_size), so that one vector is 16 keys and a score needs no sum over lanes, and values as (kv_heads, block_size,
-head_dim padded to 16), so that one vector is 16 numbers of the output.
+FlashAttention's recurrence: Dao et al. 2022, arXiv:2205.14135; keys split among threads when decoding: Dao et al. 2023,
+"Flash-Decoding". kv_cache.py says how a page lies in memory.
 
 Every query walks its keys in chunks of 64 and spans of 512, both from multiples of their size, whoever else is in the
-batch; what the spans come to is merged in their order. Queries that see the same keys go together in a register tile,
-to load each key once: neighbouring tokens of a prompt, or, when decoding, the query heads that share a key head. A
-query for which a chunk is wholly masked is left as it was, to the bit, unless the chunk holds values not finite.
+batch; what the spans come to is merged in their order. Queries that see the same keys, which are the query heads that
+share a key head and the neighbouring tokens of a prompt, are the rows of register tiles that load each key once, and
+chunk after chunk is gone through by all tiles, so that it stays in the nearest cache. A query for which a chunk is
+wholly masked is left as it was, to the bit, unless the chunk holds values not finite.
 """
 
-import numpy as np
-from numba import prange
+from functools import cache
+from typing import NamedTuple
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
+import numpy as np
+
+from tinyserve.tensor._jit import inline_kernel, kernel
+from tinyserve.tensor.kv_cache import Heads, Pages, Tokens
+from tinyserve.tensor.native import stack_array
+from tinyserve.tensor.program import constant, empty, instruction, num_threads
 from tinyserve.tensor.simd import (
     LANES,
     WIDE,
@@ -29,88 +33,148 @@ from tinyserve.tensor.simd import (
     store_first,
     sum_lanes,
 )
-from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, store_rows, zeros
+from tinyserve.tensor.thread_pool import next_items, own_items
+from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, prefetch_panels, store_rows, zeros
+
+Array = np.ndarray
 
 CHUNK = 4 * LANES  # keys that one step of the running softmax takes in
-SPAN = 8 * CHUNK  # keys that one work item goes through
+SPAN = 8 * CHUNK  # keys after which a query's sums begin anew
 # Queries that share the keys they load, and vectors of keys: as many sums as fit the registers, and no more.
 MOST_ROWS, PANELS = (4, 4) if WIDE else (3, 2)
-ITEM = 48  # tokens of a work item, at most
-UNPACK = 8  # neighbouring tokens for which a span is made float32 first, and its pages one
+RUN, RUN_ROWS = 48, 144  # tokens, and queries, that one thread takes at once, at most
+UNPACK = 16  # queries for which a chunk is made float32 first
+MOST_SUMS = 1 << 23  # numbers (32 MB) that sums of spans may take, so that several threads share one query
+WEIGHTS = MOST_ROWS * CHUNK
+LARGEST, WEIGHT = LANES, LANES - 1  # where in a row of sums, from its end, are its largest score and its sum of weights
 
 
-def _query_tile(ROWS):
-    """A kernel for ROWS queries and one span of keys: each query stands `step` positions after the one before.
+@constant
+class Scoring(NamedTuple):
+    """What turns q · k into the score (q · k + bias) · scale, and which keys have one."""
 
-    Positions and keys are counted from position `before`. Into `part`, a row each `part_stride`: the weighted values
-    (padded head_dim), the largest score, the sum of weights.
+    scale: np.float32
+    window: int  # how many keys back a query sees, itself among them; 0: all
+    alibi: Array  # (heads, positions up to a multiple of 64) float32, a key's bias; (0, 0) for none
+
+
+class Scratch(NamedTuple):
+    """What each thread works in, (threads, ..) float32. A row of sums is a vector longer than a value: the weighted
+    values, then the largest score and the sum of weights.
     """
-    SIZE = ROWS * PANELS
 
-    @kernel
-    def tile(
-        q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
-        alibi, head, head_step, span, before, part, part_at, part_stride, weights,
-    ):  # fmt: skip
-        kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
-        for r in range(ROWS):
-            at = part_at + r * part_stride
-            for d in range(0, width, LANES):
-                store(part, at + d, splat(np.float32(0.0)))
-            part[at + width] = -np.inf
-            part[at + width + 1] = 0.0
-        last = min(position + (ROWS - 1) * step, span + SPAN - 1)
-        for start in range(max(span, _first_key(position, window) // CHUNK * CHUNK), last + 1, CHUNK):
-            for p in range(0, CHUNK // LANES, PANELS):
-                key = start + p * LANES
-                # Vectors past the last key read the chunk's first page again, and are masked.
-                k0 = _key_address(blocks, key, start, last, kv_heads, kv_head, head_dim, block_size)
-                k1 = _key_address(blocks, key + LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-                k2 = k3 = k0
-                if PANELS == 4:
-                    k2 = _key_address(blocks, key + 2 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-                    k3 = _key_address(blocks, key + 3 * LANES, start, last, kv_heads, kv_head, head_dim, block_size)
-                scores = zeros(SIZE)
-                for d in range(head_dim):
-                    at = d * block_size
-                    panels = load_panels(PANELS, keys, k0 + at, k1 + at, k2 + at, k3 + at)
-                    scores = fma_rows(scores, panels, q, q_at + d, q_stride)
-                store_rows(weights, p * LANES, CHUNK, scores, PANELS, CHUNK)
-            for r in range(ROWS):
-                row_position = position + r * step
-                _adjust_scores(
-                    weights, r * CHUNK, start, last, scale, alibi, (head + r * head_step) * alibi.shape[1] + before,
-                    key_scales, blocks, kv_head, kv_heads, block_size,
-                )  # fmt: skip
-                first, count = _first_key(row_position, window) - start, row_position + 1 - start
-                _softmax_step(weights, r * CHUNK, part, part_at + r * part_stride, width, first, count)
-                if value_scales.size:
-                    for key in range(start, min(start + CHUNK, last + 1)):
-                        page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
-                        weights[r * CHUNK + key - start] *= value_scales.ravel()[page * block_size + key % block_size]
-            stop = min(start + CHUNK, last + 1)
-            many = PANELS * LANES
-            for d in range(0, width // many * many, many):
-                total = load_rows(ROWS, PANELS, part, part_at + d, part_stride)
-                for first in range(start, stop, LANES):  # neighbours of a page
-                    at = _value_address(blocks, first, kv_heads, kv_head, block_size, width) + d
-                    for key in range(first, min(first + LANES, stop)):
-                        total = fma_rows(total, load_tile(PANELS, values, at, LANES), weights, key - start, CHUNK)
-                        at += width
-                store_rows(part, part_at + d, part_stride, total, PANELS, many)
-            for d in range(width // many * many, width, LANES):
-                narrow = load_rows(ROWS, 1, part, part_at + d, part_stride)
-                for first in range(start, stop, LANES):
-                    at = _value_address(blocks, first, kv_heads, kv_head, block_size, width) + d
-                    for key in range(first, min(first + LANES, stop)):
-                        narrow = fma_rows(narrow, load_tile(1, values, at, LANES), weights, key - start, CHUNK)
-                        at += width
-                store_rows(part, part_at + d, part_stride, narrow, 1, LANES)
-
-    return tile
+    queries: Array  # side by side
+    sums: Array  # (.., rows, row): each query's over one span
+    totals: Array  # (.., rows, row): each query's over the spans before
+    keys: Array  # a chunk's
+    values: Array
 
 
-_query_tile_1, _query_tile_most = _query_tile(1), _query_tile(MOST_ROWS)
+class Rows(NamedTuple):
+    """Queries that see the same keys: the heads of one key head, for a token and its successors."""
+
+    queries: Array
+    sums: Array
+    length: int
+    position: int  # of the first token
+    head: int  # of a token's first query
+    group: int  # queries of a token
+    head_dim: int
+
+
+class Chunk(NamedTuple):
+    """64 keys from `start` on, a multiple of 64: arrays, and where in them each 16 keys are, as flat indices."""
+
+    keys: Array
+    values: Array
+    key_scales: Array
+    value_scales: Array
+    start: int
+    key_stride: int  # from a number of a key to the next
+    keys_at: tuple[int, int, int, int]
+    values_at: tuple[int, int, int, int]
+    scales_at: tuple[int, int, int, int]
+
+
+class Unit(NamedTuple):
+    """Work that one thread does: some tokens of one sequence, from token `first` of the batch on, and some spans."""
+
+    first: int
+    tokens: int
+    span: int
+    last_span: int
+
+
+def attention(qkv: Array, heads: Heads, scoring: Scoring, tokens: Tokens, pages: Pages) -> Array:
+    """softmax((q · kᵀ + alibi) · scale) · v of every token over its own sequence, up to and with itself.
+
+    qkv (tokens, (heads + 2·kv_heads)·head_dim), of which the queries are read -> (tokens, heads·head_dim).
+    """
+    count, threads, group = len(qkv), num_threads(), heads.heads // heads.kv_heads
+    run = max(1, min(RUN, RUN_ROWS // group, count // 8))  # tokens of a unit
+    width = pages.values.shape[3]
+    row = width + LANES
+    # A program is recorded for a block table of this width, and serves sequences of all depths that it has room for.
+    spans = -(-tokens.block_tables.shape[1] * pages.values.shape[2] // SPAN)
+    if scoring.window:
+        spans = min(spans, (scoring.window - 2) // SPAN + 2)
+    busy = heads.kv_heads * (count // run) >= 4 * threads  # without sharing a query
+    if spans == 1 or busy or count * heads.heads * spans * row > MOST_SUMS:
+        spans = 0
+    scratch = Scratch(
+        queries=empty((threads, run * group * heads.head_dim)),
+        sums=empty((threads, run * group, row)),
+        totals=empty((threads, run * group, row)),
+        keys=empty((threads, heads.head_dim * CHUNK)),
+        values=empty((threads, CHUNK * width)),
+    )
+    parts = empty((count * heads.heads, spans, row))
+    out = empty((count, heads.heads * heads.head_dim))
+    _attend(qkv, heads, scoring, tokens, pages, run, scratch, parts, out)
+    if spans:
+        _merge_spans(heads, scoring.window, tokens.positions, parts, out)
+    return out
+
+
+@instruction
+def _attend(team, qkv, heads, scoring, tokens, pages, run, scratch, parts, out):
+    """Compute units of at most `run` tokens and one key head.
+
+    Where `parts` (tokens · heads, spans, row) has room, a unit is one span, and a query of several spans leaves their
+    sums there; else a unit is all spans, and its queries are finished.
+    """
+    own = Scratch(
+        scratch.queries[team.thread],
+        scratch.sums[team.thread],
+        scratch.totals[team.thread],
+        scratch.keys[team.thread],
+        scratch.values[team.thread],
+    )
+    count = heads.kv_heads * _count_units(tokens, run, parts.shape[1], scoring.window)
+    first, end = next_items(team, count)
+    while first < count:
+        for i in range(first, end):
+            # The last tokens of a prompt see the most keys, and come first. The key heads of a page lie side by side.
+            item = count - 1 - i if len(tokens.positions) > len(tokens.block_tables) else i
+            unit = _find_unit(item // heads.kv_heads, tokens, run, parts.shape[1], scoring.window)
+            _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, item % heads.kv_heads)
+        first, end = next_items(team, count)
+
+
+@instruction
+def _merge_spans(team, heads, window, positions, parts, out):
+    """Merge, in their order, what the spans of each query came to, where there are several."""
+    first, end = own_items(team, len(positions) * heads.heads)
+    for item in range(first, end):
+        position = positions[item // heads.heads]
+        spans = position // SPAN - _first_key(position, window) // SPAN
+        for span in range(1, spans + 1):
+            _merge(parts[item], 0, parts[item], span)
+        if spans > 0:
+            _answer(parts[item], 0, out, item, heads.head_dim)
+
+
+# --- units of work ----------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -120,215 +184,321 @@ def _first_key(position, window):
 
 
 @kernel
-def _key_address(blocks, key, start, last, kv_heads, kv_head, head_dim, block_size):
-    """The flat index of key `key`'s first number; of the chunk's first key where `key` is past the last."""
-    if key > last:
-        key = start
-    page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
-    return page * head_dim * block_size + key % block_size
+def _run_from(first, tokens, run, window):
+    """The tokens from token `first` on that are of one sequence, at most `run`, with all their spans."""
+    count, positions, sequence_of = 1, tokens.positions, tokens.sequence_of
+    while count < run and first + count < len(positions) and sequence_of[first + count] == sequence_of[first]:
+        count += 1
+    position = positions[first]
+    return Unit(first, count, _first_key(position, window) // SPAN, (position + count - 1) // SPAN)
 
 
 @kernel
-def _value_address(blocks, key, kv_heads, kv_head, block_size, width):
-    """The flat index of the first number of key `key`'s value."""
-    page = np.int64(blocks[key // block_size]) * kv_heads + kv_head
-    return (page * block_size + key % block_size) * width
+def _count_units(tokens, run, spans, window):
+    first = units = 0
+    while first < len(tokens.positions):
+        unit = _run_from(first, tokens, run, window)
+        units += unit.last_span - unit.span + 1 if spans > 0 else 1
+        first += unit.tokens
+    return units
 
 
 @kernel
-def _adjust_scores(weights, at, start, last, scale, alibi, alibi_at, key_scales, blocks, kv_head, kv_heads, block_size):
-    """(q · k + alibi) · scale of a row's chunk, in place; `alibi_at` is where the head's bias of key 0 is."""
-    for i in range(0, CHUNK, LANES):
-        s = load(weights, at + i)
-        if key_scales.size:
-            s = s * load(key_scales, _key_address(blocks, start + i, start, last, kv_heads, kv_head, 1, block_size))
-        if alibi.size:
-            s = s + load(alibi, alibi_at + start + i)
-        store(weights, at + i, s * splat(scale))
+def _find_unit(index, tokens, run, spans, window):
+    """The unit of this number, below `_count_units`."""
+    unit = _run_from(0, tokens, run, window)
+    while True:
+        units = unit.last_span - unit.span + 1 if spans > 0 else 1
+        if index < units:
+            break
+        index -= units
+        unit = _run_from(unit.first + unit.tokens, tokens, run, window)
+    if spans == 0:
+        return unit
+    return Unit(unit.first, unit.tokens, unit.span + index, unit.span + index)
 
 
 @kernel
-def _softmax_step(weights, at, part, part_at, width, first, count):
-    """Turn a row's scores of a chunk into weights, zero outside lanes first..count-1, and shrink its past to match."""
+def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_head):
+    group = heads.heads // heads.kv_heads
+    position, head = tokens.positions[unit.first], kv_head * group
+    rows = Rows(own.queries, own.sums, unit.tokens * group, position, head, group, heads.head_dim)
+    blocks, last = tokens.block_tables[tokens.sequence_of[unit.first]], position + unit.tokens - 1
+    _gather_queries(rows, qkv, unit)
+    for span in range(unit.span, unit.last_span + 1):
+        _clear_sums(rows)
+        first = max(span * SPAN, _first_key(position, scoring.window) // CHUNK * CHUNK)
+        stop = min(last + 1, span * SPAN + SPAN)
+        for start in range(first, stop, CHUNK):
+            chunk = _find_chunk(pages, blocks, kv_head, start, last)
+            if rows.length >= UNPACK:
+                _take_in_unpacked(rows, _unpack(chunk, own, heads.head_dim, pages.values.shape[3]), chunk, scoring)
+                continue
+            # What this thread will read next: the span goes on, or is another key head's.
+            ahead_head, ahead = kv_head, start + CHUNK
+            if ahead >= stop:
+                ahead_head = (kv_head + 1) % heads.kv_heads
+                ahead = first if ahead_head > 0 else ahead
+            ahead_chunk = _find_chunk(pages, blocks, ahead_head, ahead if ahead <= last else start, last)
+            _take_in_packed(rows, chunk, ahead_chunk, scoring)
+        for r in range(rows.length):
+            row_position = position + r // group
+            query = (unit.first + r // group) * heads.heads + head + r % group
+            first_span = _first_key(row_position, scoring.window) // SPAN
+            last_span = row_position // SPAN
+            if span < first_span or span > last_span:
+                continue
+            if first_span == last_span:
+                _answer(own.sums, r, out, query, heads.head_dim)
+            elif parts.shape[1] > 0:
+                _copy(own.sums, r, parts[query], span - first_span)
+            else:
+                if span == first_span:
+                    _copy(own.sums, r, own.totals, r)
+                else:
+                    _merge(own.totals, r, own.sums, r)
+                if span == last_span:
+                    _answer(own.totals, r, out, query, heads.head_dim)
+
+
+@kernel
+def _gather_queries(rows, qkv, unit):
+    n, first = rows.group * rows.head_dim, rows.head * rows.head_dim
+    for j in range(unit.tokens):
+        for d in range(n):
+            rows.queries[j * n + d] = qkv[unit.first + j, first + d]
+
+
+# --- sums: arrays (.., row), of which one row is meant ----------------------------------------------------------------
+
+
+@kernel
+def _clear_sums(rows):
+    row = rows.sums.shape[1]
+    for r in range(rows.length):
+        for d in range(0, row, LANES):
+            store(rows.sums, r * row + d, splat(np.float32(0.0)))
+        rows.sums[r, row - LARGEST] = -np.inf
+
+
+@kernel
+def _copy(sums, r, target, target_r):
+    row = sums.shape[1]
+    for d in range(0, row, LANES):
+        store(target, target_r * row + d, load(sums, r * row + d))
+
+
+@kernel
+def _merge(totals, r, sums, sums_r):
+    """Take a span's sums into the total of the spans before it; one that saw no key changes nothing."""
+    row = totals.shape[1]
+    ours, theirs, weight = totals[r, row - LARGEST], sums[sums_r, row - LARGEST], sums[sums_r, row - WEIGHT]
+    if not theirs > -np.inf and weight == 0:
+        return
+    largest = max(ours, theirs)
+    a, b = np.exp(ours - largest), np.exp(theirs - largest)
+    for d in range(0, row - LANES, LANES):
+        at = r * row + d
+        store(totals, at, fma(load(sums, sums_r * row + d), splat(b), load(totals, at) * splat(a)))
+    totals[r, row - LARGEST] = largest
+    totals[r, row - WEIGHT] = totals[r, row - WEIGHT] * a + weight * b
+
+
+@kernel
+def _answer(sums, r, out, query, head_dim):
+    """The weighted mean of the values."""
+    row = sums.shape[1]
+    inverse = splat(np.float32(1.0) / sums[r, row - WEIGHT])
+    for d in range(0, head_dim, LANES):
+        store_first(out, query * head_dim + d, load(sums, r * row + d) * inverse, head_dim - d)
+
+
+# --- chunks of keys ---------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _find_chunk(pages, blocks, kv_head, start, last):
+    """The chunk at `start` of a sequence in these blocks; 16 keys past `last` are the first again, to be masked."""
+    s0 = _scale_address(pages, blocks, kv_head, start)
+    s1 = _scale_address(pages, blocks, kv_head, start + LANES if start + LANES <= last else start)
+    s2 = _scale_address(pages, blocks, kv_head, start + 2 * LANES if start + 2 * LANES <= last else start)
+    s3 = _scale_address(pages, blocks, kv_head, start + 3 * LANES if start + 3 * LANES <= last else start)
+    head_dim, block_size, width = pages.keys.shape[2], pages.keys.shape[3], pages.values.shape[3]
+    return Chunk(
+        pages.keys, pages.values, pages.key_scales, pages.value_scales, start, block_size,
+        (
+            _key_address(s0, head_dim, block_size), _key_address(s1, head_dim, block_size),
+            _key_address(s2, head_dim, block_size), _key_address(s3, head_dim, block_size),
+        ),
+        (s0 * width, s1 * width, s2 * width, s3 * width),
+        (s0, s1, s2, s3),
+    )  # fmt: skip
+
+
+@kernel
+def _scale_address(pages, blocks, kv_head, key):
+    """The flat index of a key in (blocks, kv_heads, block_size)."""
+    block_size = pages.keys.shape[3]
+    return (np.int64(blocks[key // block_size]) * pages.keys.shape[1] + kv_head) * block_size + key % block_size
+
+
+@kernel
+def _key_address(scale_at, head_dim, block_size):
+    """The same of its first number in (blocks, kv_heads, head_dim, block_size)."""
+    offset = scale_at % block_size
+    return (scale_at - offset) * head_dim + offset
+
+
+@kernel
+def _unpack(chunk, own, head_dim, width):
+    """The chunk in float32: keys (head_dim, 64), values (64, width)."""
+    for i in range(CHUNK // LANES):
+        at = chunk.keys_at[i]
+        for d in range(head_dim):
+            store(own.keys, d * CHUNK + i * LANES, load(chunk.keys, at + d * chunk.key_stride))
+        at, n = chunk.values_at[i], LANES * width
+        for d in range(0, n, LANES):
+            store(own.values, i * n + d, load(chunk.values, at + d))
+    return Chunk(
+        own.keys, own.values, chunk.key_scales, chunk.value_scales, chunk.start, CHUNK,
+        (0, LANES, 2 * LANES, 3 * LANES), (0, LANES * width, 2 * LANES * width, 3 * LANES * width), chunk.scales_at,
+    )  # fmt: skip
+
+
+# --- one chunk --------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _score(weights, at, i, chunk, scoring, head):
+    """(q · k + alibi) · scale of vector i of a row's chunk."""
+    s = load(weights, at + i * LANES)
+    if chunk.key_scales.size:
+        s = s * load(chunk.key_scales, chunk.scales_at[i])
+    if scoring.alibi.size:
+        s = s + load(scoring.alibi, head * scoring.alibi.shape[1] + chunk.start + i * LANES)
+    return s * splat(scoring.scale)
+
+
+@inline_kernel
+def _softmax_step(weights, at, rows, r, chunk, scoring):
+    """Turn q · k of a row's chunk into weights, zero for keys that it does not see, and shrink its past to match."""
+    position, head = rows.position + r // rows.group, rows.head + r % rows.group
+    sums, row = rows.sums, rows.sums.shape[1]
+    first, count = _first_key(position, scoring.window) - chunk.start, position + 1 - chunk.start
     minus_infinity = splat(np.float32(-np.inf))
-    s0 = first_lanes(load(weights, at), minus_infinity, count)
-    s1 = first_lanes(load(weights, at + LANES), minus_infinity, count - LANES)
-    s2 = first_lanes(load(weights, at + 2 * LANES), minus_infinity, count - 2 * LANES)
-    s3 = first_lanes(load(weights, at + 3 * LANES), minus_infinity, count - 3 * LANES)
+    s0 = first_lanes(_score(weights, at, 0, chunk, scoring, head), minus_infinity, count)
+    s1 = first_lanes(_score(weights, at, 1, chunk, scoring, head), minus_infinity, count - LANES)
+    s2 = first_lanes(_score(weights, at, 2, chunk, scoring, head), minus_infinity, count - 2 * LANES)
+    s3 = first_lanes(_score(weights, at, 3, chunk, scoring, head), minus_infinity, count - 3 * LANES)
     if first > 0:
         s0 = first_lanes(minus_infinity, s0, first)
         s1 = first_lanes(minus_infinity, s1, first - LANES)
         s2 = first_lanes(minus_infinity, s2, first - 2 * LANES)
         s3 = first_lanes(minus_infinity, s3, first - 3 * LANES)
-    largest_at = part_at + width
-    before = part[largest_at]
+    before = sums[r, row - LARGEST]
     largest = max(before, max_lane(maximum(maximum(s0, s1), maximum(s2, s3))))
     # Nothing seen yet and nothing here: any finite shift gives weights of zero, where -inf would give nan.
     finite = largest if largest > -np.inf else np.float32(0.0)
     shift = splat(finite)
     p0, p1, p2, p3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
+    if largest > before:
+        shrink = np.exp(before - finite)
+        for i in range(r * row, (r + 1) * row - LANES, LANES):
+            store(sums, i, load(sums, i) * splat(shrink))
+        sums[r, row - LARGEST] = largest
+        sums[r, row - WEIGHT] *= shrink
+    sums[r, row - WEIGHT] += sum_lanes((p0 + p1) + (p2 + p3))
+    if chunk.value_scales.size:
+        p0 = p0 * load(chunk.value_scales, chunk.scales_at[0])
+        p1 = p1 * load(chunk.value_scales, chunk.scales_at[1])
+        p2 = p2 * load(chunk.value_scales, chunk.scales_at[2])
+        p3 = p3 * load(chunk.value_scales, chunk.scales_at[3])
     store(weights, at, p0)
     store(weights, at + LANES, p1)
     store(weights, at + 2 * LANES, p2)
     store(weights, at + 3 * LANES, p3)
-    if largest > before:
-        shrink = np.exp(before - finite)
-        for d in range(0, width, LANES):
-            store(part, part_at + d, load(part, part_at + d) * splat(shrink))
-        part[largest_at] = largest
-        part[largest_at + 1] *= shrink
-    part[largest_at + 1] += sum_lanes((p0 + p1) + (p2 + p3))
 
 
-@kernel
-def _merge(total, total_at, part, part_at, width):
-    """Take a span's part into the total of the spans before it; a part that saw no key changes nothing."""
-    ours, theirs = total[total_at + width], part[part_at + width]
-    if not theirs > -np.inf and part[part_at + width + 1] == 0:
-        return
-    largest = max(ours, theirs)
-    a, b = np.exp(ours - largest), np.exp(theirs - largest)
-    for d in range(0, width, LANES):
-        v = fma(load(part, part_at + d), splat(b), load(total, total_at + d) * splat(a))
-        store(total, total_at + d, v)
-    total[total_at + width] = largest
-    total[total_at + width + 1] = total[total_at + width + 1] * a + part[part_at + width + 1] * b
+@cache
+def _tile(ROWS, IS_PACKED):
+    """A kernel that adds a chunk to the sums of ROWS rows from `first` on, of which the last is at position `last`.
 
-
-@kernel
-def _answer(total, total_at, width, out, out_at, head_dim):
-    """The weighted mean of the values."""
-    inverse = splat(np.float32(1.0) / total[total_at + width + 1])
-    for d in range(0, head_dim, LANES):
-        store_first(out, out_at + d, load(total, total_at + d) * inverse, head_dim - d)
-
-
-@kernel
-def _rows_of_tiles(
-    rows, q, q_at, q_stride, keys, values, key_scales, value_scales, blocks, kv_head, position, step, window, scale,
-    alibi, head, span, before, parts, part_at, part_stride, weights,
-):  # fmt: skip
-    """`rows` queries and one span: neighbouring tokens of one head (step 1), or neighbouring heads of one token."""
-    r = 0
-    while r < rows:
-        if rows >= MOST_ROWS:
-            r = min(r, rows - MOST_ROWS)  # the last tile does some rows again: they come to the same
-            _query_tile_most(
-                q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
-                position + r * step, step, window, scale, alibi, head + r * (1 - step), 1 - step, span, before, parts,
-                part_at + r * part_stride, part_stride, weights,
-            )  # fmt: skip
-            r += MOST_ROWS
-        else:
-            _query_tile_1(
-                q, q_at + r * q_stride, q_stride, keys, values, key_scales, value_scales, blocks, kv_head,
-                position + r * step, step, window, scale, alibi, head + r * (1 - step), 1 - step, span, before, parts,
-                part_at + r * part_stride, part_stride, weights,
-            )  # fmt: skip
-            r += 1
-
-
-@kernel
-def _unpack(keys, values, key_scales, value_scales, blocks, kv_head, first, count, flat):
-    """`count` keys from `first` on as float32 in one page each of keys and values; scales as they are."""
-    flat_keys, flat_values, flat_key_scales, flat_value_scales = flat
-    kv_heads, head_dim, block_size, width = keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3]
-    last = first + count - 1
-    for key in range(0, count, LANES):
-        at = _key_address(blocks, first + key, first, last, kv_heads, kv_head, head_dim, block_size)
-        for d in range(head_dim):
-            store(flat_keys, d * SPAN + key, load(keys, at + d * block_size))
-        if key_scales.size:
-            at = _key_address(blocks, first + key, first, last, kv_heads, kv_head, 1, block_size)
-            store(flat_key_scales, key, load(key_scales, at))
-            store(flat_value_scales, key, load(value_scales, at))
-    for key in range(count):
-        at = _value_address(blocks, first + key, kv_heads, kv_head, block_size, width)
-        for d in range(0, width, LANES):
-            store(flat_values, key * width + d, load(values, at + d))
-
-
-@kernel
-def _span_of_tokens(
-    item, per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales, block_tables, sequence_of,
-    positions, scale, window, alibi, parts,
-):  # fmt: skip
-    """Some neighbouring tokens, one key head and one span of keys."""
-    kv_heads, head_dim, width = keys.shape[1], keys.shape[2], values.shape[3]
-    span, i, kv_head = item % spans, item // spans % items, item // spans // items
-    group, tokens, row = heads // kv_heads, len(positions), width + 2
-    weights = np.empty(MOST_ROWS * CHUNK, np.float32)
-    # Later items see more keys: early and late ones alternate, so that every thread's share is fair.
-    m = (i // 2 if i % 2 == 0 else items - 1 - i // 2) * per_item
-    end, first = min(tokens, m + per_item), span * SPAN
-    while m < end:
-        run = 1
-        while m + run < end and sequence_of[m + run] == sequence_of[m]:
-            run += 1
-        last = positions[m + run - 1]
-        blocks, head = block_tables[sequence_of[m]], kv_head * group
-        q_at, part_at = m * q_width + head * head_dim, ((m * heads + head) * spans + span) * row
-        if first > last:
-            pass  # none of them sees this span
-        elif run < UNPACK:
-            for j in range(run):  # token by token, the heads that share keys as rows
-                _rows_of_tiles(
-                    group, q, q_at + j * q_width, head_dim, keys, values, key_scales, value_scales, blocks, kv_head,
-                    positions[m] + j, 0, window, scale, alibi, head, first, 0, parts,
-                    part_at + j * heads * spans * row, spans * row, weights,
-                )  # fmt: skip
-        else:
-            one_page, many = np.zeros(1, np.int32), SPAN if key_scales.size else 0
-            flat = (
-                np.empty((1, 1, head_dim, SPAN), np.float32),
-                np.empty((1, 1, SPAN, width), np.float32),
-                np.empty((1, 1, many), np.float32),
-                np.empty((1, 1, many), np.float32),
-            )
-            count = min(SPAN, last + 1 - first)
-            _unpack(keys, values, key_scales, value_scales, blocks, kv_head, first, count, flat)
-            for j in range(group):  # head by head, the tokens as rows
-                _rows_of_tiles(
-                    run, q, q_at + j * head_dim, q_width, flat[0], flat[1], flat[2], flat[3], one_page, 0,
-                    positions[m] - first, 1, window, scale, alibi, head + j, 0, first, parts,
-                    part_at + j * spans * row, heads * spans * row, weights,
-                )  # fmt: skip
-        m += run
-
-
-@kernel
-def _merged_spans(item, heads, positions, spans, parts, width, out, head_dim):
-    """One token and one query head: its spans, merged in their order."""
-    first = item * spans * (width + 2)
-    for span in range(1, positions[item // heads] // SPAN + 1):
-        _merge(parts, first, parts, first + span * (width + 2), width)
-    _answer(parts, first, width, out, item * head_dim, head_dim)
-
-
-@parallel_kernel
-def attention(
-    qkv, heads, keys, values, key_scales, value_scales, block_tables, sequence_of, positions, scale, window, alibi
-):
-    """softmax((q · kᵀ + alibi) · scale) · v of every token over its own sequence, up to and with itself.
-
-    qkv (tokens, (heads + 2·kv_heads)·head_dim), the cache as tensor/kv_cache.py wrote it, block_tables (sequences,
-    most blocks) int32, sequence_of and positions (tokens,) int64, tokens of a sequence side by side and in order;
-    window: how many keys back a query sees, 0 for all; alibi (heads, positions up to a multiple of 64) is what a key's
-    position adds to its scores, or (0, 0). Query head h reads key head h // (heads // kv_heads), which makes MHA, GQA
-    and MQA one rule; kv_heads divides heads. -> (tokens, heads·head_dim)
+    While it works on pages it asks memory for those of the chunk `ahead`: they are too short, and too far from each
+    other, for a processor to foresee.
     """
-    tokens, head_dim, kv_heads, width = qkv.shape[0], keys.shape[2], keys.shape[1], values.shape[3]
-    q, q_width = qkv.ravel(), qkv.shape[1]
-    out = np.empty(tokens * heads * head_dim, np.float32)
-    spans = positions.max() // SPAN + 1
-    parts = np.empty(tokens * heads * spans * (width + 2), np.float32)
-    per_item = max(1, min(ITEM, tokens // 8))
-    items = (tokens + per_item - 1) // per_item
-    for item in prange(kv_heads * items * spans):
-        _span_of_tokens(
-            np.int64(item), per_item, spans, items, q, q_width, heads, keys, values, key_scales, value_scales,
-            block_tables, sequence_of, positions, scale, window, alibi, parts,
-        )  # fmt: skip
-    for item in prange(tokens * heads):
-        _merged_spans(np.int64(item), heads, positions, spans, parts, width, out, head_dim)
-    return out.reshape((tokens, heads * head_dim))
+    SIZE = ROWS * PANELS
+
+    @inline_kernel
+    def tile(rows, first, last, chunk, ahead, scoring, weights):
+        head_dim, row = rows.head_dim, rows.sums.shape[1]
+        width = row - LANES
+        for p in range(0, CHUNK // LANES, PANELS):
+            k0, k1 = chunk.keys_at[p], chunk.keys_at[p + 1]
+            k2, k3 = chunk.keys_at[(p + 2) % 4], chunk.keys_at[(p + 3) % 4]  # of which a tile of two makes no use
+            a0, a1, a2, a3 = ahead.keys_at
+            scores = zeros(SIZE)
+            for d in range(head_dim):
+                at = d * chunk.key_stride
+                if IS_PACKED:
+                    prefetch_panels(2, ahead.keys, a0 + at, a1 - a0)
+                    prefetch_panels(2, ahead.keys, a2 + at, a3 - a2)
+                panels = load_panels(PANELS, chunk.keys, k0 + at, k1 + at, k2 + at, k3 + at)
+                scores = fma_rows(scores, panels, rows.queries, first * head_dim + d, head_dim)
+            store_rows(weights, p * LANES, CHUNK, scores, PANELS, CHUNK)
+        for r in range(ROWS):
+            _softmax_step(weights, r * CHUNK, rows, first + r, chunk, scoring)
+        stop, many = min(CHUNK, last + 1 - chunk.start), PANELS * LANES
+        for d in range(0, width // many * many, many):
+            total = load_rows(ROWS, PANELS, rows.sums, first * row + d, row)
+            for group in range(0, stop, LANES):  # neighbours of a page
+                at, ahead_at = chunk.values_at[group // LANES] + d, ahead.values_at[group // LANES] + d
+                for key in range(group, min(group + LANES, stop)):
+                    if IS_PACKED:
+                        prefetch_panels(PANELS, ahead.values, ahead_at, LANES)
+                    total = fma_rows(total, load_tile(PANELS, chunk.values, at, LANES), weights, key, CHUNK)
+                    at += width
+                    ahead_at += width
+            store_rows(rows.sums, first * row + d, row, total, PANELS, many)
+        for d in range(width // many * many, width, LANES):
+            narrow = load_rows(ROWS, 1, rows.sums, first * row + d, row)
+            for group in range(0, stop, LANES):
+                at = chunk.values_at[group // LANES] + d
+                for key in range(group, min(group + LANES, stop)):
+                    narrow = fma_rows(narrow, load_tile(1, chunk.values, at, LANES), weights, key, CHUNK)
+                    at += width
+            store_rows(rows.sums, first * row + d, row, narrow, 1, LANES)
+
+    return tile
+
+
+def _tiles(IS_PACKED):
+    """A kernel that adds a chunk to the sums of all rows that see it, in tiles of about the same size."""
+    tile_1, tile_2 = _tile(1, IS_PACKED), _tile(2, IS_PACKED)
+    tile_less, tile_most = _tile(MOST_ROWS - 1, IS_PACKED), _tile(MOST_ROWS, IS_PACKED)
+
+    @kernel
+    def take_in(rows, chunk, ahead, scoring):
+        weights = stack_array(WEIGHTS, np.float32)
+        r = 0
+        while r < rows.length:
+            left = rows.length - r
+            tiles = (left + MOST_ROWS - 1) // MOST_ROWS
+            n = (left + tiles - 1) // tiles
+            last = rows.position + (r + n - 1) // rows.group
+            first = _first_key(rows.position + r // rows.group, scoring.window)
+            if chunk.start <= last and first < chunk.start + CHUNK:
+                if n == MOST_ROWS:
+                    tile_most(rows, r, last, chunk, ahead, scoring, weights)
+                elif n == MOST_ROWS - 1:
+                    tile_less(rows, r, last, chunk, ahead, scoring, weights)
+                elif IS_PACKED:  # UNPACK rows come in the two largest tiles
+                    if n == 2:
+                        tile_2(rows, r, last, chunk, ahead, scoring, weights)
+                    else:
+                        tile_1(rows, r, last, chunk, ahead, scoring, weights)
+            r += n
+
+    return take_in
+
+
+_take_in_packed, _take_in_unpacked = _tiles(True), _tiles(False)

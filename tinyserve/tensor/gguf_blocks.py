@@ -6,10 +6,11 @@ The layouts are ggml's (`block_q4_0` and so on in ggml-common.h). Larger blocks 
 from dataclasses import dataclass
 
 import numpy as np
-from numba import prange
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
-from tinyserve.tensor.quant import BLOCK, NO_MINIMUMS, PANEL, ZERO_8, Packed, padded
+from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.program import instruction
+from tinyserve.tensor.quant import PAIR, PANEL, ZERO_8, IntegerWeights
+from tinyserve.tensor.thread_pool import own_items
 
 # Where in a block's bytes the fifth bits and the nibbles begin, after one or two float16: scale and minimum.
 _LAYOUT = {"Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (2, 6), "Q5_1": (4, 8)}
@@ -33,17 +34,19 @@ def dequantize(raw: np.ndarray, quantization: str) -> np.ndarray:
     return out
 
 
-@parallel_kernel
-def _dequantize_8(raw, scale, out):
-    for b in prange(len(raw)):
+@instruction
+def _dequantize_8(team, raw, scale, out):
+    first, last = own_items(team, len(raw))
+    for b in range(first, last):
         for i in range(32):
             out[b, i] = np.float32(np.int8(raw[b, 2 + i])) * scale[b]
 
 
-@parallel_kernel
-def _dequantize_nibbles(raw, scale, minimum, high, low, out):
+@instruction
+def _dequantize_nibbles(team, raw, scale, minimum, high, low, out):
     """Byte i of a block's 16 holds weight i below and weight i + 16 above; `high` is where 32 fifth bits are, or 0."""
-    for b in prange(len(raw)):
+    first_block, last_block = own_items(team, len(raw))
+    for b in range(first_block, last_block):
         for i in range(16):
             first, second = np.int32(raw[b, low + i] & 15), np.int32(raw[b, low + i] >> 4)
             if high > 0:
@@ -66,76 +69,59 @@ class Blocks:
 _REPACKED = {"Q8_0": (8, 34), "Q4_0": (4, 18), "Q4_1": (4, 20)}
 
 
-def repack(blocks: Blocks, most_bits: int) -> Packed | None:
+def repack(blocks: Blocks, most_bits: int) -> IntegerWeights | None:
     """The same integers, scales and minimums as matmul.py reads them; None where it would take more bits or a loss."""
     bits, size = _REPACKED.get(blocks.quantization, (32, 0))
     N, K = blocks.shape
     if bits > most_bits or K % 32:
         return None
-    panels, groups = padded(N, BLOCK) // PANEL, K // 32
-    raw = blocks.raw.reshape(N, groups, size)
-    raw.flags.writeable = False  # as a mapped file's are: one compiled kernel, not two
-    scales = np.empty((panels, groups, PANEL), np.int16)
-    minimums = np.empty(scales.shape if blocks.quantization == "Q4_1" else NO_MINIMUMS.shape, np.int16)
-    if bits == 8:
-        integers = np.empty((panels, K // 4, 4 * PANEL), np.int8)
-        _repack_bytes(raw, integers, scales)
-    else:
-        integers = np.empty((panels, K // 8, 4 * PANEL), np.uint8)
-        _repack_nibbles(raw, integers, scales, minimums)
-    return Packed(integers, scales, minimums)
+    raw = np.ascontiguousarray(blocks.raw).reshape(N, K // 32, size)
+    packed = IntegerWeights.empty(blocks.shape, bits, 32, blocks.quantization == "Q4_1")
+    (_repack_bytes if bits == 8 else _repack_nibbles)(raw, packed)
+    return packed
+
+
+@instruction
+def _repack_bytes(team, raw, packed):
+    first, last = own_items(team, packed.stream.shape[0])
+    for pair in range(first, last):
+        for lane in range(PAIR):
+            n = pair * PAIR + lane
+            for g in range(packed.stream.shape[1]):
+                out = packed.stream[pair, g]
+                _copy_half(raw, n, g, 0, out, 2 * lane)
+                at = 2 * PAIR + lane // PANEL * 4 * PANEL + lane % PANEL * 4
+                for i in range(32):
+                    byte = np.int32(np.int8(raw[n, g, 2 + i])) if n < raw.shape[0] else np.int32(0)
+                    out[at + i // 4 * 4 * PAIR + i % 4] = np.int8(byte + ZERO_8)
 
 
 @kernel
-def _half(block, at):
-    """The bits of a block's float16 at this byte."""
-    return np.int16(block[at]) | np.int16(block[at + 1]) << 8
+def _copy_half(raw, n, g, source, out, target):
+    """Two bytes of a block to two of a stream; zeros past the last output."""
+    for i in range(2):
+        out[target + i] = raw[n, g, source + i] if n < raw.shape[0] else np.uint8(0)
 
 
-@kernel
-def _repack_panel_of_bytes(raw, integers, scales, p):
-    for lane in range(PANEL):
-        row = p * PANEL + lane
-        for g in range(raw.shape[1]):
-            inside = row < len(raw)
-            scales[p, g, lane] = _half(raw[row, g], 0) if inside else np.int16(0)
-            for k in range(8):
-                for i in range(4):
-                    byte = np.int32(np.int8(raw[row, g, 2 + 4 * k + i])) if inside else np.int32(0)
-                    integers[p, g * 8 + k, lane * 4 + i] = np.int8(byte + ZERO_8)
-
-
-@parallel_kernel
-def _repack_bytes(raw, integers, scales):
-    for p in prange(len(integers)):
-        _repack_panel_of_bytes(raw, integers, scales, np.int64(p))
-
-
-@kernel
-def _repack_panel_of_nibbles(raw, integers, scales, minimums, p):
+@instruction
+def _repack_nibbles(team, raw, packed):
     low = raw.shape[2] - 16
-    for lane in range(PANEL):
-        row = p * PANEL + lane
-        for g in range(raw.shape[1]):
-            if row >= len(raw):
-                scales[p, g, lane] = 0
-                if minimums.size:
-                    minimums[p, g, lane] = 0
-                integers[p, g * 4 : g * 4 + 4, lane * 4 : lane * 4 + 4] = 0
-                continue
-            block = raw[row, g]
-            scales[p, g, lane] = _half(block, 0)
-            if minimums.size:
-                minimums[p, g, lane] = _half(block, 2)
-            # ggml's byte i holds weights i and i + 16; ours hold neighbouring fours.
-            for k in range(2):
-                for i in range(4):
-                    first, second = block[low + 8 * k + i], block[low + 8 * k + 4 + i]
-                    integers[p, g * 4 + k, lane * 4 + i] = first & 15 | (second & 15) << 4
-                    integers[p, g * 4 + 2 + k, lane * 4 + i] = first >> 4 | second & 240
-
-
-@parallel_kernel
-def _repack_nibbles(raw, integers, scales, minimums):
-    for p in prange(len(integers)):
-        _repack_panel_of_nibbles(raw, integers, scales, minimums, np.int64(p))
+    header = (1 + packed.has_minimums) * 2 * PAIR
+    first, last = own_items(team, packed.stream.shape[0])
+    for pair in range(first, last):
+        for lane in range(PAIR):
+            n = pair * PAIR + lane
+            for g in range(packed.stream.shape[1]):
+                out = packed.stream[pair, g]
+                _copy_half(raw, n, g, 0, out, 2 * lane)
+                if packed.has_minimums:
+                    _copy_half(raw, n, g, 2, out, 2 * PAIR + 2 * lane)
+                at = header + lane // PANEL * 4 * PANEL + lane % PANEL * 4
+                # ggml's byte i holds weights i and i + 16; ours hold neighbouring fours.
+                for k in range(2):
+                    for i in range(4):
+                        first_byte = second_byte = np.uint8(0)
+                        if n < raw.shape[0]:
+                            first_byte, second_byte = raw[n, g, low + 8 * k + i], raw[n, g, low + 8 * k + 4 + i]
+                        out[at + k * 4 * PAIR + i] = first_byte & 15 | (second_byte & 15) << 4
+                        out[at + (2 + k) * 4 * PAIR + i] = first_byte >> 4 | second_byte & 240

@@ -1,74 +1,108 @@
-"""Writing keys and values into the pages of the cache, rotated on the way, in the precision that the cache is kept in.
+"""The pages of the KV cache, and writing keys and values into them, keys rotated on the way.
 
-float32; bfloat16 kept as uint16; or int8 with a scale for each token and head. attention.py reads them.
+Paging: Kwon et al. 2023, arXiv:2309.06180. attention.py reads what is written here.
 """
 
-import numpy as np
-from numba import prange
+from typing import NamedTuple
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
-from tinyserve.tensor.rope import rotate_row
+import numpy as np
+
+from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.program import constant, instruction
+from tinyserve.tensor.rope import rotate_heads
 from tinyserve.tensor.simd import as_kept
+from tinyserve.tensor.thread_pool import own_items
+
+Array = np.ndarray
 
 LARGEST = np.float32(127.0)
 
 
+@constant
+class Pages(NamedTuple):
+    """The keys and values of one attention layer, in blocks of `block_size` tokens.
+
+    They are float32, bfloat16 kept as uint16, or int8 with a scale for each token and head. In a block, for each head,
+
+        keys      t0 t1 t2 ..     values    d0 d1 d2 .. 0
+              d0   ·  ·  ·              t0   ·  ·  ·    ·
+              d1   ·  ·  ·              t1   ·  ·  ·    ·
+              ..                        ..
+
+    keys are transposed, so that one vector is 16 keys and a score needs no sum over lanes; a value is padded to whole
+    vectors, so that one vector is 16 numbers of the output. `block_size` is a multiple of 16.
+    """
+
+    keys: Array  # (blocks, kv_heads, head_dim, block_size)
+    values: Array  # (blocks, kv_heads, block_size, padded head_dim)
+    key_scales: Array  # (blocks, kv_heads, block_size) float32 for int8, else (0, 0, 0)
+    value_scales: Array
+
+
+class Tokens(NamedTuple):
+    """The new tokens of a batch, those of a sequence side by side and in order."""
+
+    positions: Array  # (tokens,) int64: place in its own sequence
+    slot_mapping: Array  # (tokens,) int64: where its key and value go, block · block_size + offset
+    sequence_of: Array  # (tokens,) int64: row of block_tables
+    block_tables: Array  # (sequences, most blocks) int32
+
+
+@constant
+class Heads(NamedTuple):
+    """A row of qkv: `heads` queries, `kv_heads` keys and as many values, each of `head_dim` numbers.
+
+    Query head h reads key head h // (heads // kv_heads), which makes multi-head, grouped-query and multi-query
+    attention one rule; kv_heads divides heads.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@instruction
+def rotate_and_store(team, qkv, heads, rope_table, tokens, pages):
+    """Rotate each token's queries and keys in place, and write its keys and values to the cache.
+
+    qkv (tokens, (heads + 2·kv_heads)·head_dim) float32; an empty `rope_table` rotates nothing.
+    """
+    first, last = own_items(team, qkv.shape[0] * heads.kv_heads)
+    for item in range(first, last):
+        m, kv_head = item // heads.kv_heads, item % heads.kv_heads
+        row, head_dim, group = m * qkv.shape[1], heads.head_dim, heads.heads // heads.kv_heads
+        key = (heads.heads + kv_head) * head_dim
+        if rope_table.cosines.size:
+            position = tokens.positions[m]
+            rotate_heads(qkv, rope_table, position, row + kv_head * group * head_dim, group, head_dim)
+            rotate_heads(qkv, rope_table, position, row + key, 1, head_dim)
+        _store(qkv[m], key, key + heads.kv_heads * head_dim, tokens.slot_mapping[m], kv_head, pages)
+
+
 @kernel
-def _scale(qkv, m, first, head_dim):
+def _store(row, key, value, slot, kv_head, pages):
+    """Write the key and the value that begin at these indices of a row of qkv."""
+    head_dim, block_size = pages.keys.shape[2], pages.keys.shape[3]
+    block, offset = slot // block_size, slot % block_size
+    k_inverse = v_inverse = np.float32(1.0)
+    if pages.key_scales.size:
+        k_scale, v_scale = _scale(row, key, head_dim), _scale(row, value, head_dim)
+        pages.key_scales[block, kv_head, offset], pages.value_scales[block, kv_head, offset] = k_scale, v_scale
+        k_inverse = np.float32(1.0) / k_scale if k_scale > 0 else np.float32(0.0)
+        v_inverse = np.float32(1.0) / v_scale if v_scale > 0 else np.float32(0.0)
+    for d in range(head_dim):
+        pages.keys[block, kv_head, d, offset] = as_kept(pages.keys, row[key + d], k_inverse)
+    for d in range(head_dim):
+        pages.values[block, kv_head, offset, d] = as_kept(pages.values, row[value + d], v_inverse)
+
+
+@kernel
+def _scale(x, first, head_dim):
     """The scale of a head's int8 numbers; nan where one of them is."""
     largest = np.float32(0.0)
     for d in range(first, first + head_dim):
-        v = abs(qkv[m, d])
+        v = abs(x[d])
         largest = v if v > largest or v != v else largest
         if v != v:
             break
     return largest / LARGEST
-
-
-@kernel
-def _store_token(qkv, heads, kv_heads, head_dim, slot, keys, values, key_scales, value_scales, m):
-    block_size = keys.shape[3]
-    block, offset = slot // block_size, slot % block_size
-    for head in range(kv_heads):
-        k, v = (heads + head) * head_dim, (heads + kv_heads + head) * head_dim
-        k_inverse = v_inverse = np.float32(1.0)
-        if key_scales.size:
-            k_scale, v_scale = _scale(qkv, m, k, head_dim), _scale(qkv, m, v, head_dim)
-            key_scales[block, head, offset], value_scales[block, head, offset] = k_scale, v_scale
-            k_inverse = np.float32(1.0) / k_scale if k_scale > 0 else np.float32(0.0)
-            v_inverse = np.float32(1.0) / v_scale if v_scale > 0 else np.float32(0.0)
-        for d in range(head_dim):
-            keys[block, head, d, offset] = as_kept(keys, qkv[m, k + d], k_inverse)
-            values[block, head, offset, d] = as_kept(values, qkv[m, v + d], v_inverse)
-
-
-@kernel
-def _rotate_and_store(
-    qkv, cosines, sines, position, heads, kv_heads, head_dim, slot, keys, values, key_scales, value_scales, m
-):
-    if cosines.size:
-        rotate_row(qkv, cosines, sines, position, heads + kv_heads, head_dim, m)
-    _store_token(qkv, heads, kv_heads, head_dim, slot, keys, values, key_scales, value_scales, m)
-
-
-@parallel_kernel
-def rotate_and_store(
-    qkv, cosines, sines, positions, heads, kv_heads, head_dim, slots, keys, values, key_scales, value_scales
-):
-    """Rotate each token's queries and keys in place (tables may be empty), and write its keys and values to the cache.
-
-    qkv (tokens, (heads + 2·kv_heads)·head_dim): queries, keys, values; slots (tokens,): block · block_size + offset;
-    keys (blocks, kv_heads, head_dim, block_size), values (blocks, kv_heads, block_size, padded head_dim), of float32,
-    bfloat16 or int8; scales (blocks, kv_heads, block_size) float32 for int8, else empty.
-    """
-    if qkv.shape[0] == 1:
-        _rotate_and_store(
-            qkv, cosines, sines, positions[0], heads, kv_heads, head_dim, slots[0], keys, values, key_scales,
-            value_scales, np.int64(0),
-        )  # fmt: skip
-    else:
-        for m in prange(qkv.shape[0]):
-            _rotate_and_store(
-                qkv, cosines, sines, positions[m], heads, kv_heads, head_dim, slots[m], keys, values, key_scales,
-                value_scales, np.int64(m),
-            )  # fmt: skip

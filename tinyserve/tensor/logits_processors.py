@@ -6,10 +6,11 @@ Keskar et al. 2019, arXiv:1909.05858 (repetition penalty); OpenAI's API (frequen
 """
 
 import numpy as np
-from numba import prange
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor._jit import cached_kernel, kernel
+from tinyserve.tensor.program import instruction
 from tinyserve.tensor.simd import LANES, bits_to_lanes, load, load_first, splat, store, store_first
+from tinyserve.tensor.thread_pool import next_items
 
 Array = np.ndarray
 
@@ -24,10 +25,13 @@ def allow(logits: Array, rows: Array, masks: Array) -> None:
     _allow(logits, rows, np.ascontiguousarray(masks))
 
 
-@parallel_kernel
-def _allow(logits, rows, masks):
-    for i in prange(rows.size):
-        _allow_row(logits[rows[np.int64(i)]], masks[np.int64(i)])
+@instruction
+def _allow(team, logits, rows, masks):
+    first, last = next_items(team, rows.size)
+    while first < last:
+        for i in range(first, last):
+            _allow_row(logits[rows[i]], masks[i])
+        first, last = next_items(team, rows.size)
 
 
 @kernel
@@ -45,7 +49,7 @@ def _allow_row(row, mask):
             bits >>= np.uint32(LANES)
 
 
-@kernel
+@cached_kernel  # of one row, by whoever calls: less work than waking a thread for it
 def penalise(row, prompt, output, repetition, frequency, presence):
     """Divide positive logits by `repetition` and multiply negative ones, for tokens of prompt and output.
 

@@ -9,6 +9,7 @@ import sys
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -174,11 +175,11 @@ def arguments(typing_context, block, kinds):
     return whole(types.int64, kinds), codegen
 
 
-@intrinsic
+@intrinsic(prefer_literal=True)
 def stack_array(typing_context, size, dtype):
     """An array (size,) that lives as long as the call of its kernel; the size is a constant."""
     if not isinstance(size, types.IntegerLiteral):
-        return None
+        raise TypingError("the size of an array on the stack is a constant of the kernel")
     kind = types.Array(dtype.dtype, 1, "C")
     count = size.literal_value
 
@@ -194,7 +195,8 @@ def stack_array(typing_context, size, dtype):
 def _array(context, builder, kind, address, shape):
     """A contiguous array that nobody owns."""
     itemsize = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    strides, step = [], WORD(itemsize)
+    strides: list = []
+    step = WORD(itemsize)
     for length in reversed(shape):
         strides.insert(0, step)
         step = builder.mul(step, length)

@@ -6,13 +6,13 @@
 import numpy as np
 
 from tinyserve.tensor import dot_product
-from tinyserve.tensor._jit import kernel
+from tinyserve.tensor._jit import cached_kernel
 from tinyserve.tensor.quant import store_activations
 from tinyserve.tensor.simd import load, round_to_int, splat, store
 from tinyserve.tensor.tiles import begin_part, dot_rows, end_part, inputs_per_load, scaled_rows, start_rows, zeros
 
 
-@kernel
+@cached_kernel
 def dot_32(w, x, kind, out):
     """w (bytes of 16 outputs by 32 inputs), x (32,) whole numbers in float32, kind as in matmul.py -> out (16,)."""
     q, start, one = np.empty(32, kind.dtype), np.zeros(1, np.int32), np.ones(1, np.float32)

@@ -8,23 +8,26 @@ In a program's memory an instruction is a line of its table, (address of code, a
 are words one after the other: an array is its address and its shape, a named tuple what is in it, a number itself.
 """
 
+import inspect
+import math
 import struct
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numba import types
-from numba.core import types as core_types
 from numba.np.numpy_support import from_dtype
 
 from tinyserve.tensor import _jit
+from tinyserve.tensor.arena import Arena
 from tinyserve.tensor.native import arguments
 from tinyserve.tensor.thread_pool import Team, pool
 
 Array = np.ndarray
+T = TypeVar("T")
 
 _ENTRY = (types.int64,) * 4
 
@@ -34,11 +37,11 @@ class Instruction:
     named tuples of such; an array may be written to, and nothing is returned.
     """
 
-    def __init__(self, function: Callable[..., None]):
+    def __init__(self, function: Callable[..., None], allocates: bool):
         self.__doc__, self.__name__ = function.__doc__, function.__name__
         self.function = function
         self.kernel = _jit.kernel(function)  # for other kernels
-        self._entry = _entry(function, self.kernel)
+        self._entry = _entry(function, self.kernel, allocates)
         self._codes: dict[Hashable, int] = {}  # addresses of machine code, by the kinds of arguments
 
     def __call__(self, *values: Any) -> None:
@@ -54,21 +57,26 @@ class Instruction:
         """The address of the machine code for arguments of these kinds, compiled or loaded the first time."""
         code = self._codes.get(kinds)
         if code is None:
-            whole = core_types.Tuple([_type(kind) for kind in kinds])
-            code = self._codes[kinds] = _jit.address(self._entry, (*_ENTRY, core_types.TypeRef(whole)))
+            whole = types.Tuple([_type(kind) for kind in kinds])
+            code = self._codes[kinds] = _jit.address(self._entry, (*_ENTRY, types.TypeRef(whole)))
         return code
 
 
 def instruction(function: Callable[..., None]) -> Instruction:
     """Make an instruction of a kernel."""
-    return Instruction(function)
+    return Instruction(function, allocates=False)
+
+
+def allocating_instruction(function: Callable[..., None]) -> Instruction:
+    """The same for a kernel that makes arrays of sizes which only it knows."""
+    return Instruction(function, allocates=True)
 
 
 def _template(block, thread, threads, claims, kinds):  # type: ignore[no-untyped-def]
     kernel(Team(thread, threads, claims), *arguments(block, kinds))  # type: ignore[name-defined]  # noqa: F821
 
 
-def _entry(function: Callable[..., None], kernel: Any) -> Any:
+def _entry(function: Callable[..., None], kernel: Any, allocates: bool) -> Any:
     """What the thread pool calls: takes the arguments out of their words, and calls the kernel."""
     cells = "-".join(str(cell.cell_contents) for cell in function.__closure__ or ())
     source = function.__code__
@@ -77,27 +85,40 @@ def _entry(function: Callable[..., None], kernel: Any) -> Any:
     )
     entry = FunctionType(code, {"kernel": kernel, "Team": Team, "arguments": arguments}, code.co_name)
     entry.__qualname__, entry.__module__ = f"{function.__qualname__}_{cells}_entry", function.__module__
-    return _jit.cached_kernel(entry)
+    return _jit.cached_kernel(entry, allocates)
 
 
 # --- arguments as words -----------------------------------------------------------------------------------------------
 
 
-def describe(value: Any, words: list[int]) -> Hashable:
-    """Append the words of an argument, and return its kind, which says how they are read."""
-    if isinstance(value, np.ndarray):
-        if not value.flags.c_contiguous:
-            raise TypeError("an instruction takes contiguous arrays")
-        words.append(value.ctypes.data)
-        words.extend(value.shape)
-        return value.dtype, value.ndim
-    if isinstance(value, tuple):
-        return type(value), *[describe(part, words) for part in value]
+_CONSTANTS: set[type] = set()
+
+
+def constant(kind: type[T]) -> type[T]:
+    """Mark a kind of named tuple that a model makes once and keeps: one is described once, for all programs."""
+    _CONSTANTS.add(kind)
+    return kind
+
+
+class Described(NamedTuple):
+    """An argument as words, and its kind, which says how they are read."""
+
+    kind: Hashable
+    words: list[int]
+    value: Any = None  # kept alive
+
+
+def describe_array(array: Array) -> tuple[Hashable, list[int]]:
+    """The kind and the words of a contiguous array; raises TypeError for any other."""
+    if not array.flags.c_contiguous:
+        raise TypeError(f"an instruction takes contiguous arrays, not {array.shape} with strides {array.strides}")
+    return (array.dtype, array.ndim), [array.ctypes.data, *array.shape]
+
+
+def _number(value: Any) -> tuple[Hashable, int]:
     if isinstance(value, float | np.floating):
-        words.append(struct.unpack("I", struct.pack("f", value))[0])
-        return "f"
-    words.append(int(value))
-    return "i"
+        return "f", struct.unpack("I", struct.pack("f", value))[0]
+    return "i", int(value)
 
 
 def _type(kind: Any) -> Any:
@@ -110,7 +131,7 @@ def _type(kind: Any) -> Any:
         return types.Array(from_dtype(head), rest[0], "C")
     parts = [_type(part) for part in rest]
     if head is tuple:
-        return core_types.Tuple(parts)
+        return types.Tuple(parts)
     is_uniform = all(part == parts[0] for part in parts)
     return types.NamedUniTuple(parts[0], len(parts), head) if is_uniform else types.NamedTuple(parts, head)
 
@@ -118,22 +139,59 @@ def _type(kind: Any) -> Any:
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
-    """An instruction of a program, for people to read."""
+class Operand(NamedTuple):
+    """An array that an instruction is given, by its parameter's name: "w.stream" is in the named tuple `w`."""
 
     name: str
-    arrays: tuple[tuple[str, tuple[int, ...], int], ...]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Description(NamedTuple):
+    """An instruction of a program, for people to read."""
+
+    name: str  # the kernel's
+    file: str  # that defines the kernel, without its suffix
+    operands: dict[str, Operand]
+    numbers: dict[str, float]
+
+    @classmethod
+    def of(cls, instruction: Instruction, values: tuple[Any, ...]) -> "Description":
+        """What an instruction is with these arguments."""
+        operands, numbers = dict[str, Operand](), dict[str, float]()
+
+        def add(name: str, value: Any) -> None:
+            if isinstance(value, np.ndarray):
+                operands[name] = Operand(name, value.dtype, value.shape)
+            elif isinstance(value, tuple):
+                for field, part in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+                    add(f"{name}.{field}", part)
+            else:
+                numbers[name] = float(value) if isinstance(value, float | np.floating) else int(value)
+
+        _, *names = inspect.signature(instruction.function).parameters  # the first is the team
+        for name, value in zip(names, values, strict=True):
+            add(name, value)
+        return cls(instruction.__name__, instruction.function.__module__.rpartition(".")[2], operands, numbers)
 
 
 class Program:
-    """Instructions that run one after the other, each by all threads."""
+    """Instructions that run one after the other, each by all threads: as many as are set when the program is made."""
 
-    def __init__(self, arena: "Arena | None" = None):
+    def __init__(self, arena: Arena | None = None, described: bool = False):
         self.arena = arena
+        self.descriptions: list[Description] | None = [] if described else None
+        self.threads = num_threads()  # kernels have recorded scratch memory for so many
         self._codes: list[int] = []
         self._starts: list[int] = []
         self._words: list[int] = []
-        self._kept: list[Any] = []  # what the addresses belong to
+        # What has been described, by id: arrays, kept alive with the program, and a model's constants, with the arena.
+        self._arrays: dict[int, Described] = {}
+        self._constants: dict[int, Described] = {} if arena is None else arena.constants
         self._blocks: Array | None = None
         self._table: Array | None = None
 
@@ -142,32 +200,61 @@ class Program:
 
     def append(self, instruction: Instruction, values: tuple[Any, ...]) -> None:
         """Record an instruction with its arguments."""
+        words: list[int] = []
+        kinds = tuple([self._describe(value, words) for value in values])
+        code = instruction.code(kinds)  # what is refused, here or above, leaves no trace
         self._starts.append(len(self._words))
-        kinds = tuple([describe(value, self._words) for value in values])
-        self._codes.append(instruction.code(kinds))
-        self._keep(values)
+        self._words += words
+        self._codes.append(code)
+        self._table = None
+        if self.descriptions is not None:
+            self.descriptions.append(Description.of(instruction, values))
+
+    def _describe(self, value: Any, words: list[int]) -> Hashable:
+        """Append the words of an argument, and return its kind."""
+        if not isinstance(value, np.ndarray | tuple):
+            kind, word = _number(value)
+            words.append(word)
+            return kind
+        found = self._arrays.get(id(value)) or self._constants.get(id(value))
+        if found is None:
+            found = self._array(value) if isinstance(value, np.ndarray) else self._tuple(value)
+        words += found.words
+        return found.kind
+
+    def _array(self, array: Array) -> Described:
+        kind, words = describe_array(array)
+        if self.arena is None or not self.arena.owns(array):
+            found = self._arrays[id(array)] = Described(kind, words, array)
+            return found
+        # The memory of the arena's serves others when the model has let go of it; a view may be gone at once.
+        found = Described(kind, words)
+        if self.arena.made(array):
+            self._arrays[id(array)] = found
+        return found
+
+    def _tuple(self, value: tuple[Any, ...]) -> Described:
+        words: list[int] = []
+        found = Described((type(value), *[self._describe(part, words) for part in value]), words, value)
+        if type(value) in _CONSTANTS:
+            self._constants[id(value)] = found
+        return found
+
+    def finish(self) -> None:
+        """Nothing more is recorded: the arena's arrays are no longer this program's."""
+        if self.arena is not None:
+            self.arena.end()
+        self._arrays = {i: found for i, found in self._arrays.items() if found.value is not None}
 
     def run(self, times: int = 0) -> None:
-        """Run all instructions on the threads of `set_threads`; `times` as `ThreadPool.run` takes it."""
-        if self._table is None:
-            self._blocks = np.array(self._words, np.int64)
-            self._table = np.empty((len(self._codes), 2), np.int64)
-            self._table[:, 0] = self._codes
-            self._table[:, 1] = self._blocks.ctypes.data + 8 * np.array(self._starts, np.int64)
+        """Run all instructions; `times` as `ThreadPool.run` takes it."""
         with _jit.one_caller:
-            pool().run(self._table.ctypes.data, len(self._table), _jit.get_threads(), times)
-
-    def _keep(self, values: tuple[Any, ...]) -> None:
-        """Keep arrays alive, but for those of the arena, whose memory serves others when the model has let go."""
-        for value in values:
-            if isinstance(value, tuple):
-                self._keep(value)
-            elif isinstance(value, np.ndarray):
-                owner = value
-                while isinstance(owner.base, np.ndarray):
-                    owner = owner.base
-                if not isinstance(owner.base, _Region):
-                    self._kept.append(owner)
+            if self._table is None:
+                self._blocks = np.array(self._words, np.int64)
+                self._table = np.empty((len(self._codes), 2), np.int64)
+                self._table[:, 0] = self._codes
+                self._table[:, 1] = self._blocks.ctypes.data + 8 * np.array(self._starts, np.int64)
+            pool().run(self._table.ctypes.data, len(self._table), self.threads, times)
 
 
 class _Local(threading.local):
@@ -178,15 +265,24 @@ _local = _Local()
 
 
 @contextmanager
-def capture(arena: "Arena") -> Iterator[Program]:
-    """Within, instructions that this thread calls are recorded, and `empty` takes its memory from the arena."""
-    program = Program(arena)
+def capture(arena: Arena, described: bool = False) -> Iterator[Program]:
+    """Within, instructions that this thread calls are recorded, and `empty` takes its memory from the arena.
+
+    A program that is `described` keeps what each instruction is and what it is given, beside what it needs to run.
+    """
+    program = Program(arena, described)
     arena.begin()
     _local.program = program
     try:
         yield program
     finally:
         _local.program = None
+        program.finish()
+
+
+@instruction
+def start_clock(team, number):  # type: ignore[no-untyped-def]
+    """Do nothing: in the `times` of a program, the end of this is the beginning of what follows."""
 
 
 def num_threads() -> int:
@@ -202,95 +298,4 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.float32) -> Array:
     program = _local.program
     if program is None or program.arena is None:
         return np.empty(shape, dtype)
-    return program.arena.empty(shape, dtype)
-
-
-class _Region:
-    """A part of the arena; free again when no array is left that is made of it."""
-
-    def __init__(self, plan: "_Plan", slab: int, start: int, nbytes: int, address: int):
-        self._plan, self._place = plan, (slab, start, start + nbytes)
-        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-
-    def __del__(self) -> None:
-        self._plan.free(*self._place)
-
-
-class _Plan:
-    """Which parts of an arena's slabs are free at this point of the program that is being captured."""
-
-    def __init__(self, sizes: list[int]):
-        self._free = [[(0, size)] for size in sizes]  # of each slab, in order
-
-    def take(self, nbytes: int) -> tuple[int, int] | None:
-        """The smallest free part of so many bytes, as its slab and where it begins."""
-        fits = [
-            (end - start, slab, start)
-            for slab, parts in enumerate(self._free)
-            for start, end in parts
-            if end - start >= nbytes
-        ]
-        if not fits:
-            return None
-        _, slab, start = min(fits)
-        parts = self._free[slab]
-        i = next(i for i, part in enumerate(parts) if part[0] == start)
-        end = parts[i][1]
-        parts[i : i + 1] = [(start + nbytes, end)] if start + nbytes < end else []
-        return slab, start
-
-    def add(self, size: int) -> None:
-        self._free.append([(0, size)])
-
-    def free(self, slab: int, start: int, end: int) -> None:
-        parts = sorted([*self._free[slab], (start, end)])
-        merged: list[tuple[int, int]] = []
-        for part in parts:
-            if merged and merged[-1][1] == part[0]:
-                merged[-1] = merged[-1][0], part[1]
-            else:
-                merged.append(part)
-        self._free[slab] = merged
-
-
-class Arena:
-    """Memory for what a program computes on its way, shared by programs that never run at the same time.
-
-    An array's place is taken when the model makes it and free when the model lets go of it: instructions run in the
-    order in which they were recorded, so whoever comes later may write there.
-    """
-
-    SLAB = 1 << 20  # bytes, at least
-    ALIGNMENT = 64
-
-    def __init__(self) -> None:
-        self._slabs: list[Array] = []
-        self._plan = _Plan([])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it has taken."""
-        return sum(len(slab) for slab in self._slabs)
-
-    def begin(self) -> None:
-        """Everything is free: another program is captured."""
-        self._plan = _Plan([len(slab) for slab in self._slabs])
-
-    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Array:
-        """An array in the arena."""
-        kind = np.dtype(dtype)
-        shape = shape if isinstance(shape, tuple) else (shape,)
-        count = int(np.prod(shape, dtype=np.int64))
-        nbytes = max(1, -(-count * kind.itemsize // self.ALIGNMENT)) * self.ALIGNMENT
-        place = self._plan.take(nbytes)
-        if place is None:
-            size = max(self.SLAB, nbytes)
-            room = np.empty(size + self.ALIGNMENT, np.uint8)
-            first = -room.ctypes.data % self.ALIGNMENT
-            self._slabs.append(room[first : first + size])
-            self._plan.add(size)
-            place = self._plan.take(nbytes)
-            assert place is not None
-        slab, start = place
-        region = _Region(self._plan, slab, start, nbytes, self._slabs[slab].ctypes.data + start)
-        return np.asarray(region)[: count * kind.itemsize].view(kind).reshape(shape)
+    return program.arena.empty(shape if isinstance(shape, tuple) else (shape,), dtype)

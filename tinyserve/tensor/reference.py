@@ -11,9 +11,11 @@ from itertools import pairwise
 import numpy as np
 
 from tinyserve.tensor import kv_cache
-from tinyserve.tensor.matmul import GELU, GELU_TANH, PLAIN, SILU_MUL
-from tinyserve.tensor.norm import LAYER, RMS
-from tinyserve.tensor.quant import BLOCK, LARGEST_8, PANEL, ZERO_4, ZERO_8, padded
+from tinyserve.tensor.attention import Scoring
+from tinyserve.tensor.matmul import GELU, GELU_TANH, NOTHING, PLAIN, SILU_MUL, Epilogue
+from tinyserve.tensor.norm import LAYER, RMS, Norm
+from tinyserve.tensor.quant import BLOCK, LARGEST_8, PAIR, PANEL, ZERO_4, ZERO_8, IntegerWeights, Rounding, padded
+from tinyserve.tensor.rope import RopeTable
 
 Array = np.ndarray
 
@@ -35,22 +37,22 @@ def from_float16(x: Array) -> Array:
 
 
 def pack_float(w: Array, bfloat16: bool) -> Array:
-    """(N, K) -> (N/16, K, 16): 16 outputs side by side, so that one vector is one input of 16 outputs."""
+    """(N, K) -> (N/32, K, 32): 32 outputs side by side, so that a vector is one input of 16 outputs."""
     N, K = w.shape
     full = np.zeros((padded(N, BLOCK), K), np.float32)
     full[:N] = w
-    panels = np.ascontiguousarray(full.reshape(-1, PANEL, K).transpose(0, 2, 1))
-    return to_bfloat16(panels) if bfloat16 else panels
+    pairs = np.ascontiguousarray(full.reshape(-1, PAIR, K).transpose(0, 2, 1))
+    return to_bfloat16(pairs) if bfloat16 else pairs
 
 
 def unpack_float(packed: Array, N: int) -> Array:
     """The (N, K) float32 matrix that was packed."""
-    panels, K, _ = packed.shape
-    return from_bfloat16(packed).transpose(0, 2, 1).reshape(panels * PANEL, K)[:N]
+    pairs, K, _ = packed.shape
+    return from_bfloat16(packed).transpose(0, 2, 1).reshape(pairs * PAIR, K)[:N]
 
 
-def pack_bytes(w: Array, group: int) -> tuple[Array, Array]:
-    """(N, K) -> unsigned bytes (N/16, K/4, 16·4) and float16 scales (N/16, K/group, 16); w = scale · (byte - 128)."""
+def pack_bytes(w: Array, group: int) -> Array:
+    """(N, K) -> the stream (N/32, K/group, bytes) of 8-bit weights: scales, then four inputs of an output in turn."""
     N, K = w.shape
     full = np.zeros((padded(N, BLOCK), padded(K, group)), np.float32)
     full[:N, :K] = w
@@ -61,34 +63,35 @@ def pack_bytes(w: Array, group: int) -> tuple[Array, Array]:
     wide = scales.astype(np.float32)
     with np.errstate(divide="ignore"):
         inverse = np.where(wide > 0, np.float32(1.0) / wide, np.float32(0.0)).astype(np.float32)
-    bytes_ = (np.rint(groups * inverse[:, :, None]) + ZERO_8).astype(np.uint8).reshape(full.shape)
-    fours = bytes_.reshape(-1, PANEL, full.shape[1] // 4, 4).transpose(0, 2, 1, 3)
-    return (
-        np.ascontiguousarray(fours.reshape(-1, full.shape[1] // 4, 4 * PANEL)).view(np.int8),
-        np.ascontiguousarray(scales.reshape(-1, PANEL, scales.shape[1]).transpose(0, 2, 1)).view(np.int16),
-    )
+    bytes_ = (np.rint(groups * inverse[:, :, None]) + ZERO_8).astype(np.uint8)
+    # (pairs, panels, outputs, groups, loads, inputs) -> (pairs, groups, loads, panels, outputs, inputs)
+    fours = bytes_.reshape(-1, 2, PANEL, bytes_.shape[1], group // 4, 4).transpose(0, 3, 4, 1, 2, 5)
+    header = scales.reshape(-1, PAIR, scales.shape[1]).transpose(0, 2, 1)
+    parts = np.ascontiguousarray(header).view(np.uint8), fours.reshape(*fours.shape[:2], -1)
+    return np.concatenate(parts, axis=2).view(np.int8)
 
 
-def unpack(packed: Array, scales: Array, minimums: Array, N: int, K: int) -> Array:
-    """The (N, K) float32 matrix that the bytes or nibbles, scales and minimums stand for."""
-    raw = packed.view(np.uint8)
-    if packed.dtype == np.uint8:  # two neighbouring fours of inputs in a byte's halves
-        fours = np.stack([raw & 15, raw >> 4], axis=2).reshape(len(raw), -1, 4 * PANEL).astype(np.float32)
-        fours -= 0 if minimums.size else ZERO_4
+def unpack(packed: IntegerWeights, N: int, K: int) -> Array:
+    """The (N, K) float32 matrix that integers, scales and minimums stand for."""
+    raw = packed.integers.view(np.uint8)  # (pairs, groups, loads, 2, 64)
+    if packed.bits == 4:  # two neighbouring fours of inputs in a byte's halves
+        fours = np.stack([raw & 15, raw >> 4], axis=3).astype(np.float32) - (0 if packed.has_minimums else ZERO_4)
     else:
-        fours = raw.astype(np.float32) - ZERO_8
-    panels, count, _ = fours.shape
-    integers = fours.reshape(panels, count, PANEL, 4).transpose(0, 2, 1, 3).reshape(panels * PANEL, 4 * count)
-    group = 4 * count // scales.shape[1]
+        fours = raw[:, :, :, None].astype(np.float32) - ZERO_8
+    pairs, groups = fours.shape[:2]
+    # (pairs, groups, loads, halves, panels, outputs, inputs) -> (pairs, panels, outputs, groups, loads, halves, inputs)
+    fours = fours.reshape(*fours.shape[:5], PANEL, 4).transpose(0, 4, 5, 1, 2, 3, 6)
+    integers = fours.reshape(pairs * PAIR, groups, packed.group)
 
-    def widened(halves: Array) -> Array:
-        return np.repeat(from_float16(halves).transpose(0, 2, 1).reshape(panels * PANEL, -1), group, axis=1)
+    def of_outputs(halves: Array) -> Array:
+        return from_float16(halves).transpose(0, 2, 3, 1).reshape(pairs * PAIR, groups, 1)
 
-    w = integers * widened(scales)
-    return (w + widened(minimums) if minimums.size else w)[:N, :K]
+    w = integers * of_outputs(packed.scales)
+    w = w + of_outputs(packed.minimums) if packed.has_minimums else w
+    return w.reshape(pairs * PAIR, -1)[:N, :K]
 
 
-def quantize_activations(x: Array, group: int, largest: float) -> Array:
+def quantize_activations(x: Array, group: int, largest: float | np.floating) -> Array:
     """x (M, K) as integers up to `largest` times a scale a group: what quantized products really multiply."""
     M, K = x.shape
     full = np.zeros((M, padded(K, group)), np.float32)
@@ -100,94 +103,80 @@ def quantize_activations(x: Array, group: int, largest: float) -> Array:
 
 
 def take_rows_float(packed: Array, ids: Array, K: int) -> Array:
-    return unpack_float(packed, len(packed) * PANEL)[ids]
+    return unpack_float(packed, len(packed) * PAIR)[ids]
 
 
-def take_rows_integer(packed: Array, scales: Array, minimums: Array, ids: Array, K: int) -> Array:
-    return unpack(packed, scales, minimums, len(packed) * PANEL, K)[ids]
+def take_rows_integer(packed: IntegerWeights, ids: Array, K: int) -> Array:
+    return unpack(packed, len(packed.stream) * PAIR, K)[ids]
 
 
-def matmul_float(
-    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, w: Array, width: int, bias: Array,
-    scale: float, activation: int, residual: Array,
-) -> Array:  # fmt: skip
-    h = norm_rows(x, norm, norm_weight, norm_bias, eps)
-    return _finish(h.astype(np.float64) @ unpack_float(w, len(w) * PANEL).T, width, bias, scale, activation, residual)
+def matmul_float(x: Array, norm: Norm, w: Array, after: Epilogue, residual: Array, width: int) -> Array:
+    h = norm_rows(x, norm)
+    return _finish(h.astype(np.float64) @ unpack_float(w, len(w) * PAIR).T, width, after, residual)
 
 
 def matmul_integer(
-    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, kind: Array, largest: float, zero: int,
-    w: Array, w_scales: Array, minimums: Array, width: int, bias: Array, scale: float, activation: int, residual: Array,
-) -> Array:  # fmt: skip
-    h = norm_rows(x, norm, norm_weight, norm_bias, eps)
-    group = (4 if w.dtype == np.int8 else 8) * w.shape[1] // w_scales.shape[1]
-    quantized = quantize_activations(h, group, largest).astype(np.float64)
-    weights = unpack(w, w_scales, minimums, len(w) * PANEL, x.shape[1])
-    return _finish(quantized @ weights.T, width, bias, scale, activation, residual)
+    x: Array, norm: Norm, rounding: Rounding, w: IntegerWeights, after: Epilogue, residual: Array, width: int
+) -> Array:
+    quantized = quantize_activations(norm_rows(x, norm), w.group, rounding.numbers.largest).astype(np.float64)
+    return _finish(quantized @ unpack(w, len(w.stream) * PAIR, x.shape[1]).T, width, after, residual)
 
 
-def grouped_matmul_float(
-    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, offsets: Array, w: Array, width: int,
-    scale: float, activation: int,
-) -> Array:  # fmt: skip
+def grouped_matmul_float(x: Array, norm: Norm, offsets: Array, w: Array, after: Epilogue, width: int) -> Array:
     y = np.empty((len(x), width), np.float32)
-    after = width, np.empty(0), scale, activation, np.empty(0)
-    for mine, (w_of_expert,) in _experts(offsets, w):
-        y[mine] = matmul_float(x[mine], norm, norm_weight, norm_bias, eps, w_of_expert, *after)
+    for mine, of_expert in _experts(offsets, w):
+        y[mine] = matmul_float(x[mine], norm, of_expert, after, NOTHING, width)
     return y
 
 
 def grouped_matmul_integer(
-    x: Array, norm: int, norm_weight: Array, norm_bias: Array, eps: float, kind: Array, largest: float, zero: int,
-    offsets: Array, w: Array, w_scales: Array, minimums: Array, width: int, scale: float, activation: int,
-) -> Array:  # fmt: skip
+    x: Array, norm: Norm, rounding: Rounding, offsets: Array, w: IntegerWeights, after: Epilogue, width: int
+) -> Array:
     y = np.empty((len(x), width), np.float32)
-    before = norm, norm_weight, norm_bias, eps, kind, largest, zero
-    after = width, np.empty(0), scale, activation, np.empty(0)
-    for mine, (integers, scales, least) in _experts(offsets, w, w_scales, minimums):
-        y[mine] = matmul_integer(x[mine], *before, integers, scales, least, *after)
+    for mine, of_expert in _experts(offsets, w.stream):
+        y[mine] = matmul_integer(x[mine], norm, rounding, w._replace(stream=of_expert), after, NOTHING, width)
     return y
 
 
-def _experts(offsets: Array, *arrays: Array) -> Iterator[tuple[slice, list[Array]]]:
-    """The rows of each expert that has any, and its part of each array."""
-    parts = zip(*(np.split(array, len(offsets) - 1) for array in arrays), strict=True)
-    for (first, last), part in zip(pairwise(offsets), parts, strict=True):
+def _experts(offsets: Array, packed: Array) -> Iterator[tuple[slice, Array]]:
+    """The rows of each expert that has any, and its part of the packed weights."""
+    for (first, last), part in zip(pairwise(offsets), np.split(packed, len(offsets) - 1), strict=True):
         if first < last:
-            yield slice(first, last), list(part)
+            yield slice(first, last), part
 
 
-def _finish(product: Array, width: int, bias: Array, scale: float, activation: int, residual: Array) -> Array:
+def _finish(product: Array, width: int, after: Epilogue, residual: Array) -> Array:
     """product (M, packed outputs) float64 -> activation(scale · (product + bias)) + residual (M, width) float32."""
+    bias = after.bias
     if bias.size:
         product = product[:, : len(bias)] + bias
-    product = product * scale
-    if activation == SILU_MUL:
+    product = product * after.scale
+    if after.activation == SILU_MUL:
         panels = -(-width // PANEL)
         gate, up = product[:, : 2 * panels * PANEL].reshape(len(product), panels, 2, PANEL).transpose(2, 0, 1, 3)
         product = silu(gate.reshape(len(product), -1)) * up.reshape(len(product), -1)
-    y = {PLAIN: lambda v: v, SILU_MUL: lambda v: v, GELU: gelu, GELU_TANH: gelu_tanh}[activation](product[:, :width])
+    activate = {PLAIN: lambda v: v, SILU_MUL: lambda v: v, GELU: gelu, GELU_TANH: gelu_tanh}[after.activation]
+    y = activate(product[:, :width])
     return (y + residual if residual.size else y).astype(np.float32)
 
 
-def norm_rows(x: Array, norm: int, weight: Array, bias: Array, eps: float) -> Array:
-    """x (M, K), behind no norm, RMSNorm or LayerNorm."""
-    if norm == RMS:
-        return rms_norm(x, weight, eps)
-    return layer_norm(x, weight, bias, eps) if norm == LAYER else x
+def norm_rows(x: Array, norm: Norm) -> Array:
+    if norm.kind == RMS:
+        return rms_norm(x, norm.weight, norm.eps)
+    return layer_norm(x, norm.weight, norm.bias, norm.eps) if norm.kind == LAYER else x
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array, eps: float | np.floating) -> Array:
     return weight * x / np.sqrt(np.mean(np.square(x), axis=1, keepdims=True) + np.float32(eps))
 
 
-def rms_norm_heads(qkv: Array, heads: int, kv_heads: int, q_weight: Array, k_weight: Array, eps: float) -> None:
+def rms_norm_heads(qkv: Array, heads: int, kv_heads: int, q_weight: Array, k_weight: Array, eps: np.float32) -> None:
     parts = qkv.reshape(len(qkv), heads + 2 * kv_heads, len(q_weight))  # (tokens, heads, head_dim)
     for part, weight in ((parts[:, :heads], q_weight), (parts[:, heads : heads + kv_heads], k_weight)):
         part[:] = weight * part / np.sqrt(np.mean(np.square(part), axis=2, keepdims=True) + np.float32(eps))
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float | np.floating) -> Array:
     centred = x - x.mean(axis=1, keepdims=True)
     return weight * centred / np.sqrt(np.mean(np.square(centred), axis=1, keepdims=True) + np.float32(eps)) + bias
 
@@ -215,14 +204,15 @@ def apply_rope(x: Array, cosines: Array, sines: Array, positions: Array, heads: 
 
 
 def rotate_and_store(
-    qkv: Array, cosines: Array, sines: Array, positions: Array, heads: int, kv_heads: int, head_dim: int, slots: Array,
-    keys: Array, values: Array, key_scales: Array, value_scales: Array,
-) -> None:  # fmt: skip
-    if cosines.size:
-        apply_rope(qkv, cosines, sines, positions, heads + kv_heads, head_dim)
-    parts = qkv.reshape(len(qkv), heads + 2 * kv_heads, head_dim)
-    k, v = parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]  # (tokens, kv_heads, head_dim)
-    block, offset = np.divmod(slots, keys.shape[3])
+    qkv: Array, heads: kv_cache.Heads, rope_table: RopeTable, tokens: kv_cache.Tokens, pages: kv_cache.Pages
+) -> None:
+    queries, kv_heads, head_dim = heads
+    keys, values, key_scales, value_scales = pages
+    if rope_table.cosines.size:
+        apply_rope(qkv, rope_table.cosines, rope_table.sines, tokens.positions, queries + kv_heads, head_dim)
+    parts = qkv.reshape(len(qkv), queries + 2 * kv_heads, head_dim)
+    k, v = parts[:, queries : queries + kv_heads], parts[:, queries + kv_heads :]  # (tokens, kv_heads, head_dim)
+    block, offset = np.divmod(tokens.slot_mapping, keys.shape[3])
     if key_scales.size:
         for scales, x in ((key_scales, k), (value_scales, v)):
             scales[block, :, offset] = np.abs(x).max(2) / kv_cache.LARGEST
@@ -234,23 +224,24 @@ def rotate_and_store(
 
 
 def attention(
-    qkv: Array, heads: int, keys: Array, values: Array, key_scales: Array, value_scales: Array, block_tables: Array,
-    sequence_of: Array, positions: Array, scale: float, window: int, alibi: Array,
-) -> Array:  # fmt: skip
-    kv_heads, head_dim, block_size = keys.shape[1:]
-    out = np.empty((len(qkv), heads, head_dim), np.float32)
-    queries = qkv[:, : heads * head_dim].reshape(len(qkv), heads, head_dim)
-    for m, position in enumerate(positions):
+    qkv: Array, heads: kv_cache.Heads, scoring: Scoring, tokens: kv_cache.Tokens, pages: kv_cache.Pages
+) -> Array:
+    (count, kv_heads, head_dim), (scale, window, alibi) = heads, scoring
+    keys, values, key_scales, value_scales = pages
+    block_size = keys.shape[3]
+    out = np.empty((len(qkv), count, head_dim), np.float32)
+    queries = qkv[:, : count * head_dim].reshape(len(qkv), count, head_dim)
+    for m, position in enumerate(tokens.positions):
         first = max(0, position - window + 1) if window > 0 else 0
         where = np.arange(first, position + 1)
-        block, offset = block_tables[sequence_of[m]][where // block_size], where % block_size
+        block, offset = tokens.block_tables[tokens.sequence_of[m]][where // block_size], where % block_size
         k = from_bfloat16(keys)[block, :, :, offset].astype(np.float64)  # (keys, kv_heads, head_dim)
         v = from_bfloat16(values)[block, :, offset, :head_dim].astype(np.float64)
         if key_scales.size:
             k, v = k * key_scales[block, :, offset][:, :, None], v * value_scales[block, :, offset][:, :, None]
-        for head in range(heads):
-            scores = k[:, head * kv_heads // heads] @ queries[m, head]
+        for head in range(count):
+            scores = k[:, head * kv_heads // count] @ queries[m, head]
             scores = (scores + alibi[head, where] if alibi.size else scores) * scale
             weights = np.exp(scores - scores.max())
-            out[m, head] = weights @ v[:, head * kv_heads // heads] / weights.sum()
+            out[m, head] = weights @ v[:, head * kv_heads // count] / weights.sum()
     return out.reshape(len(qkv), -1)

@@ -5,6 +5,8 @@ Same names, same arguments, same results to rounding. Nothing here is fast, and 
 
 import numpy as np
 
+from tinyserve.tensor.mamba2 import Convolution, Scan, Sequences
+
 Array = np.ndarray
 
 
@@ -18,12 +20,11 @@ def softplus(v: Array) -> Array:
     return np.log1p(np.exp(-np.abs(v))) + np.maximum(v, 0)
 
 
-def causal_conv1d(
-    inputs: Array, column: int, weight: Array, bias: Array, windows: Array, starts: Array, slots: Array
-) -> Array:
+def causal_conv1d(inputs: Array, column: int, convolution: Convolution, windows: Array, sequences: Sequences) -> Array:
+    weight, bias = convolution
     d_conv, channels = weight.shape
     y = np.empty((len(inputs), channels), np.float32)
-    for slot, first, last in zip(slots, starts[:-1], starts[1:], strict=True):
+    for slot, first, last in zip(sequences.slots, sequences.starts[:-1], sequences.starts[1:], strict=True):
         new = inputs[first:last, column : column + channels]
         seen = np.concatenate([windows[slot], new])  # (d_conv - 1 + tokens, channels)
         for t in range(last - first):
@@ -32,18 +33,16 @@ def causal_conv1d(
     return y
 
 
-def selective_scan(
-    xBC: Array, dt: Array, A: Array, D: Array, dt_bias: Array, time_step_limit: tuple[float, float], groups: int,
-    states: Array, starts: Array, slots: Array,
-) -> Array:  # fmt: skip
+def selective_scan(xBC: Array, dt: Array, scan: Scan, states: Array, sequences: Sequences) -> Array:
+    A, D, dt_bias, dt_min, dt_max, groups = scan
     _, heads, d_state, d_head = states.shape
     x, B, C = np.split(xBC.astype(np.float64), [heads * d_head, heads * d_head + groups * d_state], axis=1)
     x = x.reshape(-1, heads, d_head)
     B = np.repeat(B.reshape(-1, groups, d_state), heads // groups, axis=1)  # (tokens, heads, d_state)
     C = np.repeat(C.reshape(-1, groups, d_state), heads // groups, axis=1)
-    dt = np.clip(softplus(dt[:, -heads:].astype(np.float64) + dt_bias), *time_step_limit)  # (tokens, heads)
+    dt = np.clip(softplus(dt[:, -heads:].astype(np.float64) + dt_bias), dt_min, dt_max)  # (tokens, heads)
     y = np.empty(x.shape, np.float32)
-    for slot, first, last in zip(slots, starts[:-1], starts[1:], strict=True):
+    for slot, first, last in zip(sequences.slots, sequences.starts[:-1], sequences.starts[1:], strict=True):
         S = states[slot].astype(np.float64)  # (heads, d_state, d_head)
         for t in range(first, last):
             new = B[t][:, :, None] * (dt[t][:, None] * x[t])[:, None, :]
@@ -68,16 +67,15 @@ def route(logits: Array, top_k: int) -> tuple[Array, Array]:
 
 
 def group_by_expert(ids: Array, experts: int) -> tuple[Array, Array]:
-    order = np.argsort(ids.ravel(), kind="stable")
-    return order, np.searchsorted(ids.ravel()[order], np.arange(experts + 1))
+    order = np.argsort(ids.ravel(), kind="stable")  # which token's rank a row is
+    return np.argsort(order).reshape(ids.shape), np.searchsorted(ids.ravel()[order], np.arange(experts + 1))
 
 
-def gather_rows(x: Array, order: Array) -> Array:
-    k = len(order) // len(x)
-    return x[order // k]
+def gather_rows(x: Array, row_of: Array) -> Array:
+    rows = np.empty((row_of.size, x.shape[1]), x.dtype)
+    rows[row_of] = x[:, None]
+    return rows
 
 
-def combine(y_rows: Array, order: Array, weights: Array) -> Array:
-    places = np.empty_like(y_rows)
-    places[order] = y_rows
-    return np.einsum("tk,tkh->th", weights, places.reshape(*weights.shape, -1))
+def combine(rows: Array, row_of: Array, weights: Array, onto: Array) -> Array:
+    return onto + np.einsum("tk,tkh->th", weights, rows[row_of])

@@ -17,9 +17,9 @@ are right to about a part in a million, which is what a logit's own rounding doe
 """
 
 import numpy as np
-from numba import prange
 
-from tinyserve.tensor._jit import kernel, parallel_kernel
+from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.program import allocating_instruction, empty, instruction
 from tinyserve.tensor.simd import (
     LANES,
     bits_at_least,
@@ -37,6 +37,7 @@ from tinyserve.tensor.simd import (
     store_first,
     sum_lanes,
 )
+from tinyserve.tensor.thread_pool import next_items
 
 Array = np.ndarray
 
@@ -70,14 +71,27 @@ def sample(logits: Array, settings: Array) -> Array:
     settings (rows,) of SETTINGS. Temperature 0 takes the largest, the first of equals, and looks at no other. Of equals
     top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
     """
-    rows, vocab = logits.shape
-    if rows == 1 and not settings["temperature"].any():  # whoever only takes the largest has no kernel to wait for
-        ids = logits.argmax(axis=1)  # a nan counts as the largest
-        return np.where(np.isfinite(logits[0, ids]), ids, -1)
-    ids = np.empty(rows, np.int64)
-    peaks = np.empty((rows, (vocab + CHUNK - 1) // CHUNK), np.float32)
-    _sample(logits, peaks, settings, ids)
+    ids, peaks = find_largest(logits)
+    if settings["temperature"].any():
+        _sample(logits, peaks, settings, ids)
     return ids
+
+
+def greedy(logits: Array) -> Array:
+    """logits (rows, vocab) float32 -> the id of each row's largest (rows,) int64, the first of equals.
+
+    -1 where it is no finite number, or anything in the row is no number. A captured program can have this as a part.
+    """
+    return find_largest(logits)[0]
+
+
+def find_largest(logits: Array) -> tuple[Array, Array]:
+    """-> ids (rows,) as `greedy` says, and the largest of each chunk (rows, chunks)."""
+    rows, vocab = logits.shape
+    ids, peaks = empty(rows, np.int64), empty((rows, (vocab + CHUNK - 1) // CHUNK))
+    _find_peaks(logits, peaks)
+    _choose(logits, peaks, ids)
+    return ids, peaks
 
 
 def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[int, tuple[float, int]]]:
@@ -98,28 +112,54 @@ def log_probabilities(logits: Array, chosen: Array, counts: Array) -> list[dict[
     return found
 
 
-@parallel_kernel
-def _sample(logits, peaks, settings, drawn):
-    for m in prange(logits.shape[0]):
-        _sample_row(logits[np.int64(m)], peaks[np.int64(m)], settings[np.int64(m)], drawn, np.int64(m))
+@instruction
+def _find_peaks(team, logits, peaks):
+    """The largest logit of each chunk; nan where there is a nan or an infinity, but not for impossible tokens."""
+    rows, chunks = peaks.shape
+    first, last = next_items(team, rows * chunks)
+    while first < last:
+        m, c = first // chunks, first % chunks
+        for _ in range(first, last):
+            peaks[m, c] = _peak(logits[m], c)
+            c += 1
+            if c == chunks:
+                m, c = m + 1, 0
+        first, last = next_items(team, rows * chunks)
+
+
+@instruction
+def _choose(team, logits, peaks, ids):
+    first, last = next_items(team, ids.size)
+    while first < last:
+        for m in range(first, last):
+            ids[m] = _place_of_largest(logits[m], peaks[m])
+        first, last = next_items(team, ids.size)
+
+
+@allocating_instruction
+def _sample(team, logits, peaks, settings, ids):
+    """Draw for the rows that have a temperature: ids come as those of the largest, or -1."""
+    first, last = next_items(team, ids.size)
+    while first < last:
+        for m in range(first, last):
+            if settings[m].temperature != 0 and ids[m] >= 0:
+                ids[m] = _draw_from_row(logits[m], peaks[m], settings[m], ids[m])
+        first, last = next_items(team, ids.size)
 
 
 @kernel
-def _sample_row(row, peaks, asked, drawn, m):
-    drawn[m] = largest = find_peaks(row, peaks)
-    if asked.temperature == 0 or largest < 0:
-        return
+def _draw_from_row(row, peaks, asked, largest):
     ids, values = keep(row, peaks, row[largest], asked)
     weights, sums, total = _weigh(values, row[largest], _inverse(asked.temperature))
     place = _draw(weights, sums, asked.uniform * total)
-    drawn[m] = ids[place] if ids.size else place
+    return ids[place] if ids.size else place
 
 
 @kernel
 def keep(row, peaks, peak, asked):
     """The ids that the filters leave and their logits, in order; no ids, and the row, where nobody has asked.
 
-    peaks are of each chunk, as `find_peaks` finds them, peak is the largest of all; asked is one of SETTINGS.
+    peaks are the largest of each chunk, peak is the largest of all; asked is one of SETTINGS.
     """
     warmth, inverse = _warmth(asked.temperature), _inverse(asked.temperature)
     ids, values = np.empty(0, np.int32), row
@@ -163,10 +203,13 @@ def _inverse(temperature):
     return np.float32(1.0 / _warmth(temperature))
 
 
-@parallel_kernel
-def _log_probabilities(logits, largest, chosen, counts, ids, values, ranks):
-    for m in prange(logits.shape[0]):
-        _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, ranks, np.int64(m))
+@allocating_instruction
+def _log_probabilities(team, logits, largest, chosen, counts, ids, values, ranks):
+    first, last = next_items(team, ranks.size)
+    while first < last:
+        for m in range(first, last):
+            _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, ranks, m)
+        first, last = next_items(team, ranks.size)
 
 
 @kernel
@@ -177,7 +220,8 @@ def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, rank
     log_total = largest[m] + np.log(total)
     if count:
         peaks = np.empty((row.size + CHUNK - 1) // CHUNK, np.float32)
-        find_peaks(row, peaks)
+        for c in range(peaks.size):
+            peaks[c] = _peak(row, c)
         best_ids, best = _likeliest(row, peaks, count, -np.inf)
         for i in range(count):
             at = i
@@ -195,23 +239,28 @@ def _log_probabilities_of_row(logits, largest, chosen, counts, ids, values, rank
 
 
 @kernel
-def find_peaks(row, peaks):
-    """Write the largest logit of each chunk; returns the place of the largest, the first of equals.
+def _peak(row, c):
+    """The largest logit of a chunk, or nan where there is a nan or an infinity, but not for impossible tokens."""
+    largest, lowest = splat(np.float32(-np.inf)), splat(np.float32(-3e38))
+    check = splat(np.float32(0.0))
+    end = min(row.size, (c + 1) * CHUNK)
+    for i in range(c * CHUNK, end, LANES):
+        x = _lanes(row, i, end - i)
+        largest = larger(x, largest)
+        check = fma(larger(lowest, x), splat(np.float32(0.0)), check)
+    return max_lane(largest) + sum_lanes(check)
 
-    -1 where it is no finite number, or anything in the row is no number.
-    """
-    highest, at, lowest = np.float32(-np.inf), -1, splat(np.float32(-3e38))
-    check = splat(np.float32(0.0))  # becomes nan by a nan or an infinity, but not by an impossible token
+
+@kernel
+def _place_of_largest(row, peaks):
+    """-1 where there is none, or anything in the row is no number."""
+    highest, at = np.float32(-np.inf), -1
     for c in range(peaks.size):
-        largest, end = splat(np.float32(-np.inf)), min(row.size, (c + 1) * CHUNK)
-        for i in range(c * CHUNK, end, LANES):
-            x = _lanes(row, i, end - i)
-            largest = larger(x, largest)
-            check = fma(larger(lowest, x), splat(np.float32(0.0)), check)
-        peaks[c] = max_lane(largest)
+        if np.isnan(peaks[c]):
+            return -1
         if peaks[c] > highest:
             highest, at = peaks[c], c
-    if at < 0 or np.isnan(sum_lanes(check)):
+    if at < 0:
         return -1
     i = at * CHUNK
     while row[i] != highest:

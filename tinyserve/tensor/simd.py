@@ -307,6 +307,13 @@ max_lane = _function(
     (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, p, q))
 )
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
+# The bits of |x| as integers: they are in the order of the numbers, with infinity and then nan behind them.
+magnitude_bits = _function((_F,), _I, lambda b, x: b.and_(b.bitcast(x, _I.llvm), emit_constant(0x7FFFFFFF, i32x16)))
+larger_int = _function((_I, _I), _I, lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
+max_lane_int = _function(
+    (_I,), types.int32, lambda b, x: _fold(b, x, lambda p, q: b.select(b.icmp_signed(">", p, q), p, q))
+)
+float_of_bits = _function((types.int32,), types.float32, lambda b, bits: b.bitcast(bits, F32))
 sum_lanes_int = _function((_I,), types.int32, lambda b, x: _fold(b, x, b.add))
 first_lanes = _function(
     (_F, _F, types.intp), _F, lambda b, x, other, count: b.select(emit_lanes_below(b, count), x, other)

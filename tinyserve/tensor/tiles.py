@@ -24,6 +24,7 @@ from tinyserve.tensor.simd import (
     emit_load,
     emit_splat,
     emit_store_first,
+    emit_widen,
     f32x16,
     i8x64,
     i16x32,
@@ -90,6 +91,45 @@ def prefetch_panels(typing_context, count, array, index, stride):
         return context.get_dummy_value()
 
     return types.void(count, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_pairs(typing_context, count, array, index, stride):
+    """A tile of `count` f32x16, the first at a flat index, two of each pair side by side, pairs `stride` apart."""
+    tile = _tile(f32x16, _length(count))
+
+    def codegen(context, builder, sig, args):
+        places = _in_pairs(builder, args[2], args[3], tile.count, LANES)
+        return context.make_tuple(
+            builder, tile, [emit_load(context, builder, sig.args[1], args[1], at) for at in places]
+        )
+
+    return tile(count, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def load_scales(typing_context, count, array, index, stride):
+    """The same for float16 numbers among the bytes of a weight stream; index and stride are bytes."""
+    tile = _tile(f32x16, _length(count))
+
+    def codegen(context, builder, sig, args):
+        vectors, half = [], ir.VectorType(ir.IntType(16), LANES)
+        for at in _in_pairs(builder, args[2], args[3], tile.count, 2 * LANES):
+            bits = builder.load(emit_address(context, builder, sig.args[1], args[1], at, half), align=1)
+            vectors.append(emit_widen(builder, types.int16, bits))
+        return context.make_tuple(builder, tile, vectors)
+
+    return tile(count, array, types.intp, types.intp), codegen
+
+
+def _in_pairs(builder, index, stride, count, step):
+    """Indices of so many panels: the second of a pair is `step` behind the first, the next pair `stride`."""
+    places = []
+    for p in range(count):
+        places.append(builder.add(index, ir.Constant(index.type, p % 2 * step)))
+        if p % 2 == 1:
+            index = builder.add(index, stride)
+    return places
 
 
 @intrinsic
@@ -221,19 +261,19 @@ def end_part(typing_context, sums, part):
 def dot_rows(typing_context, tile, panels, w, w_index, w_stride, q, index, stride):
     """tile[r, p] + the products of 64 bytes of w's panel p with the same inputs of row r of q.
 
-    `panels` is a literal; a panel's bytes are at w_index + p·w_stride, a row's activations at index + r·stride.
+    `panels` is a literal; the two panels of a pair have their 64 bytes side by side, the first at w_index, the next
+    pair w_stride bytes on; a row's activations are at index + r·stride.
     """
     count, sums = _length(panels), dot_product.sums_per_row(q)
     words = 1 if q.dtype == types.int8 else 2  # of 32 bits, for four inputs
 
     def codegen(context, builder, sig, args):
         totals = list(cgutils.unpack_tuple(builder, args[0]))
-        at, operands = args[3], []
-        for _ in range(count):
+        operands = []
+        for at in _in_pairs(builder, args[3], args[4], count, 64):
             pointer = emit_address(context, builder, sig.args[2], args[2], at, i8x64.llvm)
             unpacked = dot_product.emit_unpack(builder, w, builder.load(pointer, align=1))
             operands.append([dot_product.emit_widen(builder, w, q, operand) for operand in unpacked])
-            at = builder.add(at, args[4])
         steps = len(operands[0])
         at = args[6]
         for row in range(len(totals) // (count * sums)):

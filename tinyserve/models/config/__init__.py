@@ -16,6 +16,7 @@ __all__ = [
     "ATTENTION",
     "MAMBA",
     "PACKED",
+    "PACKED_VERSION",
     "GenerationConfig",
     "ModelConfig",
     "RopeParameters",
@@ -23,6 +24,7 @@ __all__ = [
     "preset_config",
 ]
 
+PACKED_VERSION = 2  # of the layout that tensor/quant.py describes
 PACKED = "tinyserve"  # the quant_method of checkpoints that `tinyserve quantize` writes
 
 
@@ -52,6 +54,12 @@ def _refuse_unsupported(fields: Fields) -> None:
             fields.refuse(
                 f"{key!r} has the method {method!r}, which is not supported; take the model's float16, bfloat16 or "
                 "float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+            )
+        version = quantization.get("version") if isinstance(quantization, Mapping) else None
+        if method == PACKED and version != PACKED_VERSION:
+            fields.refuse(
+                f"the weights are packed in layout {version}, and this version of tinyserve reads layout "
+                f"{PACKED_VERSION}: write the checkpoint again from the original with `tinyserve quantize`."
             )
     for key in ("add_cross_attention", "is_encoder_decoder"):
         if fields.boolean(key, default=False):

@@ -1,0 +1,79 @@
+"""The forward pass as programs: a model captured once for each shape of batch, and replayed.
+
+Knows a model's face and its cache; what runs in a batch, and what becomes of logits, is told above.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyserve.models.base import DecoderModel
+from tinyserve.models.batch import Batch, BatchShape, Work
+from tinyserve.models.kv_cache import KVCache
+from tinyserve.tensor.arena import Arena
+from tinyserve.tensor.program import Program, capture
+from tinyserve.tensor.rows import take_rows
+from tinyserve.tensor.sampling import greedy
+
+Array = np.ndarray
+
+MOST_PROGRAMS = 64  # kept: those that were run last. One is some 100 kB, and a new one some milliseconds of Python
+
+
+class Step(NamedTuple):
+    """A captured forward pass: where its inputs are written, and where its results are until the next one runs."""
+
+    program: Program
+    batch: Batch
+    hidden: Array  # (tokens, hidden) float32, before the last norm
+    logits: Array  # (rows, vocab) float32
+    token_ids: Array  # (rows,) int64, of the largest logits; -1 where they are no numbers
+
+
+class ForwardPass:
+    """A model over its cache. Shapes of batches that have not come for long are forgotten."""
+
+    def __init__(self, model: DecoderModel, cache: KVCache):
+        self.model, self.cache = model, cache
+        self._steps: OrderedDict[BatchShape, Step] = OrderedDict()
+        self._arena = Arena()
+
+    def __call__(self, work: Work, rows: Sequence[int]) -> Step:
+        """Compute the new tokens of some sequences, and the logits behind `rows` of them."""
+        for _, cache in work:
+            if cache.num_computed == 0:
+                self.cache.reset_state(cache.state_slot)  # a new sequence: its state begins with zeros
+        step = self.step(BatchShape.of(work, len(rows)))
+        step.batch.fill(work, rows, self.cache.block_size)
+        step.program.run()
+        return step
+
+    def step(self, shape: BatchShape) -> Step:
+        """The program for a shape of batch."""
+        step = self._steps.get(shape)
+        if step is None:
+            step = self._steps[shape] = self._captured(shape)
+            if len(self._steps) > MOST_PROGRAMS:
+                self._steps.popitem(last=False)
+        else:
+            self._steps.move_to_end(shape)
+        return step
+
+    def _captured(self, shape: BatchShape) -> Step:
+        batch = Batch.empty(shape)
+        with capture(self._arena) as program:
+            results = compute(self.model, self.cache, batch)
+        return Step(program, batch, *results)
+
+
+def compute(model: DecoderModel, cache: KVCache, batch: Batch) -> tuple[Array, Array, Array]:
+    """The hidden states of a batch, and logits and greedy token ids behind its `rows`, as `Step` has them."""
+    hidden = model(batch, cache)
+    logits, token_ids = np.empty((0, model.config.vocab_size), np.float32), np.empty(0, np.int64)
+    if batch.rows.size:
+        everything = len(batch.rows) == len(hidden)
+        logits = model.logits(hidden if everything else take_rows(hidden, batch.rows))
+        token_ids = greedy(logits)
+    return hidden, logits, token_ids
