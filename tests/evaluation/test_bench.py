@@ -7,8 +7,10 @@ import csv
 import io
 import json
 import re
+import signal
 import statistics
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
-from command_line import Shell, Terminal
+from command_line import PROGRAM, Shell, Terminal, environment
 
 from tinyserve import LLM
 from tinyserve.errors import UserError
-from tinyserve.evaluation import bench
+from tinyserve.evaluation import bench, bench_budget
 from tinyserve.evaluation.bench import Cost, Limits, Measurement, Work
 from tinyserve.models.config import parse_config
-from tinyserve.tensor import _jit, dot_product, limits, quant
+from tinyserve.tensor import _jit, dot_product, limits, matmul, norm, quant
 
 FolderOf = Callable[[str], Path]
 LLAMA = parse_config(checkpoints.CONFIGS["llama"])
@@ -141,7 +143,9 @@ def test_synthetic_weights_that_do_not_fit_are_refused_before_they_fill_the_memo
 
 def test_reading_adds_up_all_that_was_read() -> None:
     array = (np.arange(64 * 128) % 1000).astype(np.float32)
-    np.testing.assert_array_equal(limits.read_all(array), array.reshape(64, 128).sum(axis=1))
+    sums = np.empty(64, np.float32)
+    limits.read_all(array, sums)
+    np.testing.assert_array_equal(sums, array.reshape(64, 128).sum(axis=1))
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])
@@ -153,18 +157,18 @@ def test_the_integer_peak_is_of_right_products(weight_bits: int, activation_bits
     whole = random.integers(-most + 1, most, (outputs, K))
     whole[:, ::group] = -most  # so that every scale is one
     pack = quant.pack_bytes if weight_bits == 8 else quant.pack_nibbles
-    w = pack(whole.astype(np.float32), group).integers[: limits.PANELS].ravel()
+    packed = pack(whole.astype(np.float32), group)
+    w = packed.integers[: (limits.PANELS + 1) // 2].ravel()
     x = random.integers(-127, 128, (limits.ROWS, K))
     x[:, ::group] = 127
-    q = np.empty((limits.ROWS, K), quant.activation_kind(activation_bits, weight_bits).dtype)
-    starts, scales = np.empty((limits.ROWS, K // group), np.int32), np.empty((limits.ROWS, K // group), np.float32)
-    for row in range(limits.ROWS):
-        quant.quantize_row(
-            x.astype(np.float32), row, q, starts, scales, scales.copy(), group, np.float32(127), quant.ZERO_8
-        )
+    numbers = quant.RoundingNumbers(np.float32(127), quant.ZERO_8)
+    rounding = quant.Rounding(quant.activation_dtype(activation_bits, weight_bits), numbers)
+    q = matmul.quantized_rows(x.astype(np.float32), norm.NO_NORM, rounding, packed).q
     zero = 0 if dot_product.SIGNED and weight_bits == 8 else {8: quant.ZERO_8, 4: quant.ZERO_4}[weight_bits]
     expected = np.broadcast_to(rounds * (x @ (whole + zero).T), (2, limits.ROWS, outputs))
-    np.testing.assert_array_equal(limits.dot_in_registers(w, q, rounds, 2), expected.astype(np.float32))
+    out = np.empty(expected.shape, np.float32)
+    limits.dot_in_registers(w, q, rounds, out)
+    np.testing.assert_array_equal(out, expected.astype(np.float32))
 
 
 def test_the_float_peak_is_of_right_products() -> None:
@@ -173,7 +177,9 @@ def test_the_float_peak_is_of_right_products() -> None:
     w = random.integers(-9, 10, (panels, K, quant.PANEL)).astype(np.float32)
     x = random.integers(-9, 10, (rows, K)).astype(np.float32)
     expected = np.einsum("rk,pkl->rpl", x, w).reshape(1, rows, -1) * 3
-    np.testing.assert_array_equal(limits.fma_in_registers(w.ravel(), x, 3, 1), expected)
+    out = np.empty(expected.shape, np.float32)
+    limits.fma_in_registers(w.ravel(), x, 3, out)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_limits_are_plausible() -> None:
@@ -256,15 +262,13 @@ def test_the_table(shell: Shell, folder_of: FolderOf) -> None:
         rf".*llama in w8a16, 493.3 kB of weights; \d+ threads? of \S+, dot product {dot_product.PATH}", title
     )
     assert re.fullmatch(r"measured here: reads [\d.]+ GB/s, multiplies and adds [\d.e-]+ TOPS in w8a16", measured)
-    assert re.fullmatch(
-        r"work +tokens +depth +batch +tokens/s +each +first +GB/s +% of [\d.]+ +GOPS +% of [\d.]+", heading.strip()
-    )
+    assert re.fullmatch(r"work +tokens +depth +batch +runs +tokens/s +each +first +GB/s +% +GOPS +%", heading)
     rows = [line.split() for line in lines if line.strip()]
-    assert [row[: 2 if row[0] == "prefill" else 4] for row in rows] == [
-        ["prefill", "16"], ["decode", "4", "0", "1"], ["decode", "4", "0", "3"], ["decode", "4", "20", "1"],
-        ["decode", "4", "20", "3"],
+    assert [row[: row.index("±") - 1] for row in rows] == [
+        ["prefill", "16", "2"], ["decode", "4", "0", "1", "2"], ["decode", "4", "0", "3", "2"],
+        ["decode", "4", "20", "1", "2"], ["decode", "4", "20", "3", "2"],
     ]  # fmt: skip
-    assert all("±" in row for row in rows)
+    assert all(len(line) <= 80 for line in (heading, *lines))
     assert re.search(r"\d ms|\d s", lines[0])  # the time to the first token
 
 
@@ -279,14 +283,16 @@ def test_json(shell: Shell, folder_of: FolderOf) -> None:
         ("prefill", 16, 0, 1), ("decode", 4, 0, 1), ("decode", 4, 0, 3), ("decode", 4, 20, 1), ("decode", 4, 20, 3),
     ]  # fmt: skip
     for row in report["results"]:
-        assert len(row["rates"]) == 2
+        assert len(row["rates"]) == row["repetitions"] == 2
         assert min(row["rates"]) <= row["median"] <= max(row["rates"])
         assert row["mean"] > 0 <= row["deviation"]
         assert row["mean_per_sequence"] == row["mean"] / row["batch"]
         assert row["share_of_bandwidth"] == pytest.approx(row["bytes_per_second"] / report["bandwidth"])
         assert row["share_of_peak"] == pytest.approx(row["operations_per_second"] / report["peak"])
         assert (row["time_to_first_token_seconds"] is None) == (row["work"] == "decode")
-    assert report["skipped"] == []
+    assert report["skipped"] == report["left_out"] == []
+    assert (report["budget_seconds"], report["interrupted"]) == (90, False)
+    assert report["full_seconds"] > 0
 
 
 def test_csv(shell: Shell, folder_of: FolderOf, tmp_path: Path) -> None:
@@ -328,6 +334,92 @@ def test_what_does_not_fit_is_skipped_and_said(shell: Shell, folder_of: FolderOf
     assert [skip["work"] for skip in report["skipped"]] == ["prefill"]
 
 
+def _nothing_more_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the time run out with what is measured in any case."""
+    predict = bench_budget.Speeds.seconds
+    monkeypatch.setattr(bench_budget.Speeds, "seconds", lambda speeds, job: 1000 + predict(speeds, job))
+
+
+def test_what_there_is_no_time_for_is_left_out_and_said(
+    shell: Shell, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = ("--batch", "1", "--batch", "3")
+    _nothing_more_fits(monkeypatch)
+    monkeypatch.setattr(bench, "PREFILL", (16, 40, 100))
+    monkeypatch.setattr(bench, "DEPTHS", (0, 20))
+    monkeypatch.setattr(bench, "DECODE", 4)
+    result = shell("bench", folder_of("gpt2"), *works)
+    assert result.code == 0, result.err
+    *rows, last = result.out.splitlines()[3:]
+    # The prompt nearest to 512 tokens would be 100; nothing seems to fit, so it is as short as can be.
+    assert [row.split()[:2] for row in rows if row.startswith("prefill")] == [["prefill", "16"]]
+    assert [row.split()[2:4] for row in rows if row.startswith("decode")] == [["0", "1"], ["0", "3"]]
+    assert re.fullmatch(
+        r"left out: prefill of 40 and 100 tokens; decode at depth 20, batch 1 and 3: --full measures everything, in "
+        r"about \d+ (hours?|minutes|seconds)", last
+    )  # fmt: skip
+    printed = shell("bench", folder_of("gpt2"), *works, "--csv", "-")
+    assert len(printed.out.splitlines()) == 1 + 3 and "left out: " in printed.err
+    report = json.loads(shell("bench", folder_of("gpt2"), *works, "--budget", "7", "--json").out)
+    assert [(work["work"], work["tokens"], work["depth"], work["batch"]) for work in report["left_out"]] == [
+        ("prefill", 40, 0, 1), ("prefill", 100, 0, 1), ("decode", 4, 20, 1), ("decode", 4, 20, 3),
+    ]  # fmt: skip
+    assert report["budget_seconds"] == 7
+    full = json.loads(shell("bench", folder_of("gpt2"), *works, "-r", "1", "--full", "--json").out)
+    assert len(full["results"]) == 3 + 4 and full["left_out"] == []
+    assert full["budget_seconds"] is full["full_seconds"] is None
+
+
+def test_ctrl_c_leaves_what_was_measured(
+    shell: Shell, folder_of: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = bench.measure, []
+
+    def interrupted(*given: Any) -> Measurement:
+        calls.append(given)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    monkeypatch.setattr(bench_budget, "measure", interrupted)
+    file = tmp_path / "bench.csv"
+    result = shell("bench", folder_of("gpt2"), *SHORT, "--csv", file)
+    assert (result.code, result.err) == (130, "")
+    *_, prefill, decode, last = result.out.splitlines()
+    assert (prefill.split()[0], decode.split()[:4]) == ("prefill", ["decode", "4", "0", "1"])
+    assert last.startswith("left out: decode at depth 0, batch 3; decode at depth 20, batch 1 and 3: --full")
+    assert len(file.read_text().splitlines()) == 1 + 2
+    as_json = shell("bench", folder_of("gpt2"), *SHORT, "--full", "--json")
+    report = json.loads(as_json.out)
+    assert (as_json.code, report["interrupted"], len(report["results"])) == (130, True, 2)
+    assert [work["batch"] for work in report["left_out"]] == [3, 1, 3]
+    in_full = shell("bench", folder_of("gpt2"), *SHORT, "--full")
+    assert (in_full.code, in_full.out.splitlines()[-1]) == (
+        130, "left out: decode at depth 0, batch 3; decode at depth 20, batch 1 and 3"
+    )  # fmt: skip
+    calls += [()] * 2  # now the first one is interrupted
+    nothing = shell("bench", folder_of("gpt2"), *SHORT, "--json")
+    assert (nothing.code, nothing.out, nothing.err) == (130, "", "")
+
+
+def test_a_pipe_has_each_row_as_soon_as_it_is_measured(folder_of: FolderOf) -> None:
+    works = ("--prefill", "16", "--depth", "0", "--batch", "1", "--decode", "100", "-r", "300")
+    command = [*PROGRAM, "bench", str(folder_of("gpt2")), *works]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=environment(), text=True, preexec_fn=_hear_ctrl_c
+    ) as run:
+        assert run.stdout is not None
+        assert [run.stdout.readline().split()[0] for _ in range(4)][1:] == ["measured", "work", "prefill"]
+        run.send_signal(signal.SIGINT)  # 300 times 100 steps take a while
+        assert run.stdout.read().startswith("left out: decode at depth 0, batch 1: --full measures everything")
+        assert run.wait(60) == 130
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_synthetic_weights_need_a_config_only(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(checkpoints.CONFIGS["llama"]))
     result = shell("bench", tmp_path, "--load-format", "dummy", *SHORT)
@@ -338,7 +430,8 @@ def test_synthetic_weights_need_a_config_only(shell: Shell, tmp_path: Path) -> N
 def test_on_a_terminal_it_says_what_is_measured(folder_of: FolderOf) -> None:
     with Terminal("bench", folder_of("gpt2"), *SHORT, columns=100) as terminal:
         terminal.wait_for("measuring what this machine can do")
-        terminal.wait_for("decode at depth 20, batch 3, all 2 repetitions")
+        terminal.wait_for("a first look at the model's speed |        | 0 of 90 s")
+        terminal.wait_for("decode at depth 20, batch 3, all 2 repetitions |")
         assert terminal.end() == 0
         assert "repetition" not in terminal.shown.split("work")[-1]
 
@@ -360,6 +453,8 @@ def test_on_a_terminal_it_says_what_is_measured(folder_of: FolderOf) -> None:
         ("--csv /", "which is a folder"),
         ("--plot /no/such/folder/x.png", "--plot is /no/such/folder/x.png, whose folder does not exist"),
         ("--plot x.svg", "ends with .png"),
+        ("--full --budget 5", "give one of them"),
+        ("--budget 0", "Invalid value for '--budget'"),
         ("--decode 500", "Nothing is left to measure"),
     ],
 )

@@ -1,6 +1,6 @@
 """`tinyserve bench`: how fast a model is on this machine, beside what the machine can do.
 
-Knows how to print; the measuring is in tinyserve/evaluation/bench.py.
+Knows how to print; the measuring is in tinyserve/evaluation/bench.py, what of it there is time for in bench_budget.py.
 """
 
 import csv
@@ -8,9 +8,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -19,10 +20,13 @@ from tinyserve.checkpoints import presets
 from tinyserve.cli._options import Dtype, Model, Threads, fields_of, with_options
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
-from tinyserve.progress import size
+from tinyserve.evaluation import bench_budget
+from tinyserve.progress import Progress, size
 
 if TYPE_CHECKING:
     from tinyserve.evaluation.bench import Limits, Measurement, Plan, Work
+    from tinyserve.llm import LLM
+    from tinyserve.progress import LoadProgress
 
 STDOUT = Path("-")
 
@@ -55,17 +59,41 @@ class Works:
         ),
     ] = None
     decode: Annotated[
-        int, typer.Option(min=2, metavar="TOKENS", help="Tokens that a repetition decodes for each sequence.")
-    ] = measure.DECODE
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="TOKENS",
+            help="Tokens that a repetition decodes for each sequence.  [default: 32, or fewer on a slow machine]",
+        ),
+    ] = None
     repetitions: Annotated[
         int | None,
         typer.Option(
-            "--repetitions", "-r", min=1, metavar="NUMBER", help="Counted runs of each.  [default: 5; 3 with --quick]"
+            "--repetitions",
+            "-r",
+            min=1,
+            metavar="NUMBER",
+            help="Counted runs of each.  [default: up to 5, or 3 with --quick]",
         ),
     ] = None
     quick: Annotated[
-        bool, typer.Option("--quick", help="A short version: prefill of 512 tokens; decode at depth 0, batch 1.")
+        bool,
+        typer.Option(
+            "--quick", help="A short version: prefill of 512 tokens; decode at depth 0, batch 1; in about 20 seconds."
+        ),
     ] = False
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="About how long measuring takes.  [default: 90, or 20 with --quick]"
+        ),
+    ] = None
+    full: Annotated[bool, typer.Option("--full", help="Measure everything, however long it takes.")] = False
+
+    def check(self) -> None:
+        """Raise UserError for options that contradict each other."""
+        if self.full and self.budget is not None:
+            raise UserError("--full takes as long as it takes, and --budget says how long: give one of them.")
 
     def wanted(self) -> "list[Work]":
         """Every work, with the defaults for what is not said."""
@@ -73,12 +101,38 @@ class Works:
             self.prefill or (measure.QUICK_PREFILL if self.quick else measure.PREFILL),
             self.depth or (measure.QUICK_DEPTHS if self.quick else measure.DEPTHS),
             self.batch or (measure.QUICK_BATCHES if self.quick else measure.BATCHES),
-            self.decode,
+            self.decode or measure.DECODE,
+        )
+
+    def named(self) -> "list[Work]":
+        """The works whose sizes were said; of sizes that were not, the first default goes with those."""
+        decodes = self.depth or self.batch
+        return measure.works(
+            self.prefill or (),
+            self.depth or (measure.DEPTHS[:1] if decodes else ()),
+            self.batch or measure.BATCHES[:1],
+            self.decode or measure.DECODE,
         )
 
     def counted(self) -> int:
-        """How often each is run and counted."""
+        """How often each is run and counted, if there is time."""
         return self.repetitions or (measure.QUICK_REPETITIONS if self.quick else measure.REPETITIONS)
+
+    def wish(self, fitting: "list[Work]") -> bench_budget.Wish:
+        """Of the works that fit, what is to be measured in any case, and which numbers must stay as they are."""
+        return bench_budget.Wish(
+            fitting,
+            self.counted(),
+            self.named(),
+            fixed_repetitions=self.repetitions is not None,
+            fixed_decode=self.decode is not None,
+        )
+
+    def seconds(self) -> int | None:
+        """How long measuring may take; None is for ever."""
+        if self.full:
+            return None
+        return self.budget or (bench_budget.QUICK_BUDGET if self.quick else bench_budget.BUDGET)
 
 
 @dataclass(frozen=True)
@@ -102,6 +156,19 @@ class Outputs:
         if self.plot is not None:
             _check_plot(self.plot)
 
+    def shows_table(self) -> bool:
+        """Whether people read what is printed."""
+        return not self.json_ and self.csv_ != STDOUT
+
+    def write(self, recipe: dict[str, Any], results: "list[Measurement]", limits: "Limits") -> None:
+        """Write the files."""
+        if self.csv_ is not None:
+            _write_csv(self.csv_, recipe, [result.row(limits) for result in results])
+        if self.plot is not None:
+            from tinyserve.cli._plot import draw
+
+            draw(self.plot, f"{heading(recipe)}\n{measured_here(recipe)}", results, limits)
+
 
 @with_options(works=fields_of(Works), outputs=fields_of(Outputs))
 def bench(
@@ -121,39 +188,39 @@ def bench(
 ) -> None:
     """Measure prefill and decode speed on this machine.
 
-    Prints the mean ± standard deviation of the counted runs, the median time to the first token, and how much memory
-    a second is read and how many operations are done, with their share of what this machine was measured to read and
-    multiply. Weights that a cache holds are read faster than memory. What the model's context or memory does not hold
-    is skipped, and said. Presets are not downloaded: one that is not on this disk gets synthetic weights, which are
-    as fast.
+    Prints a row for each work as soon as it is measured: the mean ± standard deviation of the counted runs, the median
+    time to the first token, and how much memory a second is read and how many operations are done, with their share of
+    what this machine was measured to read and multiply. Weights that a cache holds are read faster than memory. What
+    the model's context or memory does not hold is skipped, and said. Presets are not downloaded: one that is not on
+    this disk gets synthetic weights, which are as fast.
+
+    Once the model is loaded it takes about 90 seconds, on any machine: after a first look at the model's speed, a
+    prefill and a decode come first, then whatever is cheapest, in as many runs as there is time for; prompts and
+    answers are shorter where nothing else fits. What is left out is said. Lengths and batches that are given, like
+    --decode and --repetitions, are measured as they are. --full measures everything, 5 times.
 
     \b
     Examples:
+      tinyserve bench falcon-7b
       tinyserve bench smollm2-135m --quick
+      tinyserve bench smollm2-135m --full --json
       tinyserve bench llama-7b --dtype int4 --prefill 512 --depth 0 --depth 2048 --batch 1
       tinyserve bench gpt2 --csv gpt2.csv --plot gpt2.png
     """
     outputs.check()
-    from tinyserve.checkpoints import hub
-    from tinyserve.checkpoints.model_ref import ModelRef
-    from tinyserve.cli._load import load
+    works.check()
+    from tinyserve.cli._load import default_load_format, load
     from tinyserve.loading import open_model
     from tinyserve.models.cache_plan import available_memory
     from tinyserve.models.dtypes import resolve_dtype
 
-    if load_format is None:
-        ref = ModelRef.parse(model)
-        load_format = "dummy" if ref.preset and not hub.is_cached(ref) else "auto"
+    load_format = load_format or default_load_format(model)
     kept_as, repetitions = resolve_dtype(dtype), works.counted()
     files = open_model(model, load_format)
     synthetic = files.path is None
     plan = measure.plan(files.config, kept_as, works.wanted(), repetitions, available_memory(), synthetic=synthetic)
     _check_asked_for(plan, works.prefill or (), works.depth or ())
     llm, line = load(model, dtype, threads, load_format=load_format, **plan.options)
-    line.show("measuring what this machine can do")
-    limits = measure.measure_limits(llm)
-    results = list(measure.run(llm, plan.works, repetitions, line))
-    line.clear()
     recipe = {
         "model": llm.name,
         "dtype": llm.dtype,
@@ -161,26 +228,96 @@ def bench(
         "weight_bytes": llm.model.nbytes,
         "threads": llm.num_threads,
         **measure.machine(llm.dtype),
-        "bandwidth": limits.bandwidth,
-        "peak": limits.operations,
     }
-    rows = [result.row(limits) for result in results]
-    if outputs.csv_ is not None:
-        _write_csv(outputs.csv_, recipe, rows)
-    if outputs.plot is not None:
-        from tinyserve.cli._plot import draw
-
-        draw(outputs.plot, _heading(recipe), results, limits)
+    show = print if outputs.shows_table() else _say_nothing
+    show(heading(recipe), flush=True)
+    line.show("measuring what this machine can do")
+    limits = measure.measure_limits(llm)
+    line.clear()
+    recipe |= {"bandwidth": limits.bandwidth, "peak": limits.operations}
+    show(measured_here(recipe), _TITLES, sep="\n", flush=True)
+    measured = _measure(llm, plan.works, works, line, lambda result: show(_row(result, limits), flush=True))
+    outputs.write(recipe, measured.results, limits)
+    left_out = measure.left_out(plan.works, [result.work for result in measured.results])
     if outputs.json_:
-        skipped = [{**_named(skip.work), "reason": skip.reason} for skip in plan.skipped]
-        report = {**recipe, "load_seconds": line.seconds, "repetitions": repetitions}
-        print(json.dumps({**report, "results": rows, "skipped": skipped}))
-        return
-    if outputs.csv_ != STDOUT:
-        print(_heading(recipe))
-        _print_table(results, limits)
-    for skip in plan.skipped:
-        print(f"skipped: {skip.reason}", file=sys.stderr if outputs.csv_ == STDOUT else sys.stdout)
+        report = {
+            **recipe,
+            "load_seconds": line.seconds,
+            "repetitions": repetitions,
+            "budget_seconds": works.seconds(),
+            "full_seconds": measured.full_seconds,
+            "interrupted": measured.interruption is not None,
+            "results": [result.row(limits) for result in measured.results],
+            "left_out": [_named(work) for work in left_out],
+            "skipped": [{**_named(skip.work), "reason": skip.reason} for skip in plan.skipped],
+        }
+        print(json.dumps(report))
+    else:
+        notes = [f"skipped: {skip.reason}" for skip in plan.skipped]
+        if left_out:
+            notes.append(_left_out(left_out, measured.full_seconds))
+        for note in notes:
+            print(note, file=sys.stderr if outputs.csv_ == STDOUT else sys.stdout)
+    if measured.interruption is not None:
+        raise measured.interruption
+
+
+@dataclass
+class _Measured:
+    """What has been measured: all that was to be, or what came before Ctrl-C."""
+
+    results: "list[Measurement]" = field(default_factory=list)
+    full_seconds: float | None = None  # what --full would take, where that was not asked for
+    interruption: KeyboardInterrupt | None = None
+
+
+def _measure(
+    llm: "LLM", fitting: "list[Work]", asked: Works, line: "LoadProgress", show: "Callable[[Measurement], None]"
+) -> _Measured:
+    """Measure what was asked for and fits, or what of it there is time for; `show` is given each as it comes.
+
+    Raises KeyboardInterrupt only where there is nothing to show for it.
+    """
+    measured, seconds, planner = _Measured(), asked.seconds(), None
+    try:
+        if seconds is None:
+            running = measure.run(llm, fitting, asked.counted(), line)
+        else:
+            begun = perf_counter()
+            told = _with_bar(line, begun, seconds)
+            told("a first look at the model's speed", 0, 1)
+            planner = bench_budget.first_look(llm, asked.wish(fitting))
+            running = bench_budget.run(llm, planner, begun + seconds, told)
+        for result in running:
+            measured.results.append(result)
+            measured.full_seconds = planner.full_seconds() if planner else None
+            line.clear()
+            show(result)
+    except KeyboardInterrupt as interruption:
+        if not measured.results:
+            raise
+        measured.interruption = interruption
+    line.clear()
+    measured.results.sort(key=lambda result: result.work.place)
+    return measured
+
+
+def _with_bar(progress: Progress, begun: float, seconds: int) -> Progress:
+    """What is told, with a bar of the time that has gone: a short one, for 80 columns must hold both."""
+
+    def told(what: str, done: int, total: int) -> None:
+        elapsed = perf_counter() - begun
+        full = min(_BAR, int(_BAR * elapsed / seconds))
+        progress(f"{what} |{'█' * full}{' ' * (_BAR - full)}| {elapsed:.0f} of {seconds} s", done, total)
+
+    return told
+
+
+_BAR = 8  # columns
+
+
+def _say_nothing(*_: str, **__: Any) -> None:
+    """In the place of print, where the table is not wanted."""
 
 
 def _check_writable(option: str, path: Path) -> None:
@@ -215,49 +352,81 @@ def _named(work: "Work") -> dict[str, Any]:
     return {"work": work.kind, "tokens": work.tokens, "depth": work.depth, "batch": work.batch}
 
 
-def _heading(recipe: dict[str, Any]) -> str:
-    """What was measured, and with what."""
+def heading(recipe: dict[str, Any]) -> str:
+    """What is measured, and with what."""
     weights = f"{size(recipe['weight_bytes'])} of {'synthetic ' * (recipe['weights'] == 'dummy')}weights"
     threads = f"{recipe['threads']} thread{'s' * (recipe['threads'] != 1)}"
     return (
         f"{recipe['model']} in {recipe['dtype']}, {weights}; {threads} of {recipe['processor']}, dot product "
-        f"{recipe['dot_product']}\n"
+        f"{recipe['dot_product']}"
+    )
+
+
+def measured_here(recipe: dict[str, Any]) -> str:
+    """What the percentages are of."""
+    return (
         f"measured here: reads {recipe['bandwidth'] / 1e9:.1f} GB/s, multiplies and adds "
         f"{recipe['peak'] / 1e12:.3g} TOPS in {recipe['dtype']}"
     )
 
 
-def _print_table(results: "Sequence[Measurement]", limits: "Limits") -> None:
-    from rich.table import Table
-
-    from tinyserve.cli._console import Output
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("work", no_wrap=True)
-    shares = f"% of {_short(limits.bandwidth / 1e9)}", f"% of {_short(limits.operations / 1e9)}"
-    for title in ("tokens", "depth", "batch", "tokens/s", "each", "first", "GB/s", shares[0], "GOPS", shares[1]):
-        table.add_column(title, justify="right", no_wrap=True)
-    for i, result in enumerate(results):
-        work, first, decodes = result.work, result.time_to_first_token, result.work.kind == "decode"
-        table.add_row(
-            work.kind,
-            str(work.tokens),
-            str(work.depth) if decodes else "",
-            str(work.batch) if decodes else "",
-            f"{_short(result.mean)} ± {_short(result.deviation, result.mean)}",
-            _short(result.mean / work.batch) if decodes else "",
-            "" if first is None else _seconds(first),
-            _short(result.bytes_per_second / 1e9),
-            f"{100 * result.bytes_per_second / limits.bandwidth:.0f}",
-            _short(result.operations_per_second / 1e9),
-            f"{100 * result.operations_per_second / limits.operations:.0f}",
-            end_section=i + 1 < len(results) and work.kind != results[i + 1].work.kind,
-        )
-    # A file or a pipe has no width that anything would have to fit into.
-    Output(width=None if sys.stdout.isatty() else 120).print(table)
+def _columns(*cells: str) -> str:
+    """A line of the table, which fits into 80 columns: no width has to be known before all rows are."""
+    return f"{cells[0]:<7}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], _WIDTHS, strict=True))
 
 
-def _short(number: float, beside: float | None = None) -> str:
+_WIDTHS = (7, 6, 6, 5, 14, 7, 8, 6, 4, 6, 4)
+_TITLES = _columns("work", "tokens", "depth", "batch", "runs", "tokens/s", "each", "first", "GB/s", "%", "GOPS", "%")
+
+
+def _row(result: "Measurement", limits: "Limits") -> str:
+    """A measurement as a line under _TITLES."""
+    work, first, decodes = result.work, result.time_to_first_token, result.work.kind == "decode"
+    deviation = f" ± {short(result.deviation, result.mean)}" if len(result.seconds) > 1 else ""
+    return _columns(
+        work.kind,
+        str(work.tokens),
+        str(work.depth) if decodes else "",
+        str(work.batch) if decodes else "",
+        str(len(result.seconds)),
+        f"{short(result.mean)}{deviation}",
+        short(result.mean / work.batch) if decodes else "",
+        "" if first is None else _seconds(first),
+        short(result.bytes_per_second / 1e9),
+        f"{100 * result.bytes_per_second / limits.bandwidth:.0f}",
+        short(result.operations_per_second / 1e9),
+        f"{100 * result.operations_per_second / limits.operations:.0f}",
+    )
+
+
+def _left_out(works: "list[Work]", full_seconds: float | None) -> str:
+    """What there was no time for, and how to have it."""
+    prompts = [str(work.tokens) for work in works if work.kind == "prefill"]
+    batches: dict[int, list[str]] = {}
+    for work in works:
+        if work.kind == "decode":
+            batches.setdefault(work.depth, []).append(str(work.batch))
+    parts = [f"prefill of {_and(prompts)} tokens"] * bool(prompts)
+    parts += [f"decode at depth {depth}, batch {_and(numbers)}" for depth, numbers in batches.items()]
+    # Where it is not known what --full takes, that was it, and Ctrl-C its end.
+    way_out = "" if full_seconds is None else f": --full measures everything, in about {_minutes(full_seconds)}"
+    return f"left out: {'; '.join(parts)}{way_out}"
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _minutes(seconds: float) -> str:
+    """A rough time in words."""
+    for unit, step in (("hour", 3600), ("minute", 60), ("second", 1)):
+        if seconds >= 1.5 * step or step == 1:
+            number = round(seconds / step)
+            return f"{number} {unit}{'s' * (number != 1)}"
+    raise AssertionError
+
+
+def short(number: float, beside: float | None = None) -> str:
     """A number in three digits or more; with as many decimals as the one it stands beside."""
     scale = number if beside is None else beside
     return f"{number:.{0 if scale >= 100 else 1 if scale >= 10 else 2}f}"

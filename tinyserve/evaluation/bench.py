@@ -1,7 +1,8 @@
 """How fast a model is here, and how near to what this machine can do: works, repeated, as plain numbers.
 
-Knows the Python API, what a step has to read and multiply, and the limits that tensor/limits.py measures. What a peer
-does with the same file is measured by scripts/bench_peers.py.
+Knows the Python API, what a step has to read and multiply, and the limits that tensor/limits.py measures. What of it
+fits into some seconds is planned in bench_budget.py. What a peer does with the same file is measured by
+scripts/bench_peers.py.
 """
 
 import math
@@ -9,6 +10,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.engine_options import EngineOptions
@@ -33,6 +35,7 @@ PREFILL, DEPTHS, BATCHES, DECODE, REPETITIONS = (128, 512, 2048), (0, 512, 4096)
 QUICK_PREFILL, QUICK_DEPTHS, QUICK_BATCHES, QUICK_REPETITIONS = (512,), (0,), (1,), 3
 STEP, BLOCK = EngineOptions().max_num_batched_tokens, EngineOptions().block_size
 MOST_SEQUENCES = STEP // 2  # more would leave no room in a step for prompts
+PROBES, PROBE_STEPS, LONG_PROBE = (16, 64), 4, 1.0  # tokens of prompts; decoded after each; seconds, the last then
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Work:
         """The tokens of each prompt: nothing is decoded after none."""
         return self.tokens if self.kind == "prefill" else max(1, self.depth)
 
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Where it stands among others, whatever a decode's tokens: prompts first, short ones before long ones."""
+        return (self.kind != "prefill", 0 if self.kind == "decode" else self.tokens, self.depth, self.batch)
+
     def most_tokens(self, repetitions: int) -> int:
         """What each sequence can come to."""
         if self.kind == "prefill":
@@ -67,11 +75,31 @@ class Work:
         return repetitions + 1 if self.depth else 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """A work, how often it is counted, and whether one repetition goes before those."""
+
+    work: Work
+    repetitions: int
+    warm_up: bool = True
+
+    @property
+    def runs(self) -> int:
+        """All repetitions, counted or not."""
+        return self.repetitions + self.warm_up
+
+
 def works(prefill: Sequence[int], depths: Sequence[int], batches: Sequence[int], decode: int) -> list[Work]:
     """Prefill of each length, then decoding `decode` tokens at each depth for each number of sequences."""
     return [Work("prefill", length) for length in prefill] + [
         Work("decode", decode, depth, batch) for depth in depths for batch in batches
     ]
+
+
+def left_out(wanted: Sequence[Work], done: Sequence[Work]) -> list[Work]:
+    """Works that were not done; a decode of fewer tokens stands for the one that was wanted."""
+    places = {work.place for work in done}
+    return [work for work in wanted if work.place not in places]
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -180,11 +208,37 @@ def prefill_cost(config: ModelConfig, weights: float, kv: float, tokens: int, st
     """A prompt of `tokens`, `step` at a time: all weights each time, and the head for the last token only."""
     window = config.attention_window or math.inf
     head = 2 * config.vocab_size * config.hidden_size
-    pairs = sum(min(position, window) for position in range(1, tokens + 1))
+    seen = min(tokens, config.attention_window or tokens)  # by the last token; those before it see up to as many
+    pairs = seen * (seen + 1) // 2 + (tokens - seen) * seen
     operations = tokens * (matmul_flops_per_token(config) - head) + head + pairs * attention_flops_per_position(config)
     ends = [*range(step, tokens, step), tokens]
     states = 2 * state_bytes_per_sequence(config)
     return Cost(sum(weights + min(end, window + step) * kv + states for end in ends), operations)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of one model: `weights` and `kv` are those of `decode_cost`."""
+
+    config: ModelConfig
+    weights: float
+    kv: float
+
+    @classmethod
+    def of(cls, llm: "LLM") -> "Costs":
+        """Those of a model that is loaded."""
+        from tinyserve.models.kv_cache import KVCache
+
+        weights = bytes_per_step(llm.config, llm.dtype, llm.model.nbytes)
+        return cls(llm.config, weights, KVCache.block_nbytes(llm.config, BLOCK, llm.kv_cache_dtype) / BLOCK)
+
+    def decode(self, batch: int, context: float) -> Cost:
+        """One step."""
+        return decode_cost(self.config, self.weights, self.kv, batch, context)
+
+    def prefill(self, tokens: int) -> Cost:
+        """One prompt."""
+        return prefill_cost(self.config, self.weights, self.kv, tokens)
 
 
 def bytes_per_step(config: ModelConfig, dtype: str, nbytes: int) -> float:
@@ -263,6 +317,7 @@ class Measurement:
             "operations": self.cost.operations,
             "operations_per_second": self.operations_per_second,
             "share_of_peak": self.operations_per_second / limits.operations,
+            "repetitions": len(self.rates),
             "rates": self.rates,
         }
 
@@ -286,63 +341,86 @@ def machine(dtype: str) -> dict[str, str]:
     return {"processor": cpu_name(), "dot_product": product}
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A first look at a model's speed: seconds to read a prompt of `tokens`, and seconds of a step that decodes one."""
+
+    tokens: int
+    prefill_seconds: float
+    step_seconds: float
+
+
+def probe(llm: "LLM") -> Probe:
+    """Read a short prompt and decode a few tokens; where that is soon done, once more with a longer one."""
+    max_tokens = min(1 + PROBE_STEPS, llm.max_model_len - 1)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    for tokens in PROBES:
+        length = min(tokens, llm.max_model_len - max_tokens)
+        (output,) = llm.generate([_prompt(llm, length, 0)], params, progress_bar=False)
+        metrics, times = output.metrics, output.metrics.token_times
+        assert metrics.first_token is not None and metrics.first_scheduled is not None
+        prefill = metrics.first_token - metrics.first_scheduled
+        steps = [end - begin for begin, end in pairwise(times)] or [prefill]
+        result = Probe(length, prefill, statistics.median(steps))
+        if prefill > LONG_PROBE:
+            break
+    return result
+
+
 def run(llm: "LLM", wanted: Sequence[Work], repetitions: int, progress: Progress = silent) -> Iterator[Measurement]:
     """Measure each work, which must fit (`plan`); yields as it goes. The first repetition of each is thrown away.
 
     `progress` hears (what is being done, repetitions done, repetitions in all).
     """
-    from tinyserve.models.kv_cache import KVCache
-
-    weights = bytes_per_step(llm.config, llm.dtype, llm.model.nbytes)
-    kv = KVCache.block_nbytes(llm.config, BLOCK, llm.kv_cache_dtype) / BLOCK
     for work in wanted:
-        if work.kind == "prefill":
-            firsts, seconds = _prefill(llm, work, repetitions, progress)
-            yield Measurement(work, seconds, prefill_cost(llm.config, weights, kv, work.tokens), firsts)
-        else:
-            seconds, context = _decode(llm, work, repetitions, progress)
-            step = decode_cost(llm.config, weights, kv, work.batch, context)
-            cost = Cost(work.tokens * step.bytes, work.tokens * step.operations)
-            yield Measurement(work, seconds, cost, [])
+        yield measure(llm, Job(work, repetitions), progress)
 
 
-def _prefill(llm: "LLM", work: Work, repetitions: int, progress: Progress) -> tuple[list[float], list[float]]:
+def measure(llm: "LLM", job: Job, progress: Progress = silent) -> Measurement:
+    """Measure one work, which must fit, with no more repetitions than `plan` was told."""
+    costs, work = Costs.of(llm), job.work
+    if work.kind == "prefill":
+        firsts, seconds = _prefill(llm, job, progress)
+        return Measurement(work, seconds, costs.prefill(work.tokens), firsts)
+    seconds, context = _decode(llm, job, progress)
+    step = costs.decode(work.batch, context)
+    return Measurement(work, seconds, Cost(work.tokens * step.bytes, work.tokens * step.operations), [])
+
+
+def _prefill(llm: "LLM", job: Job, progress: Progress) -> tuple[list[float], list[float]]:
     """Of each counted repetition: seconds to the first token from the request, and from when it was scheduled."""
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     firsts, seconds = [], []
-    for i in range(repetitions + 1):
-        progress(f"{work}, {_repetition(i, repetitions)}", i, repetitions + 1)
-        (output,) = llm.generate([_prompt(llm, work.prompt, i)], params)
+    for i in range(job.runs):
+        progress(f"{job.work}, {_repetition(i, job)}", i, job.runs)
+        (output,) = llm.generate([_prompt(llm, job.work.prompt, i)], params)
         metrics = output.metrics
         assert metrics.first_token is not None and metrics.first_scheduled is not None
         firsts.append(metrics.first_token - metrics.arrival)
         seconds.append(metrics.first_token - metrics.first_scheduled)
-    return firsts[1:], seconds[1:]
+    return firsts[job.warm_up :], seconds[job.warm_up :]
 
 
-def _decode(llm: "LLM", work: Work, repetitions: int, progress: Progress) -> tuple[list[float], float]:
+def _decode(llm: "LLM", job: Job, progress: Progress) -> tuple[list[float], float]:
     """Seconds of each counted repetition, and how many tokens a sequence looked at in them, on average."""
-    stretches = work.stretches(repetitions)
-    seconds, contexts = [], []
-    for first in range(0, repetitions + 1, stretches):
-        for i, (took, context) in enumerate(_stretches(llm, work, stretches, progress, first, repetitions)):
-            if first + i > 0:
-                seconds.append(took)
-                contexts.append(context)
-    return seconds, statistics.fmean(contexts)
+    stretches = job.work.stretches(job.runs - 1)
+    measured: list[tuple[float, float]] = []
+    for first in range(0, job.runs, stretches):
+        measured += _stretches(llm, job, stretches, progress, first)
+    counted = measured[job.warm_up :]
+    return [took for took, _ in counted], statistics.fmean(context for _, context in counted)
 
 
-def _stretches(
-    llm: "LLM", work: Work, count: int, progress: Progress, first: int, repetitions: int
-) -> list[tuple[float, float]]:
+def _stretches(llm: "LLM", job: Job, count: int, progress: Progress, first: int) -> list[tuple[float, float]]:
     """Read the prompts, then time `count` stretches of `work.tokens` steps: (seconds, mean context) of each.
 
     In each step every sequence gains a token, so the one that comes last is the clock.
     """
-    most = work.most_tokens(repetitions) - work.prompt
+    work = job.work
+    most = work.most_tokens(job.runs - 1) - work.prompt
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
-    doing = _repetition(first, repetitions) if count == 1 else f"all {repetitions} repetitions"
-    progress(f"{work}, {doing}", first, repetitions + 1)
+    doing = _repetition(first, job) if count == 1 else f"all {job.repetitions} repetitions"
+    progress(f"{work}, {doing}", first, job.runs)
     prompts = [_prompt(llm, work.prompt, i) for i in range(work.batch)]
     tokens = [output.metrics.token_times for output in llm.generate(prompts, params, progress_bar=False)]
     times = tokens[-1][: count * work.tokens + 1 : work.tokens]
@@ -351,8 +429,9 @@ def _stretches(
     return [(times[i + 1] - times[i], start + i * work.tokens) for i in range(count)]
 
 
-def _repetition(i: int, repetitions: int) -> str:
-    return f"repetition {i} of {repetitions}" if i else "warming up"
+def _repetition(i: int, job: Job) -> str:
+    number = i + 1 - job.warm_up
+    return f"repetition {number} of {job.repetitions}" if number else "warming up"
 
 
 def _prompt(llm: "LLM", length: int, seed: int) -> list[int]:
