@@ -26,6 +26,7 @@ from tinyserve.cli.pull import pull
 from tinyserve.cli.quantize import quantize
 from tinyserve.cli.rm import rm
 from tinyserve.cli.serve import serve
+from tinyserve.cli.trace import trace
 from tinyserve.cli.warmup import warmup
 from tinyserve.errors import TinyserveError, UserError
 
@@ -46,6 +47,7 @@ _ORDER = (
     "chat",
     "serve",
     "bench",
+    "trace",
     "eval",
     "inspect-config",
     "compare",
@@ -94,6 +96,7 @@ app.add_typer(ask_app, name="ask")
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("bench")(bench)
+app.command("trace")(trace)
 app.command("eval")(evaluate)
 app.command("inspect-config")(inspect_config)
 app.command("compare")(compare)

@@ -21,3 +21,12 @@ def load(model: str, dtype: str, threads: int | None, **options: Any) -> "tuple[
     if threads is not None and llm.num_threads < threads:
         print(f"tinyserve: this process has {llm.num_threads} of the {threads} threads asked for", file=sys.stderr)
     return llm, line
+
+
+def default_load_format(model: str) -> str:
+    """What a command that measures takes: synthetic weights of a preset that is not on this disk, else the model's."""
+    from tinyserve.checkpoints import hub
+    from tinyserve.checkpoints.model_ref import ModelRef
+
+    ref = ModelRef.parse(model)
+    return "dummy" if ref.preset and not hub.is_cached(ref) else "auto"
