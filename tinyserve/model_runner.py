@@ -47,23 +47,20 @@ class ModelRunner:
         """Compute what is scheduled. For each sequence the tokens that follow: none in the middle of its prompt, else
         the accepted draft tokens, as if each had been sampled after those before it, and one more.
         """
-        complete = [work for work in scheduled if work.is_complete]
-        filler = self.masks if any(work.sequence.matcher for work in complete) else None
-        if filler is not None:  # while the model works
-            filler.start([work.sequence.matcher for work in complete], [work.draft_tokens for work in complete])
+        places = _places_to_sample(scheduled)
+        filler = self._start_masks(scheduled)  # while the model works
         with _jit.one_at_a_time(self.num_threads):
-            places = _places_to_sample(scheduled)
             step = self.forward(
                 [(work.token_ids, work.sequence.cache) for work in scheduled], [place.row for place in places]
             )
-            for work, first in zip(scheduled, step.batch.starts[:-1], strict=True):
-                if work.sequence.params.prompt_logprobs is not None:
-                    self._add_prompt_logprobs(work.sequence, step.hidden[first : first + work.num_tokens])
+            self._add_prompts_logprobs(scheduled, step)
             masks = list[Array | None]()
             if filler is not None:
                 filled = zip(places, filler.wait(), strict=True)
                 masks = [mask if place.sequence.matcher else None for place, mask in filled]
             sampled = self._sample(places, step, masks)
+        if filler is None and len(sampled) == len(scheduled) == step.batch.token_ids.size:
+            return [[one] for one in sampled]  # all decode, and nothing was guessed
         results, end = list[list[Sampled]](), 0
         for work in scheduled:
             first, end = end, end + (len(work.draft_tokens) + 1 if work.is_complete else 0)
@@ -72,11 +69,27 @@ class ModelRunner:
             results.append(tokens if matcher is None else advance_grammar(matcher, tokens))
         return results
 
+    def _start_masks(self, scheduled: list[Scheduled]) -> "Masks | None":
+        if self.masks is None:
+            return None
+        complete = [work for work in scheduled if work.is_complete]
+        if not any(work.sequence.matcher for work in complete):
+            return None
+        self.masks.start([work.sequence.matcher for work in complete], [work.draft_tokens for work in complete])
+        return self.masks
+
     def _sample(self, places: "list[_Place]", step: Step, masks: list[Array | None]) -> list[Sampled]:
         sequences = [place.sequence for place in places]
         if not masks and all(sequence.params.takes_largest for sequence in sequences):
             return self.sampler.take_largest(step.token_ids)
         return self.sampler.sample(sequences, step.logits, masks, [place.draft_tokens for place in places])
+
+    def _add_prompts_logprobs(self, scheduled: list[Scheduled], step: Step) -> None:
+        first = 0
+        for work in scheduled:
+            if work.sequence.params.prompt_logprobs is not None:
+                self._add_prompt_logprobs(work.sequence, step.hidden[first : first + work.num_tokens])
+            first += work.num_tokens + len(work.draft_tokens)
 
     def _add_prompt_logprobs(self, sequence: Sequence, hidden: Array) -> None:
         """Append prompt log-probabilities of the tokens after these positions, unless known; hidden (tokens, H)."""

@@ -34,8 +34,9 @@ class BatchShape(NamedTuple):
     @classmethod
     def of(cls, work: Work, rows: int) -> "BatchShape":
         """The shape of these tokens, with so many rows of logits."""
-        blocks = max(len(cache.block_table) for _, cache in work)
-        tokens = sum(len(token_ids) for token_ids, _ in work)
+        blocks = tokens = 0
+        for token_ids, cache in work:
+            blocks, tokens = max(blocks, len(cache.block_table)), tokens + len(token_ids)
         return cls(tokens, len(work), max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length()), rows)
 
 
@@ -54,6 +55,7 @@ class Batch:
     starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
     state_indices: Array  # (sequences,) int64: each sequence's state slot, its row of the recurrent states
     rows: Array  # int64: the tokens whose logits are wanted
+    written: list[list[int]]  # what stands in the rows of the block tables: it seldom changes from step to step
 
     @classmethod
     def empty(cls, shape: BatchShape) -> "Batch":
@@ -68,6 +70,7 @@ class Batch:
             np.zeros(shape.sequences + 1, np.int64),
             np.zeros(shape.sequences, np.int64),
             np.zeros(shape.rows, np.int64),
+            [[] for _ in range(shape.sequences)],
         )
 
     def fill(self, work: Work, rows: Sequence[int], block_size: int) -> None:
@@ -75,7 +78,9 @@ class Batch:
         first = 0
         for i, (token_ids, cache) in enumerate(work):
             table, position = cache.block_table, cache.num_computed
-            self.block_tables[i, : len(table)] = table
+            if table != self.written[i]:
+                self.block_tables[i, : len(table)] = table
+                self.written[i] = table.copy()
             last = first + len(token_ids)
             if last - first == 1:
                 self.token_ids[first], self.positions[first], self.sequence_of[first] = token_ids[0], position, i

@@ -250,12 +250,18 @@ def get_threads() -> int:
     return _threads.count or set_threads(None)
 
 
-@contextmanager
-def one_at_a_time(threads: int) -> Iterator[None]:
-    """Own this process's kernels, with this many threads."""
-    with one_caller:
-        set_threads(threads)
-        yield
+class one_at_a_time:
+    """Within, own this process's kernels, with this many threads."""
+
+    def __init__(self, threads: int):
+        self._threads, self._lock = threads, one_caller
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        set_threads(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class _CompileListener(event.Listener):

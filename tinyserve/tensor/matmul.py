@@ -28,6 +28,7 @@ from tinyserve.tensor.tiles import (
     inputs_per_load,
     load_pairs,
     load_scales,
+    prefetch_line,
     scaled_rows,
     start_rows,
     store_rows,
@@ -191,13 +192,20 @@ def float_block(h, first, rows, w, w_panel, panels, after, residual, y, panel):
 
 @kernel
 def integer_block(quantized, first, rows, w, w_panel, panels, after, residual, y, panel):
-    """The same for integers."""
+    """The same for integers. While it works, memory is asked for as many panels behind these."""
     product = stack_array(PRODUCTS, np.float32)
+    pair = w.stream.shape[1] * w.stream.shape[2]
+    size = panels // 2 * pair
+    ahead = w_panel // 2 * pair + size
+    asked, end = ahead, min(ahead + size, w.stream.size)
     r = 0
     while rows >= 3 and r < rows:
         r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
         _integer_tile_3(quantized, first + r, w, w_panel, panels, product, r * BLOCK)
         r += 3
+        while asked < min(end, ahead + size * r // rows):
+            prefetch_line(w.stream, asked)
+            asked += 64
     while r < rows:
         _integer_tile_1(quantized, first + r, w, w_panel, panels, product, r * BLOCK)
         r += 1

@@ -94,6 +94,19 @@ def prefetch_panels(typing_context, count, array, index, stride):
 
 
 @intrinsic
+def prefetch_line(typing_context, array, index):
+    """Ask for the cache line at a flat index, not into the nearest cache but the one behind it."""
+
+    def codegen(context, builder, sig, args):
+        flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # to read, to keep for some time, data
+        address = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
+        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), address, *flags)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@intrinsic
 def load_pairs(typing_context, count, array, index, stride):
     """A tile of `count` f32x16, the first at a flat index, two of each pair side by side, pairs `stride` apart."""
     tile = _tile(f32x16, _length(count))
