@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -741,3 +743,30 @@ def test_a_long_prompt_is_reported_step_by_step(folder_of: Callable[[str], Path]
     assert [told for told in heard if told[0] == "prefill"] == [("prefill", 8, 20), ("prefill", 16, 20)]
     loads = [told for told in heard if told[0] == "load"]
     assert loads[-1][1] == loads[-1][2] > 0
+
+
+FORK = """
+import os, signal, sys
+from tinyserve import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], dtype="float32", num_threads=2)
+greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+answer = lambda: llm.generate([[1, 2, 3]], greedy)[0].outputs[0].token_ids
+expected, running = answer(), llm.stream([4, 5], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+next(running)
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # a hang ends it
+        os._exit(0 if answer() == expected else 1)
+    print(os.waitpid(child, 0)[1], answer() == expected)
+print(sum(len(chunk.token_ids) for chunk in running))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_child_of_a_fork_has_threads_of_its_own(folder_of: Callable[[str], Path]) -> None:
+    """Also of one that comes while the engine works; the parent goes on."""
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(folder_of("llama"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split("\n")[:4] == ["0 True"] * 3 + ["59"], done.stderr
