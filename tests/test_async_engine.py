@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import numpy as np
 import pytest
 from checkpoints import BOS, USER
 from conftest import settle
+from damage import damaged_by
 from refusals import refused
 
 from tinyserve import LLM, AsyncEngine, BeamSearchParams, SamplingParams
 from tinyserve.errors import EngineDeadError, TinyserveError
-from tinyserve.tensor.program import instruction
 from tinyserve.text.request import StreamChunk
 
 PROMPTS = [checkpoints.token_ids(3 + 2 * i, seed=i) for i in range(12)]
@@ -267,34 +266,21 @@ def test_text_never_holds_up_a_step(own_llm: LLM) -> None:
     assert all(output.outputs[0].text for output in outputs)
 
 
-@instruction
-def damage(team, logits):
-    """All rows but the first are no numbers."""
-    for i in range(1 + team.thread, len(logits), team.threads):
-        for j in range(logits.shape[1]):
-            logits[i, j] = np.nan
-
-
 def test_engine_failure_harms_no_other_request(own_llm: LLM) -> None:
-    logits, expected = own_llm.model.logits, own_llm.generate([PROMPTS[0]], greedy(40))[0].outputs[0].token_ids
-
-    def damaged(hidden: Any) -> Any:
-        rows = logits(hidden)
-        damage(rows)
-        return rows
+    expected = own_llm.generate([PROMPTS[0]], greedy(40))[0].outputs[0].token_ids
+    token = next(token for token in PROMPTS[1] if token not in PROMPTS[0] + expected)
 
     async def main() -> None:
         engine = AsyncEngine(own_llm)
         stream = engine.generate(PROMPTS[0], greedy(40))
         first = await anext(stream)
-        own_llm.model.logits = damaged
         with pytest.raises(TinyserveError, match="not numbers"):
             await collect(engine.generate(PROMPTS[1], greedy(40)))
-        own_llm.model.logits = logits
         assert tokens([first, *await collect(stream)]) == expected
         engine.check_health()
 
-    run(main())
+    with damaged_by(token, own_llm):
+        run(main())
 
 
 def test_engine_death_reaches_everybody(own_llm: LLM) -> None:

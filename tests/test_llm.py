@@ -19,15 +19,14 @@ import numpy as np
 import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
 from conftest import settle
+from damage import damaged_by
 from refusals import refused
 
 from tinyserve import LLM, RequestOutput, SamplingParams
 from tinyserve.engine import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
-from tinyserve.models.forward import ForwardPass
 from tinyserve.scheduling.sequence import Sequence
-from tinyserve.tensor.program import instruction
 from tinyserve.tensor.thread_pool import ThreadPool
 from tinyserve.text.request import RequestState
 
@@ -597,38 +596,11 @@ def test_weights_that_are_not_numbers(tmp_path: Path, dtype: str, name: str) -> 
     assert name in str(caught.value) and "model.safetensors" in str(caught.value)
 
 
-@instruction
-def damage(team, hidden, token_ids, sequence_of, token):
-    for i in range(team.thread, len(hidden), team.threads):
-        for j in range(len(token_ids)):
-            if sequence_of[j] == sequence_of[i] and token_ids[j] == token:
-                for h in range(hidden.shape[1]):
-                    hidden[i, h] = np.nan
-
-
-class Damaged:
-    """A model whose head answers nan for every row that follows from a given token."""
-
-    def __init__(self, model: Any, token: int):
-        self.model, self.token, self.config = model, token, model.config
-
-    def __call__(self, batch: Any, cache: Any) -> Any:
-        hidden = self.model(batch, cache)
-        damage(hidden, batch.token_ids, batch.sequence_of, self.token)
-        return hidden
-
-    def logits(self, hidden: Any) -> Any:
-        return self.model.logits(hidden)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: str) -> None:
     llm = llm_of("llama", dtype)
     alone = [llm.generate([ids], greedy(5))[0].outputs[0].token_ids for ids in ([1, 2, 3], [9, 8])]
-    runner: Any = llm.engine.runner
-    healthy = runner.forward
-    runner.forward = ForwardPass(Damaged(runner.model, token=77), runner.cache)  # type: ignore[arg-type]
-    try:
+    with damaged_by(77, llm):
         streams = [llm.stream(ids, greedy(5)) for ids in ([1, 2, 3], [77, 5], [9, 8])]
         first = [next(streams[0]).token_ids]
         with pytest.raises(TinyserveError, match="not numbers"):
@@ -637,8 +609,6 @@ def test_one_damaged_request_harms_no_other(llm_of: Callable[..., LLM], dtype: s
         assert [[*chain(*chunks)] for chunks in tokens] == alone
         with pytest.raises(TinyserveError, match="not numbers"):
             llm.generate([[1, 2], [77]], greedy(2))
-    finally:
-        runner.forward = healthy
     settle(llm)
     assert not llm.engine.has_work() and llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 
