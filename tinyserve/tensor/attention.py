@@ -223,7 +223,8 @@ def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_h
     group = heads.heads // heads.kv_heads
     position, head = tokens.positions[unit.first], kv_head * group
     rows = Rows(own.queries, own.sums, unit.tokens * group, position, head, group, heads.head_dim)
-    blocks, last = tokens.block_tables[tokens.sequence_of[unit.first]], position + unit.tokens - 1
+    sequence, last = tokens.sequence_of[unit.first], position + unit.tokens - 1
+    blocks = tokens.block_tables[sequence]
     _gather_queries(rows, qkv, unit)
     for span in range(unit.span, unit.last_span + 1):
         _clear_sums(rows)
@@ -234,13 +235,20 @@ def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_h
             if rows.length >= UNPACK:
                 _take_in_unpacked(rows, _unpack(chunk, own, heads.head_dim, pages.values.shape[3]), chunk, scoring)
                 continue
-            # What this thread will read next: the span goes on, or is another key head's.
-            ahead_head, ahead = kv_head, start + CHUNK
-            if ahead >= stop:
+            # What this thread will read next: the sequence goes on, or is another key head's, or there is another one.
+            ahead, ahead_last, ahead_head, ahead_sequence = start + CHUNK, last, kv_head, sequence
+            if ahead >= stop and span == unit.last_span:
                 ahead_head = (kv_head + 1) % heads.kv_heads
-                ahead = first if ahead_head > 0 else ahead
-            ahead_chunk = _find_chunk(pages, blocks, ahead_head, ahead if ahead <= last else start, last)
-            _take_in_packed(rows, chunk, ahead_chunk, scoring)
+                if ahead_head > 0:
+                    ahead = first
+                elif ahead > last and unit.first + unit.tokens < len(tokens.positions):
+                    ahead_sequence = tokens.sequence_of[unit.first + unit.tokens]
+                    ahead_last = tokens.positions[unit.first + unit.tokens]
+                    ahead = _first_key(ahead_last, scoring.window) // CHUNK * CHUNK
+            if ahead > ahead_last:
+                ahead = ahead_last // LANES * LANES
+            ahead_blocks = tokens.block_tables[ahead_sequence]
+            _take_in_packed(rows, chunk, _find_chunk(pages, ahead_blocks, ahead_head, ahead, ahead_last), scoring)
         for r in range(rows.length):
             row_position = position + r // group
             query = (unit.first + r // group) * heads.heads + head + r % group
@@ -316,7 +324,7 @@ def _answer(sums, r, out, query, head_dim):
 # --- chunks of keys ---------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inline_kernel
 def _find_chunk(pages, blocks, kv_head, start, last):
     """The chunk at `start` of a sequence in these blocks; 16 keys past `last` are the first again, to be masked."""
     s0 = _scale_address(pages, blocks, kv_head, start)
@@ -335,7 +343,7 @@ def _find_chunk(pages, blocks, kv_head, start, last):
     )  # fmt: skip
 
 
-@kernel
+@inline_kernel
 def _scale_address(pages, blocks, kv_head, key):
     """The flat index of a key in (blocks, kv_heads, block_size)."""
     block_size = pages.keys.shape[3]
