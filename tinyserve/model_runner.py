@@ -82,7 +82,8 @@ class ModelRunner:
         sequences = [place.sequence for place in places]
         if not masks and all(sequence.params.takes_largest for sequence in sequences):
             return self.sampler.take_largest(step.token_ids)
-        return self.sampler.sample(sequences, step.logits, masks, [place.draft_tokens for place in places])
+        drafts = [place.draft_tokens for place in places]
+        return self.sampler.sample(sequences, step.logits, masks, drafts, step.largest)
 
     def _add_prompts_logprobs(self, scheduled: list[Scheduled], step: Step) -> None:
         first = 0

@@ -37,19 +37,23 @@ class Sampler:
         logits: Array,
         masks: SequenceOf[Array | None] = (),
         drafts: SequenceOf[SequenceOf[int]] = (),
+        largest: tuple[Array, Array] | None = None,
     ) -> list[Sampled]:
         """The next token of each sequence; logits (sequences, vocab) float32 are overwritten.
 
         masks: none, or for each row None or the tokens that its grammar allows, bits in words of uint32 (as `allow`
         takes them). drafts: the draft tokens that stand before each row's token, none by default; all is done as if
-        they had been sampled. Log-probabilities are of the logits as they came.
+        they had been sampled. largest: what `find_largest` says of the logits, if somebody has asked. Log-probabilities
+        are of the logits as they came.
         """
         params = [sequence.params for sequence in sequences]
         drafts = drafts or [()] * len(params)
         wanted = [row for row, p in enumerate(params) if p.logprobs is not None]
         own = logits[wanted]
-        self._process(sequences, logits, masks, drafts)
-        token_ids = sample(logits, settings_of(sequences, drafts))
+        if any(mask is not None for mask in masks) or any(p.changes_logits for p in params):
+            self._process(sequences, logits, masks, drafts)
+            largest = None
+        token_ids = sample(logits, settings_of(sequences, drafts), largest)
         results = [Sampled(token) for token in token_ids.tolist()]
         for row in np.flatnonzero(token_ids < 0).tolist():
             forbids = params[row].changes_logits or (masks and masks[row] is not None)

@@ -14,7 +14,7 @@ from tinyserve.tensor import _jit, sampling
 from tinyserve.tensor import reference_sampling as reference
 from tinyserve.tensor.arena import Arena
 from tinyserve.tensor.program import capture
-from tinyserve.tensor.sampling import CHUNK, FILTERS, SETTINGS, find_largest, greedy, log_probabilities, sample
+from tinyserve.tensor.sampling import CHUNK, FILTERS, SETTINGS, find_largest, log_probabilities, sample
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -108,6 +108,10 @@ def test_the_kernel_is_its_twin(shape, vocab, seed, asked, uniform):
     assert min(twins) <= got <= max(twins)
     if len(twins) == 1:
         assert got in twins
+
+
+def greedy(logits):
+    return find_largest(logits)[0]
 
 
 keep = _jit.cached_kernel(sampling.keep.py_func)
@@ -371,3 +375,14 @@ def test_log_probabilities(shape, vocab, counts, seed):
         assert list(mine) == list(expected)
         values = [[value for value, _ in row.values()] for row in (mine, expected)]
         np.testing.assert_allclose(*values, rtol=0, atol=1e-6)
+
+
+def test_what_was_asked_before_is_not_asked_again():
+    """A captured forward pass ends with the largest logits, and sampling goes on from there."""
+    logits = logits_of("plain", 1000, 5)
+    rows = np.stack([logits, logits[::-1], np.roll(logits, 7)])
+    asked = settings_of(3, temperature=np.array([0.0, 1.0, 0.5]), top_p=0.9, uniform=np.array([0.1, 0.2, 0.3]))
+    known = find_largest(rows)
+    np.testing.assert_array_equal(known[0], rows.argmax(axis=1))
+    expected = sample(rows, asked)
+    np.testing.assert_array_equal(sample(rows, asked, known), expected)

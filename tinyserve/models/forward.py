@@ -15,7 +15,7 @@ from tinyserve.models.kv_cache import KVCache
 from tinyserve.tensor.arena import Arena
 from tinyserve.tensor.program import Program, capture
 from tinyserve.tensor.rows import take_rows
-from tinyserve.tensor.sampling import greedy
+from tinyserve.tensor.sampling import find_largest
 
 Array = np.ndarray
 
@@ -29,7 +29,12 @@ class Step(NamedTuple):
     batch: Batch
     hidden: Array  # (tokens, hidden) float32, before the last norm
     logits: Array  # (rows, vocab) float32
-    token_ids: Array  # (rows,) int64, of the largest logits; -1 where they are no numbers
+    largest: tuple[Array, Array]  # of each row, as `sampling.find_largest` says
+
+    @property
+    def token_ids(self) -> Array:
+        """The greedy choices (rows,) int64; -1 where logits are no numbers."""
+        return self.largest[0]
 
 
 class ForwardPass:
@@ -68,12 +73,12 @@ class ForwardPass:
         return Step(program, batch, *results)
 
 
-def compute(model: DecoderModel, cache: KVCache, batch: Batch) -> tuple[Array, Array, Array]:
-    """The hidden states of a batch, and logits and greedy token ids behind its `rows`, as `Step` has them."""
+def compute(model: DecoderModel, cache: KVCache, batch: Batch) -> tuple[Array, Array, tuple[Array, Array]]:
+    """The hidden states of a batch, and behind its `rows` logits and the largest of them, as `Step` has them."""
     hidden = model(batch, cache)
-    logits, token_ids = np.empty((0, model.config.vocab_size), np.float32), np.empty(0, np.int64)
-    if batch.rows.size:
-        everything = len(batch.rows) == len(hidden)
-        logits = model.logits(hidden if everything else take_rows(hidden, batch.rows))
-        token_ids = greedy(logits)
-    return hidden, logits, token_ids
+    if not batch.rows.size:
+        nothing = np.empty((0, 0), np.float32)
+        return hidden, np.empty((0, model.config.vocab_size), np.float32), (np.empty(0, np.int64), nothing)
+    everything = len(batch.rows) == len(hidden)
+    logits = model.logits(hidden if everything else take_rows(hidden, batch.rows))
+    return hidden, logits, find_largest(logits)

@@ -65,28 +65,24 @@ ROUNDING = 1e-6  # surprises that differ by less are equal: which of two is near
 SLACK = 1e-3  # what rounding can do to the logarithm of a weight, generously
 
 
-def sample(logits: Array, settings: Array) -> Array:
+def sample(logits: Array, settings: Array, largest: tuple[Array, Array] | None = None) -> Array:
     """logits (rows, vocab) float32 -> a token id for each row (rows,) int64; -1 where the largest is no finite number.
 
-    settings (rows,) of SETTINGS. Temperature 0 takes the largest, the first of equals, and looks at no other. Of equals
-    top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
+    settings (rows,) of SETTINGS; largest is what `find_largest` said of these logits, if it was asked before, and its
+    ids become those that are returned. Temperature 0 takes the largest, the first of equals, and looks at no other. Of
+    equals top_k and top_p take the lower id first; typical_p keeps all that are as near as the last one.
     """
-    ids, peaks = find_largest(logits)
+    ids, peaks = largest or find_largest(logits)
     if settings["temperature"].any():
         _sample(logits, peaks, settings, ids)
     return ids
 
 
-def greedy(logits: Array) -> Array:
-    """logits (rows, vocab) float32 -> the id of each row's largest (rows,) int64, the first of equals.
-
-    -1 where it is no finite number, or anything in the row is no number. A captured program can have this as a part.
-    """
-    return find_largest(logits)[0]
-
-
 def find_largest(logits: Array) -> tuple[Array, Array]:
-    """-> ids (rows,) as `greedy` says, and the largest of each chunk (rows, chunks)."""
+    """The id of each row's largest logit (rows,) int64, the first of equals; and each chunk's largest (rows, chunks).
+
+    An id is -1 where the largest is no finite number, or anything in the row is no number.
+    """
     rows, vocab = logits.shape
     ids, peaks = empty(rows, np.int64), empty((rows, (vocab + CHUNK - 1) // CHUNK))
     _find_peaks(logits, peaks)
