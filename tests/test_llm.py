@@ -27,6 +27,7 @@ from tinyserve.engine import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
 from tinyserve.scheduling.sequence import Sequence
+from tinyserve.tensor import _jit
 from tinyserve.tensor.thread_pool import ThreadPool
 from tinyserve.text.request import RequestState
 
@@ -442,6 +443,13 @@ def test_each_model_has_its_threads(folder_of: Callable[[str], Path], monkeypatc
         monkeypatch.setattr(ThreadPool, "run", run)
         assert llm.num_threads == threads
         assert set(seen) == {threads} and len(seen) >= 4
+
+
+def test_there_are_no_more_threads_than_cores(folder_of: Callable[[str], Path]) -> None:
+    """More would only wait for each other."""
+    llm = LLM(folder_of("llama"), dtype="float32", num_threads=1000)
+    assert llm.num_threads == _jit.cores()
+    assert llm.generate([[1, 2]], greedy(3))[0].outputs[0].token_ids
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -216,7 +216,10 @@ def build_engine(
 
     `options` are the model's own, with dtypes resolved; a draft model's engine is built in the same way.
     """
-    threads = _jit.set_threads(options.num_threads)
+    threads = options.num_threads
+    if threads is not None:
+        threads = min(threads, _jit.cores())  # more would wait for each other
+    threads = _jit.set_threads(threads)
     with _jit.one_at_a_time(threads):
         model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, progress)
     runner = ModelRunner(model, plan, threads, files.eos_token_ids)

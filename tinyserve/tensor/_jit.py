@@ -209,8 +209,12 @@ def usable_cores() -> int:
 
     More threads than that are slower: at every barrier some wait for one that has no core.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cores, _cgroup_quota())))
+    return max(1, int(min(cores(), _cgroup_quota())))
+
+
+def cores() -> int:
+    """Cores this process may be on, whatever its quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
