@@ -37,6 +37,7 @@ from tinyserve.tensor.tiles import (
 
 Array = np.ndarray
 
+APART = 16  # rows from one thread's to the next: neither writes into cache lines that the other reads
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
 PRODUCTS = CHUNK * BLOCK  # of such a block, before the epilogue
 FLOAT_ROWS, FLOAT_PANELS = 6, 4 if WIDE else 1
@@ -219,12 +220,13 @@ def integer_block(quantized, first, rows, w, w_panel, panels, after, residual, y
 def _matmul_float(team, x, norm, h, w, after, residual, y):
     M = y.shape[0]
     if M == 1 and norm.kind:  # cheaper for each thread to do than to wait for
-        norm_row(x, 0, norm, h, team.thread)
+        row = team.thread * APART
+        norm_row(x, 0, norm, h, row)
         first, last = next_items(team, w.shape[0])
         product = stack_array(BLOCK, np.float32)
         while first < last:
             for pair in range(first, last):
-                _float_tile_1(h, team.thread, w, 2 * pair, 2, product, 0)
+                _float_tile_1(h, row, w, 2 * pair, 2, product, 0)
                 _finish(product, 1, y, 0, pair * PAIR, PAIR, after, residual)
             first, last = next_items(team, w.shape[0])
         return
@@ -243,12 +245,12 @@ def _matmul_float(team, x, norm, h, w, after, residual, y):
 def _quantize_rows(team, x, norm, rounding, h, quantized):
     first, last = own_items(team, x.shape[0])
     for m in range(first, last):
-        _quantize(x, m, norm, rounding, h, team.thread, quantized, m)
+        _quantize(x, m, norm, rounding, h, team.thread * APART, quantized, m)
 
 
 @kernel
 def _quantize(x, m, norm, rounding, h, scratch, quantized, row):
-    """Row m of x, normalised and quantized; h (threads, K) is what a thread normalises into."""
+    """Row m of x, normalised and quantized; h is what threads normalise into, each from a row of its own."""
     if norm.kind:
         norm_row(x, m, norm, h, scratch)
         quantize_row(h, scratch, quantized, row, rounding)
@@ -259,12 +261,13 @@ def _quantize(x, m, norm, rounding, h, scratch, quantized, row):
 @instruction
 def _matmul_integer_row(team, x, norm, rounding, h, quantized, w, after, residual, y):
     """One row: it is cheaper for each thread to quantize it than to wait for."""
-    _quantize(x, 0, norm, rounding, h, team.thread, quantized, team.thread)
+    row = team.thread * APART
+    _quantize(x, 0, norm, rounding, h, row, quantized, row)
     product = stack_array(BLOCK, np.float32)
     first, last = next_items(team, w.stream.shape[0])
     while first < last:
         for pair in range(first, last):
-            _integer_tile_1(quantized, team.thread, w, 2 * pair, 2, product, 0)
+            _integer_tile_1(quantized, row, w, 2 * pair, 2, product, 0)
             _finish(product, 1, y, 0, pair * PAIR, PAIR, after, residual)
         first, last = next_items(team, w.stream.shape[0])
 
@@ -301,7 +304,7 @@ def normed_rows(x: Array, norm: Norm) -> Array:
     if not norm.kind:
         return x
     if M == 1:
-        return empty((num_threads(), K))
+        return empty((num_threads() * APART, K))
     return norm_rows(x, norm)
 
 
@@ -312,7 +315,7 @@ def matmul_integer(
     M = x.shape[0]
     y = empty((M, width))
     if M == 1:
-        h, quantized = _room(num_threads(), x, rounding, w)
+        h, quantized = _room(num_threads() * APART, x, rounding, w)
         _matmul_integer_row(x, norm, rounding.numbers, h, quantized, w, after, residual, y)
     else:
         _matmul_integer(quantized_rows(x, norm, rounding, w), w, after, residual, y)
@@ -327,7 +330,7 @@ def quantized_rows(x: Array, norm: Norm, rounding: Rounding, w: IntegerWeights) 
 
 
 def _room(rows: int, x: Array, rounding: Rounding, w: IntegerWeights) -> tuple[Array, QuantizedRows]:
-    """Memory for rows that are normalised, one a thread, and for quantized ones."""
+    """Memory for rows that are normalised, one a thread and APART, and for quantized ones."""
     groups = w.stream.shape[1]
     quantized = QuantizedRows(
         empty((rows, groups * w.group), rounding.dtype),
@@ -335,4 +338,4 @@ def _room(rows: int, x: Array, rounding: Rounding, w: IntegerWeights) -> tuple[A
         empty((rows, groups)),
         empty((rows, groups)),
     )
-    return empty((num_threads(), x.shape[1])), quantized
+    return empty((num_threads() * APART, x.shape[1])), quantized
