@@ -1,6 +1,7 @@
 """Granite's own: states that belong to sequences, experts that are one matrix, and what is refused."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(
     llm = LLM(folder_of("granite-hybrid"), dtype="float32")
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=1)
     expected = LLM(folder_of("granite-hybrid"), dtype="float32").generate(PROMPTS, params)
+    execute = llm.engine.runner.execute
+
+    def slowly(scheduled: Any) -> Any:
+        time.sleep(0.005)  # the first answer must not end before the second prompt comes
+        return execute(scheduled)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", slowly)
     stream = llm.stream(PROMPTS[0], params)
     next(stream)
     logits = llm.model.logits
