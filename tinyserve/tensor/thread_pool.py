@@ -29,7 +29,7 @@ from tinyserve.tensor.native import (
 SPLIT = (
     4  # a thread takes this part of what is left of its share at a time: much at first, and the last ones one by one
 )
-LOOKS = 4000  # before a waiting thread sleeps: some 50 µs, more than a balanced instruction leaves to wait for
+LOOKS = 4000  # before a waiting thread sleeps: some 50 to 100 µs, more than a balanced instruction leaves to wait for
 FEW_LOOKS = 100  # where looking has been in vain: the thread that is waited for may need this very processor
 YIELDS = 10  # where there are more threads than processors: a thread that waits gives its processor away, then sleeps
 
