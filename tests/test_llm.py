@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ import pytest
 from checkpoints import BOS, EOS, USER, VOCAB
 from conftest import settle
 from damage import damaged_by
+from hold import hold
 from refusals import refused
 
 from tinyserve import LLM, RequestOutput, SamplingParams
@@ -315,25 +315,21 @@ def test_chunks_join_to_the_answer(llm: LLM, text: str) -> None:
     assert chunks[-1].metrics.output_tokens == 30 and chunks[0].logprobs is None
 
 
-def test_an_abandoned_stream_frees_its_blocks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    execute = llm.engine.runner.execute
-
-    def slowly(scheduled: Any) -> Any:
-        time.sleep(0.005)  # a whole answer of this model would take less
-        return execute(scheduled)
-
-    monkeypatch.setattr(llm.engine.runner, "execute", slowly)
+def test_an_abandoned_stream_frees_its_blocks(llm: LLM) -> None:
     free = llm.engine.scheduler.blocks.num_free
-    for chunk in llm.stream(TEXTS[0], greedy(50)):
-        assert llm.engine.scheduler.blocks.num_free < free
-        if chunk.metrics.output_tokens == 3:
-            break
-    gc.collect()
+    with hold(llm, after=3) as held:
+        for chunk in llm.stream(TEXTS[0], greedy(50)):
+            assert llm.engine.scheduler.blocks.num_free < free
+            if chunk.metrics.output_tokens == 3:
+                break
+        assert held.started.wait(60)
+        gc.collect()
     settle(llm)
     assert llm.engine.scheduler.blocks.num_free == free and not llm.engine.has_work()
-    stream = llm.stream(TEXTS[0], greedy(50))
-    next(stream)
-    stream.close()
+    with hold(llm, after=1):
+        stream = llm.stream(TEXTS[0], greedy(50))
+        next(stream)
+        stream.close()
     settle(llm)
     assert llm.engine.scheduler.blocks.num_free == free
     assert llm.logits([1, 2]).shape == (2, VOCAB)
@@ -625,20 +621,21 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step(llm_of: Callable[..., L
     """The garbage collector may do this at any moment, in the thread that holds the lock."""
     llm = llm_of("llama")
     expected = llm.generate([[1, 2, 3]], greedy(6))[0].outputs[0].token_ids
-    doomed = llm.stream([4, 5], greedy(50))
-    next(doomed)
-    execute = llm.engine.runner.execute
+    with hold(llm, after=1) as held:
+        doomed = llm.stream([4, 5], greedy(50))
+        next(doomed)
+        assert held.started.wait(60)
+        execute, closed = llm.engine.runner.execute, []
 
-    def closing(scheduled: Any) -> Any:
-        doomed.close()
-        return execute(scheduled)
+        def closing(scheduled: Any) -> Any:
+            closed.append(not doomed._request.finished)
+            doomed.close()
+            return execute(scheduled)
 
-    llm.engine.runner.execute = closing  # type: ignore[method-assign]
-    try:
-        kept = llm.stream([1, 2, 3], greedy(6))  # its first step comes after the change
-        assert [*chain(*(chunk.token_ids for chunk in kept))] == expected
-    finally:
-        llm.engine.runner.execute = execute  # type: ignore[method-assign]
+        llm.engine.runner.execute = closing  # type: ignore[method-assign]
+        kept = llm.stream([1, 2, 3], greedy(6))
+        held.release.set()
+        assert [*chain(*(chunk.token_ids for chunk in kept))] == expected and closed[0]
     settle(llm)
     assert llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -101,31 +102,40 @@ class Engine:
         return [end - step.began for step, end in zip(steps, ends, strict=True) if step.tokens == most]
 
     def gaps(self, prompts: list[list[int]], count: int, late: list[int], lead: int) -> dict[str, list[float]]:
-        """Seconds between tokens of streams before, and while, a late prompt is read; it comes after `lead` rounds."""
-        streams = [self.llm.stream(prompt, _greedy(count)) for prompt in prompts]
-        times: list[list[float]] = [[] for _ in streams]
+        """Seconds between tokens of streams before, and while, a late prompt is read.
 
-        def read() -> bool:
-            """The next chunk of each stream: a token, or all that came since."""
-            chunks = [next(stream, None) for stream in streams]
-            for own, chunk in zip(times, chunks, strict=True):
-                if chunk is not None and chunk.metrics.last_token is not None:
-                    own.append(chunk.metrics.last_token)
-            return any(chunks)
+        It comes when all have decoded together for `lead` steps; the engine waits for it, so that streams of a model
+        that takes no time are not over by then.
+        """
+        runner, waits, goes_on, together = self.llm.engine.runner, Event(), Event(), 0
+        forward = runner.forward
 
-        for _ in range(lead):
-            read()
-        settled = max(own[0] for own in times)
-        late_stream = self.llm.stream(late, _greedy(1))
-        while read():
-            pass
+        def wait(work: Any, rows: Any) -> Any:
+            nonlocal together
+            together += len(work) == len(prompts) == sum(len(token_ids) for token_ids, _ in work)
+            if together > lead and not waits.is_set():
+                waits.set()
+                goes_on.wait()
+            return forward(work, rows)
+
+        runner.forward = wait
+        try:
+            streams = [self.llm.stream(prompt, _greedy(count)) for prompt in prompts]
+            while not waits.wait(0.1):
+                if not self.llm.engine.has_work():
+                    raise NotMeasured(f"never did {len(prompts)} streams decode together: give them more tokens")
+            settled, late_stream = perf_counter(), self.llm.stream(late, _greedy(1))
+        finally:
+            runner.forward = forward
+            goes_on.set()
+        times = [list(stream)[-1].metrics.token_times for stream in streams]
         (metrics,) = [chunk.metrics for chunk in late_stream]
         began, ended = metrics.first_scheduled, metrics.first_token
         if ended > min(own[-1] for own in times):
             raise NotMeasured("the streams ended before the late prompt was read: give them more tokens")
         gaps = [pair for own in times for pair in pairwise(own)]
         return {
-            "before": [b - a for a, b in gaps if settled <= a and b <= began],
+            "before": [b - a for a, b in gaps if max(own[0] for own in times) <= a and b <= settled],
             "during": [b - a for a, b in gaps if b > began and a < ended],
         }
 

@@ -1,7 +1,6 @@
 """Granite's own: states that belong to sequences, experts that are one matrix, and what is refused."""
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import checkpoints
 import gguf
 import numpy as np
 import pytest
+from hold import hold
 from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams
@@ -60,15 +60,6 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(
     llm = LLM(folder_of("granite-hybrid"), dtype="float32")
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=1)
     expected = LLM(folder_of("granite-hybrid"), dtype="float32").generate(PROMPTS, params)
-    execute = llm.engine.runner.execute
-
-    def slowly(scheduled: Any) -> Any:
-        time.sleep(0.005)  # the first answer must not end before the second prompt comes
-        return execute(scheduled)
-
-    monkeypatch.setattr(llm.engine.runner, "execute", slowly)
-    stream = llm.stream(PROMPTS[0], params)
-    next(stream)
     logits = llm.model.logits
     broken = threading.Event()
 
@@ -78,10 +69,14 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(
         broken.set()
         raise RuntimeError("a kernel that does not work")
 
-    monkeypatch.setattr(llm.model, "logits", fail)
-    for work in (lambda: llm.generate([PROMPTS[1]], params), lambda: list(stream)):  # in one batch
+    with hold(llm, after=1) as held:
+        streams = [llm.stream(PROMPTS[0], params)]
+        assert held.started.wait(60)
+        monkeypatch.setattr(llm.model, "logits", fail)
+        streams.append(llm.stream(PROMPTS[1], params))
+    for stream in streams:  # in one batch
         with pytest.raises(RuntimeError, match="does not work"):
-            work()
+            list(stream)
     assert broken.is_set()
     monkeypatch.setattr(llm.model, "logits", logits)
     for one, two in zip(expected, llm.generate(PROMPTS, params), strict=True):

@@ -1,7 +1,6 @@
 """The server as its clients see it, on SmolLM2 and tiny models: OpenAI's own client, plain HTTP, many at once."""
 
 import asyncio
-import itertools
 import json
 import socket
 import threading
@@ -14,6 +13,7 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
+from hold import hold
 from pydantic import BaseModel
 from servers import Running, running
 from tool_templates import HERMES
@@ -478,41 +478,23 @@ def test_other_origins_are_not_let_in_by_default(tiny: Running) -> None:
 
 def test_a_full_queue_says_when_to_come_again(folder_of: Callable[[str], Path]) -> None:
     with running({"tiny": folder_of("llama")}, dtype="float32", num_threads=1, max_num_seqs=1, max_queue=1) as server:
-        started, release = hold(server)
         threads = [
             threading.Thread(target=server.post, args=(TEXT, {"prompt": "ab", "max_tokens": 4})) for _ in range(2)
         ]
-        try:
+        with hold(server.engine.llm) as held:
             threads[0].start()
-            assert started.wait(60)
+            assert held.started.wait(60)
             threads[1].start()
             wait_until(lambda: server.state.pool.default.num_open == 2)
             refused = server.post(TEXT, {"prompt": "ab"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-        finally:
-            release.set()
-            for thread in threads:
-                thread.join()
+        for thread in threads:
+            thread.join()
         assert server.post(TEXT, {"prompt": "ab", "max_tokens": 1}).status_code == 200
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------
-
-
-def hold(server: Running, after: int = 0) -> tuple[threading.Event, threading.Event]:
-    """Let the engine wait before a step, the next or that after so many: the events say that it does, and may go on."""
-    runner, started, release = server.engine.llm.engine.runner, threading.Event(), threading.Event()
-    execute, steps = runner.execute, itertools.count()
-
-    def held(scheduled: Any) -> Any:
-        if next(steps) >= after:
-            started.set()
-            assert release.wait(120)
-        return execute(scheduled)
-
-    runner.execute = held  # type: ignore[method-assign]
-    return started, release
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
@@ -527,15 +509,12 @@ def test_who_hangs_up_is_not_answered_any_longer(folder_of: Callable[[str], Path
     body = json.dumps({"prompt": "ab" * 10, "max_tokens": 90, "ignore_eos": True, "stream": stream})
     head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with running({"tiny": folder_of("granite-hybrid")}, dtype="float32", num_threads=1, max_num_seqs=4) as server:
-        started, release = hold(server)
         steps, url = server.engine.stats().steps, httpx.URL(server.url)
-        try:
+        with hold(server.engine.llm) as held:
             with socket.create_connection((url.host, url.port)) as connection:
                 connection.sendall(f"{head}{body}".encode())
-                assert started.wait(60)
+                assert held.started.wait(60)
             wait_until(lambda: server.state.pool.default.num_open == 0)
-        finally:
-            release.set()
         wait_until(lambda: server.metric("tinyserve_cache_blocks_used") == 0)
         assert server.engine.stats().steps <= steps + 2
         assert not server.engine._jobs
@@ -544,7 +523,6 @@ def test_who_hangs_up_is_not_answered_any_longer(folder_of: Callable[[str], Path
 def test_a_dead_engine_is_told_everywhere(folder_of: Callable[[str], Path]) -> None:
     """Those that wait get a status; a stream that has begun ends with an event that says so."""
     with running({"tiny": folder_of("llama")}, dtype="float32", num_threads=1, max_num_seqs=2) as server:
-        started, release = hold(server, after=2)
         begun: list[httpx.Response] = []
         refused: list[httpx.Response] = []
         body = {"prompt": "ab", "max_tokens": 50, "ignore_eos": True}
@@ -552,20 +530,19 @@ def test_a_dead_engine_is_told_everywhere(folder_of: Callable[[str], Path]) -> N
         def ask_for(stream: bool, answers: list[httpx.Response]) -> None:
             answers.append(server.post(TEXT, {**body, "stream": stream}))
 
-        kinds = [(True, begun), (False, refused), (True, refused), (False, refused)]
-        threads = [threading.Thread(target=ask_for, args=kind) for kind in kinds]
-        threads[0].start()
-        assert started.wait(60)
-        for thread in threads[1:]:
-            thread.start()
-        wait_until(lambda: server.state.pool.default.num_open == 4)
-
         def broken(_: Any) -> Any:
             raise SystemError("a mistake of the engine's own")
 
-        server.engine.llm.engine.step = broken  # type: ignore[method-assign]
-        server.engine.llm.engine.has_work = broken  # type: ignore[method-assign]
-        release.set()
+        kinds = [(True, begun), (False, refused), (True, refused), (False, refused)]
+        threads = [threading.Thread(target=ask_for, args=kind) for kind in kinds]
+        with hold(server.engine.llm, after=2) as held:
+            threads[0].start()
+            assert held.started.wait(60)
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: server.state.pool.default.num_open == 4)
+            server.engine.llm.engine.step = broken  # type: ignore[method-assign]
+            server.engine.llm.engine.has_work = broken  # type: ignore[method-assign]
         for thread in threads:
             thread.join(60)
             assert not thread.is_alive()

@@ -11,6 +11,7 @@ import checkpoints
 import numpy as np
 import pytest
 from conftest import cache_bytes, settle
+from hold import hold
 from refusals import refused
 
 from tinyserve import LLM, AsyncEngine, SamplingParams
@@ -114,12 +115,15 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
 
     async def main() -> None:
         engine = AsyncEngine(llm)
-        stream = engine.generate(TEXTS[2], FREE)
-        await anext(stream)
-        embedding = asyncio.create_task(engine.embed(checkpoints.token_ids(100)))
-        async for _ in stream:
-            pass
-        await embedding
+        with hold(llm, after=len(TEXTS[2]) // 4) as held:  # behind the first token
+            stream = engine.generate(TEXTS[2], FREE)
+            await anext(stream)
+            call = llm.thread.call
+            monkeypatch.setattr(llm.thread, "call", lambda work: (held.release.set(), call(work))[1])
+            embedding = asyncio.create_task(engine.embed(checkpoints.token_ids(100)))
+            async for _ in stream:
+                pass
+            await embedding
 
     asyncio.run(asyncio.wait_for(main(), 60))
     assert events.count("prefill") == 25
