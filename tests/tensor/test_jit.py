@@ -47,8 +47,9 @@ def test_the_cache_folder_depends_on_the_processor_and_moves_with_its_variable(t
     code = "from tinyserve.tensor import _jit; print(_jit.cache_folder())"
     here = Path(python(code, TINYSERVE_CACHE=str(tmp_path)))
     generic = Path(python(code, TINYSERVE_CACHE=str(tmp_path), NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
-    assert here.parent == generic.parent == tmp_path
-    assert here != generic
+    forced = Path(python(code, TINYSERVE_CACHE=str(tmp_path), TINYSERVE_DOT_PRODUCT="plain"))
+    assert here.parent == generic.parent == forced.parent == tmp_path
+    assert len({here, generic, forced}) == 3
     assert here.is_dir()
 
 
@@ -270,5 +271,59 @@ print(dot_product.PATH)
     assert python(code, TINYSERVE_CACHE=str(tmp_path)).split() == ["False", "True", "False", "plain"]
 
 
-def test_the_probe_of_the_path_in_use_passes() -> None:
-    python("from tinyserve.tensor import probe; probe.check()")
+def test_the_probe_of_the_paths_in_use_passes() -> None:
+    python("from tinyserve.tensor import probe; probe.check(); probe.check_bfloat16()")
+
+
+# --- pairs of bfloat16 --------------------------------------------------------------------------------------------
+
+ATTEND = """
+import hashlib
+import numpy as np
+from tinyserve.tensor import attention, bfloat16, kv_cache
+from tinyserve.tensor.rope import RopeTable
+random, count = np.random.default_rng(0), 700
+pages = kv_cache.Pages(
+    np.zeros((44, 2, 12, 16), np.uint32), np.zeros((44, 2, 8, 32), np.uint32), *2 * [np.zeros((0, 0, 0), np.float32)]
+)
+where = np.arange(count)
+tokens = kv_cache.Tokens(where, where, np.zeros(count, np.int64), np.arange(44, dtype=np.int32).reshape(1, 44))
+qkv, heads = random.standard_normal((count, 10 * 24), np.float32), kv_cache.Heads(6, 2, 24)
+kv_cache.rotate_and_store(qkv, heads, RopeTable(*2 * [np.zeros((0, 0), np.float32)]), tokens, pages)
+scoring = attention.Scoring(np.float32(0.2), 0, np.zeros((0, 0), np.float32))
+last = kv_cache.Tokens(*(array[-1:] for array in tokens[:3]), tokens.block_tables)
+out = attention.attention(qkv, heads, scoring, tokens, pages)
+assert np.array_equal(out[-1:], attention.attention(qkv[-1:], heads, scoring, last, pages))
+print(bfloat16.PATH, hashlib.sha256(out.tobytes()).hexdigest())
+"""
+
+
+def test_two_multiply_adds_are_what_the_instruction_is() -> None:
+    """The same bits of attention in prompts and in decoding, whichever a processor has."""
+    own, digest = python(ATTEND).split()
+    assert own == ("avx512-bf16" if _jit.has_feature("avx512f", "avx512bw", "avx512bf16") else "fma")
+    assert python(ATTEND, TINYSERVE_BFLOAT16="fma").split() == ["fma", digest]
+
+
+def test_the_pairs_instruction_is_in_the_machine_code(tmp_path: Path) -> None:
+    code = """
+from numba import types
+from tinyserve.tensor import bfloat16, probe
+kinds = types.float32, types.uint32, types.uint32, types.float32
+probe.dot_pairs.compile(tuple(types.Array(kind, 1, "C") for kind in kinds))
+print(bfloat16.PATH, *(probe.dot_pairs.inspect_asm(signature) for signature in probe.dot_pairs.signatures))
+"""
+    told = {"NUMBA_CPU_NAME": "znver5", "NUMBA_CPU_FEATURES": f"{VNNI},+avx512bf16", "TINYSERVE_CACHE": str(tmp_path)}
+    assert "vdpbf16ps\t" in python(code, **told, TINYSERVE_BFLOAT16="avx512-bf16")
+    other = python(code, **told, TINYSERVE_BFLOAT16="fma")
+    assert "vdpbf16ps" not in other and other.count("vfmadd") == 2
+
+
+def test_a_pairs_instruction_that_failed_its_probe_is_not_taken(tmp_path: Path) -> None:
+    code = """
+from tinyserve.tensor import _jit
+(_jit.cache_folder() / "avx512-bf16.runs").write_text("no")
+from tinyserve.tensor import bfloat16
+print(bfloat16.PATH)
+"""
+    assert python(code, TINYSERVE_CACHE=str(tmp_path)) == "fma"

@@ -334,7 +334,7 @@ def _fill(cache: "KVCache") -> None:
     """Write to all of it: memory that nobody has written to is one page of zeros, which is always in a cache."""
     for layer in cache.layers:
         for array in layer:
-            array.fill(0x3F80 if array.dtype == "uint16" else 1)  # 1.0 in bfloat16
+            array.fill(0x3F803F80 if array.dtype == "uint32" else 1)  # 1.0 twice in bfloat16
 
 
 def _times(program: "Program") -> tuple[list[float], int]:

@@ -19,7 +19,8 @@ from tinyserve.tensor.simd import LANES
 
 Array = np.ndarray
 
-_KEPT_AS = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+# What an element is, and how many numbers it holds: bfloat16 lies in pairs.
+_KEPT_AS = {"float32": (np.float32, 1), "bfloat16": (np.uint32, 2), "int8": (np.int8, 1)}
 
 
 class LayerState(NamedTuple):
@@ -90,16 +91,17 @@ class KVCache:
     def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32") -> int:
         """Bytes of one block over all attention layers, keys and values."""
         kind, width = KV_CACHE_DTYPES[dtype], config.head_dim
-        per_head = kind.head_bytes(width) + kind.head_bytes(padded(width, LANES))  # keys, and values in whole vectors
+        # Keys in whole words, and values in whole vectors.
+        per_head = kind.head_bytes(padded(width, _KEPT_AS[dtype][1])) + kind.head_bytes(padded(width, LANES))
         return config.num_key_value_heads * per_head * block_size * config.num_attention_layers
 
 
 def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> Pages:
-    heads, width, kept = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
+    heads, width, (kept, numbers) = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
     scales = (num_blocks, heads, block_size) if KV_CACHE_DTYPES[dtype].scale_bytes else (0, 0, 0)
     return Pages(
-        aligned((num_blocks, heads, config.head_dim, block_size), kept, np.zeros),
-        aligned((num_blocks, heads, block_size, width), kept, np.zeros),
+        aligned((num_blocks, heads, -(-config.head_dim // numbers), block_size), kept, np.zeros),
+        aligned((num_blocks, heads, block_size // numbers, width), kept, np.zeros),
         np.zeros(scales, np.float32),
         np.zeros(scales, np.float32),
     )

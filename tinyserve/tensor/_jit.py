@@ -153,7 +153,8 @@ def cache_folder() -> Path:
     key = hashlib.sha256()
     for source in sources:
         key.update(source.read_bytes())
-    processor = f"{cpu_name()} {cpu_features()}"
+    forced = [os.environ.get(name) for name in ("TINYSERVE_DOT_PRODUCT", "TINYSERVE_BFLOAT16")]
+    processor = f"{cpu_name()} {cpu_features()} {forced}"
     # Numba finds machine code by the path of its source: another installation's is of no use.
     key.update(f"{Path(__file__).parent} {numba.__version__} {platform.python_version()} {processor}".encode())
     folder = _user_cache() / f"kernels-{key.hexdigest()[:16]}"

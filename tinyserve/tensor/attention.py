@@ -7,7 +7,8 @@ Every query walks its keys in chunks of 64 and spans of 512, both from multiples
 batch; what the spans come to is merged in their order. Queries that see the same keys, which are the query heads that
 share a key head and the neighbouring tokens of a prompt, are the rows of register tiles that load each key once, and
 chunk after chunk is gone through by all tiles, so that it stays in the nearest cache. A query for which a chunk is
-wholly masked is left as it was, to the bit, unless the chunk holds values not finite.
+wholly masked is left as it was, to the bit, unless the chunk holds values not finite. Beside keys and values in
+bfloat16 queries and weights are rounded to it as well, and multiplied in pairs (bfloat16.py); sums are float32.
 """
 
 from functools import cache
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyserve.tensor._jit import inline_kernel, kernel
+from tinyserve.tensor.bfloat16 import add_weights, first_of_pairs, keep, numbers_per_word, store_weights
 from tinyserve.tensor.kv_cache import Heads, Pages, Tokens
 from tinyserve.tensor.native import stack_array
 from tinyserve.tensor.program import constant, empty, instruction, num_threads
@@ -25,9 +27,9 @@ from tinyserve.tensor.simd import (
     exp,
     first_lanes,
     fma,
+    larger,
+    larger_lane,
     load,
-    max_lane,
-    maximum,
     splat,
     store,
     store_first,
@@ -43,9 +45,9 @@ SPAN = 8 * CHUNK  # keys after which a query's sums begin anew
 # Queries that share the keys they load, and vectors of keys: as many sums as fit the registers, and no more.
 MOST_ROWS, PANELS = (4, 4) if WIDE else (3, 2)
 RUN, RUN_ROWS = 48, 144  # tokens, and queries, that one thread takes at once, at most
-UNPACK = 16  # queries for which a chunk is made float32 first
+UNPACK = 16  # queries for which a chunk is put together first, int8 as float32
 MOST_SUMS = 1 << 23  # numbers (32 MB) that sums of spans may take, so that several threads share one query
-WEIGHTS = MOST_ROWS * CHUNK
+SCORES = MOST_ROWS * CHUNK
 LARGEST, WEIGHT = LANES, LANES - 1  # where in a row of sums, from its end, are its largest score and its sum of weights
 
 
@@ -59,27 +61,29 @@ class Scoring(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What each thread works in, (threads, ..) float32. A row of sums is a vector longer than a value: the weighted
-    values, then the largest score and the sum of weights.
+    """What each thread works in, (threads, ..). A row of sums is a vector longer than a value: the weighted values,
+    then the largest score and the sum of weights. The others are float32, or pairs of bfloat16 where the cache is.
     """
 
     queries: Array  # side by side
-    sums: Array  # (.., rows, row): each query's over one span
-    totals: Array  # (.., rows, row): each query's over the spans before
+    sums: Array  # (.., rows, row) float32: each query's over one span
+    totals: Array  # (.., rows, row) float32: each query's over the spans before
     keys: Array  # a chunk's
     values: Array
+    weights: Array  # of a tile's queries: a chunk's values are multiplied by them
 
 
 class Rows(NamedTuple):
     """Queries that see the same keys: the heads of one key head, for a token and its successors."""
 
     queries: Array
+    weights: Array
     sums: Array
     length: int
     position: int  # of the first token
     head: int  # of a token's first query
     group: int  # queries of a token
-    head_dim: int
+    words: int  # of a query: its numbers, or pairs of them
 
 
 class Chunk(NamedTuple):
@@ -115,18 +119,21 @@ def attention(qkv: Array, heads: Heads, scoring: Scoring, tokens: Tokens, pages:
     width = pages.values.shape[3]
     row = width + LANES
     # A program is recorded for a block table of this width, and serves sequences of all depths that it has room for.
-    spans = -(-tokens.block_tables.shape[1] * pages.values.shape[2] // SPAN)
+    spans = -(-tokens.block_tables.shape[1] * pages.keys.shape[3] // SPAN)
     if scoring.window:
         spans = min(spans, (scoring.window - 2) // SPAN + 2)
     busy = heads.kv_heads * (count // run) >= 4 * threads  # without sharing a query
     if spans == 1 or busy or count * heads.heads * spans * row > MOST_SUMS:
         spans = 0
+    numbers, words = (2, np.uint32) if pages.keys.dtype == np.uint32 else (1, np.float32)
+    query = pages.keys.shape[2]
     scratch = Scratch(
-        queries=empty((threads, run * group * heads.head_dim)),
+        queries=empty((threads, run * group * query), words),
         sums=empty((threads, run * group, row)),
         totals=empty((threads, run * group, row)),
-        keys=empty((threads, heads.head_dim * CHUNK)),
-        values=empty((threads, CHUNK * width)),
+        keys=empty((threads, query * CHUNK), words),
+        values=empty((threads, CHUNK // numbers * width), words),
+        weights=empty((threads, SCORES // numbers), words),
     )
     parts = empty((count * heads.heads, spans, row))
     out = empty((count, heads.heads * heads.head_dim))
@@ -149,6 +156,7 @@ def _attend(team, qkv, heads, scoring, tokens, pages, run, scratch, parts, out):
         scratch.totals[team.thread],
         scratch.keys[team.thread],
         scratch.values[team.thread],
+        scratch.weights[team.thread],
     )
     count = heads.kv_heads * _count_units(tokens, run, parts.shape[1], scoring.window)
     first, end = next_items(team, count)
@@ -222,10 +230,11 @@ def _find_unit(index, tokens, run, spans, window):
 def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_head):
     group = heads.heads // heads.kv_heads
     position, head = tokens.positions[unit.first], kv_head * group
-    rows = Rows(own.queries, own.sums, unit.tokens * group, position, head, group, heads.head_dim)
+    words = pages.keys.shape[2]
+    rows = Rows(own.queries, own.weights, own.sums, unit.tokens * group, position, head, group, words)
     sequence, last = tokens.sequence_of[unit.first], position + unit.tokens - 1
     blocks = tokens.block_tables[sequence]
-    _gather_queries(rows, qkv, unit)
+    _gather_queries(rows, qkv, unit, heads.head_dim)
     for span in range(unit.span, unit.last_span + 1):
         _clear_sums(rows)
         first = max(span * SPAN, _first_key(position, scoring.window) // CHUNK * CHUNK)
@@ -233,7 +242,7 @@ def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_h
         for start in range(first, stop, CHUNK):
             chunk = _find_chunk(pages, blocks, kv_head, start, last)
             if rows.length >= UNPACK:
-                _take_in_unpacked(rows, _unpack(chunk, own, heads.head_dim, pages.values.shape[3]), chunk, scoring)
+                _take_in_unpacked(rows, _unpack(chunk, own, words, pages.values.shape[3]), chunk, scoring)
                 continue
             # What this thread will read next: the sequence goes on, or is another key head's, or there is another one.
             ahead, ahead_last, ahead_head, ahead_sequence = start + CHUNK, last, kv_head, sequence
@@ -270,11 +279,14 @@ def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_h
 
 
 @kernel
-def _gather_queries(rows, qkv, unit):
-    n, first = rows.group * rows.head_dim, rows.head * rows.head_dim
-    for j in range(unit.tokens):
-        for d in range(n):
-            rows.queries[j * n + d] = qkv[unit.first + j, first + d]
+def _gather_queries(rows, qkv, unit, head_dim):
+    numbers, one = numbers_per_word(rows.queries), np.float32(1.0)
+    for r in range(rows.length):
+        token, first = unit.first + r // rows.group, (rows.head + r % rows.group) * head_dim
+        for d in range(head_dim):
+            keep(rows.queries, r * rows.words + d // numbers, d % numbers, qkv[token, first + d], one)
+        if head_dim % numbers:
+            keep(rows.queries, (r + 1) * rows.words - 1, 1, np.float32(0.0), one)
 
 
 # --- sums: arrays (.., row), of which one row is meant ----------------------------------------------------------------
@@ -331,14 +343,15 @@ def _find_chunk(pages, blocks, kv_head, start, last):
     s1 = _scale_address(pages, blocks, kv_head, start + LANES if start + LANES <= last else start)
     s2 = _scale_address(pages, blocks, kv_head, start + 2 * LANES if start + 2 * LANES <= last else start)
     s3 = _scale_address(pages, blocks, kv_head, start + 3 * LANES if start + 3 * LANES <= last else start)
-    head_dim, block_size, width = pages.keys.shape[2], pages.keys.shape[3], pages.values.shape[3]
+    words, block_size, width = pages.keys.shape[2], pages.keys.shape[3], pages.values.shape[3]
+    n = numbers_per_word(pages.values)
     return Chunk(
         pages.keys, pages.values, pages.key_scales, pages.value_scales, start, block_size,
         (
-            _key_address(s0, head_dim, block_size), _key_address(s1, head_dim, block_size),
-            _key_address(s2, head_dim, block_size), _key_address(s3, head_dim, block_size),
+            _key_address(s0, words, block_size), _key_address(s1, words, block_size),
+            _key_address(s2, words, block_size), _key_address(s3, words, block_size),
         ),
-        (s0 * width, s1 * width, s2 * width, s3 * width),
+        (s0 // n * width, s1 // n * width, s2 // n * width, s3 // n * width),
         (s0, s1, s2, s3),
     )  # fmt: skip
 
@@ -351,35 +364,43 @@ def _scale_address(pages, blocks, kv_head, key):
 
 
 @kernel
-def _key_address(scale_at, head_dim, block_size):
-    """The same of its first number in (blocks, kv_heads, head_dim, block_size)."""
+def _key_address(scale_at, words, block_size):
+    """The same of its first word in (blocks, kv_heads, words, block_size)."""
     offset = scale_at % block_size
-    return (scale_at - offset) * head_dim + offset
+    return (scale_at - offset) * words + offset
 
 
 @kernel
-def _unpack(chunk, own, head_dim, width):
-    """The chunk in float32: keys (head_dim, 64), values (64, width)."""
+def _unpack(chunk, own, words, width):
+    """The chunk's keys (words, 64) and values (64 keys or 32 pairs of them, width), side by side."""
+    n = LANES // numbers_per_word(own.values) * width
     for i in range(CHUNK // LANES):
         at = chunk.keys_at[i]
-        for d in range(head_dim):
+        for d in range(words):
             store(own.keys, d * CHUNK + i * LANES, load(chunk.keys, at + d * chunk.key_stride))
-        at, n = chunk.values_at[i], LANES * width
+        at = chunk.values_at[i]
         for d in range(0, n, LANES):
             store(own.values, i * n + d, load(chunk.values, at + d))
     return Chunk(
         own.keys, own.values, chunk.key_scales, chunk.value_scales, chunk.start, CHUNK,
-        (0, LANES, 2 * LANES, 3 * LANES), (0, LANES * width, 2 * LANES * width, 3 * LANES * width), chunk.scales_at,
+        (0, LANES, 2 * LANES, 3 * LANES), (0, n, 2 * n, 3 * n), chunk.scales_at,
     )  # fmt: skip
+
+
+@inline_kernel
+def _value_address(chunk, word, width):
+    """The flat index of a word of values: a key's, or two keys'."""
+    words = LANES // numbers_per_word(chunk.values)
+    return chunk.values_at[word // words] + word % words * width
 
 
 # --- one chunk --------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _score(weights, at, i, chunk, scoring, head):
+def _score(scores, at, i, chunk, scoring, head):
     """(q · k + alibi) · scale of vector i of a row's chunk."""
-    s = load(weights, at + i * LANES)
+    s = load(scores, at + i * LANES)
     if chunk.key_scales.size:
         s = s * load(chunk.key_scales, chunk.scales_at[i])
     if scoring.alibi.size:
@@ -388,23 +409,26 @@ def _score(weights, at, i, chunk, scoring, head):
 
 
 @inline_kernel
-def _softmax_step(weights, at, rows, r, chunk, scoring):
-    """Turn q · k of a row's chunk into weights, zero for keys that it does not see, and shrink its past to match."""
+def _softmax_step(scores, at, rows, r, chunk, scoring):
+    """From q · k of a row's chunk the weights, zero for keys that it does not see; its past is shrunk to match."""
     position, head = rows.position + r // rows.group, rows.head + r % rows.group
     sums, row = rows.sums, rows.sums.shape[1]
     first, count = _first_key(position, scoring.window) - chunk.start, position + 1 - chunk.start
+    s0, s1 = _score(scores, at, 0, chunk, scoring, head), _score(scores, at, 1, chunk, scoring, head)
+    s2, s3 = _score(scores, at, 2, chunk, scoring, head), _score(scores, at, 3, chunk, scoring, head)
     minus_infinity = splat(np.float32(-np.inf))
-    s0 = first_lanes(_score(weights, at, 0, chunk, scoring, head), minus_infinity, count)
-    s1 = first_lanes(_score(weights, at, 1, chunk, scoring, head), minus_infinity, count - LANES)
-    s2 = first_lanes(_score(weights, at, 2, chunk, scoring, head), minus_infinity, count - 2 * LANES)
-    s3 = first_lanes(_score(weights, at, 3, chunk, scoring, head), minus_infinity, count - 3 * LANES)
+    if count < CHUNK:
+        s0 = first_lanes(s0, minus_infinity, count)
+        s1 = first_lanes(s1, minus_infinity, count - LANES)
+        s2 = first_lanes(s2, minus_infinity, count - 2 * LANES)
+        s3 = first_lanes(s3, minus_infinity, count - 3 * LANES)
     if first > 0:
         s0 = first_lanes(minus_infinity, s0, first)
         s1 = first_lanes(minus_infinity, s1, first - LANES)
         s2 = first_lanes(minus_infinity, s2, first - 2 * LANES)
         s3 = first_lanes(minus_infinity, s3, first - 3 * LANES)
     before = sums[r, row - LARGEST]
-    largest = max(before, max_lane(maximum(maximum(s0, s1), maximum(s2, s3))))
+    largest = max(before, larger_lane(larger(larger(s0, s1), larger(s2, s3))))
     # Nothing seen yet and nothing here: any finite shift gives weights of zero, where -inf would give nan.
     finite = largest if largest > -np.inf else np.float32(0.0)
     shift = splat(finite)
@@ -415,16 +439,28 @@ def _softmax_step(weights, at, rows, r, chunk, scoring):
             store(sums, i, load(sums, i) * splat(shrink))
         sums[r, row - LARGEST] = largest
         sums[r, row - WEIGHT] *= shrink
-    sums[r, row - WEIGHT] += sum_lanes((p0 + p1) + (p2 + p3))
+    sums[r, row - WEIGHT] += sum_lanes(add_weights(rows.weights, p0, p1, p2, p3))
     if chunk.value_scales.size:
         p0 = p0 * load(chunk.value_scales, chunk.scales_at[0])
         p1 = p1 * load(chunk.value_scales, chunk.scales_at[1])
         p2 = p2 * load(chunk.value_scales, chunk.scales_at[2])
         p3 = p3 * load(chunk.value_scales, chunk.scales_at[3])
-    store(weights, at, p0)
-    store(weights, at + LANES, p1)
-    store(weights, at + 2 * LANES, p2)
-    store(weights, at + 3 * LANES, p3)
+    store_weights(rows.weights, at, p0, p1)
+    store_weights(rows.weights, at + 2 * LANES, p2, p3)
+
+
+@inline_kernel
+def _ask_again(ahead, part, parts, words, width):
+    """Ask memory for a part of the lines of a chunk's keys and values."""
+    a0, a1, a2, a3 = ahead.keys_at
+    for d in range(part * words // parts, (part + 1) * words // parts):
+        at = d * ahead.key_stride
+        prefetch_panels(2, ahead.keys, a0 + at, a1 - a0)
+        prefetch_panels(2, ahead.keys, a2 + at, a3 - a2)
+    lines = width // numbers_per_word(ahead.values)  # vectors of 16 keys' values
+    for group in range(CHUNK // LANES):
+        for i in range(part * lines // parts, (part + 1) * lines // parts):
+            prefetch_panels(1, ahead.values, ahead.values_at[group] + i * LANES, 0)
 
 
 @cache
@@ -432,48 +468,57 @@ def _tile(ROWS, IS_PACKED):
     """A kernel that adds a chunk to the sums of ROWS rows from `first` on, of which the last is at position `last`.
 
     While it works on pages it asks memory for those of the chunk `ahead`: they are too short, and too far from each
-    other, for a processor to foresee.
+    other, for a processor to foresee. It asks twice for each line, since a processor drops what it has no room for.
     """
     SIZE = ROWS * PANELS
 
     @inline_kernel
-    def tile(rows, first, last, chunk, ahead, scoring, weights):
-        head_dim, row = rows.head_dim, rows.sums.shape[1]
-        width = row - LANES
+    def tile(rows, first, last, chunk, ahead, scoring, scores):
+        words, row, numbers = rows.words, rows.sums.shape[1], numbers_per_word(rows.weights)
+        width, weights_row = row - LANES, CHUNK // numbers
         for p in range(0, CHUNK // LANES, PANELS):
             k0, k1 = chunk.keys_at[p], chunk.keys_at[p + 1]
             k2, k3 = chunk.keys_at[(p + 2) % 4], chunk.keys_at[(p + 3) % 4]  # of which a tile of two makes no use
             a0, a1, a2, a3 = ahead.keys_at
-            scores = zeros(SIZE)
-            for d in range(head_dim):
+            products = zeros(SIZE)
+            for d in range(words):
                 at = d * chunk.key_stride
                 if IS_PACKED:
                     prefetch_panels(2, ahead.keys, a0 + at, a1 - a0)
                     prefetch_panels(2, ahead.keys, a2 + at, a3 - a2)
                 panels = load_panels(PANELS, chunk.keys, k0 + at, k1 + at, k2 + at, k3 + at)
-                scores = fma_rows(scores, panels, rows.queries, first * head_dim + d, head_dim)
-            store_rows(weights, p * LANES, CHUNK, scores, PANELS, CHUNK)
+                products = fma_rows(products, panels, rows.queries, first * words + d, words)
+            store_rows(scores, p * LANES, CHUNK, products, PANELS, CHUNK)
         for r in range(ROWS):
-            _softmax_step(weights, r * CHUNK, rows, first + r, chunk, scoring)
+            if IS_PACKED:
+                _ask_again(ahead, r, ROWS, words, width)
+            _softmax_step(scores, r * CHUNK, rows, first + r, chunk, scoring)
         stop, many = min(CHUNK, last + 1 - chunk.start), PANELS * LANES
+        whole = stop // numbers  # words; a last key that is alone in its word comes behind them
         for d in range(0, width // many * many, many):
             total = load_rows(ROWS, PANELS, rows.sums, first * row + d, row)
-            for group in range(0, stop, LANES):  # neighbours of a page
-                at, ahead_at = chunk.values_at[group // LANES] + d, ahead.values_at[group // LANES] + d
-                for key in range(group, min(group + LANES, stop)):
+            for i in range(0, whole, LANES // numbers):  # neighbours of a page
+                group = i * numbers // LANES
+                at, ahead_at = chunk.values_at[group] + d, ahead.values_at[group] + d
+                for word in range(i, min(i + LANES // numbers, whole)):
                     if IS_PACKED:
                         prefetch_panels(PANELS, ahead.values, ahead_at, LANES)
-                    total = fma_rows(total, load_tile(PANELS, chunk.values, at, LANES), weights, key, CHUNK)
+                    values = load_tile(PANELS, chunk.values, at, LANES)
+                    total = fma_rows(total, values, rows.weights, word, weights_row)
                     at += width
                     ahead_at += width
+            if numbers * whole < stop:
+                values = load_tile(PANELS, chunk.values, _value_address(chunk, whole, width) + d, LANES)
+                total = fma_rows(total, first_of_pairs(chunk.values, values), rows.weights, whole, weights_row)
             store_rows(rows.sums, first * row + d, row, total, PANELS, many)
         for d in range(width // many * many, width, LANES):
             narrow = load_rows(ROWS, 1, rows.sums, first * row + d, row)
-            for group in range(0, stop, LANES):
-                at = chunk.values_at[group // LANES] + d
-                for key in range(group, min(group + LANES, stop)):
-                    narrow = fma_rows(narrow, load_tile(1, chunk.values, at, LANES), weights, key, CHUNK)
-                    at += width
+            for word in range(whole):
+                value = load_tile(1, chunk.values, _value_address(chunk, word, width) + d, LANES)
+                narrow = fma_rows(narrow, value, rows.weights, word, weights_row)
+            if numbers * whole < stop:
+                value = load_tile(1, chunk.values, _value_address(chunk, whole, width) + d, LANES)
+                narrow = fma_rows(narrow, first_of_pairs(chunk.values, value), rows.weights, whole, weights_row)
             store_rows(rows.sums, first * row + d, row, narrow, 1, LANES)
 
     return tile
@@ -486,7 +531,7 @@ def _tiles(IS_PACKED):
 
     @kernel
     def take_in(rows, chunk, ahead, scoring):
-        weights = stack_array(WEIGHTS, np.float32)
+        scores = stack_array(SCORES, np.float32)
         r = 0
         while r < rows.length:
             left = rows.length - r
@@ -496,14 +541,14 @@ def _tiles(IS_PACKED):
             first = _first_key(rows.position + r // rows.group, scoring.window)
             if chunk.start <= last and first < chunk.start + CHUNK:
                 if n == MOST_ROWS:
-                    tile_most(rows, r, last, chunk, ahead, scoring, weights)
+                    tile_most(rows, r, last, chunk, ahead, scoring, scores)
                 elif n == MOST_ROWS - 1:
-                    tile_less(rows, r, last, chunk, ahead, scoring, weights)
+                    tile_less(rows, r, last, chunk, ahead, scoring, scores)
                 elif IS_PACKED:  # UNPACK rows come in the two largest tiles
                     if n == 2:
-                        tile_2(rows, r, last, chunk, ahead, scoring, weights)
+                        tile_2(rows, r, last, chunk, ahead, scoring, scores)
                     else:
-                        tile_1(rows, r, last, chunk, ahead, scoring, weights)
+                        tile_1(rows, r, last, chunk, ahead, scoring, scores)
             r += n
 
     return take_in

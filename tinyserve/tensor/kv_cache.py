@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyserve.tensor._jit import kernel
+from tinyserve.tensor.bfloat16 import keep, numbers_per_word
 from tinyserve.tensor.program import constant, instruction
 from tinyserve.tensor.rope import rotate_heads
-from tinyserve.tensor.simd import as_kept
 from tinyserve.tensor.thread_pool import own_items
 
 Array = np.ndarray
@@ -22,7 +22,7 @@ LARGEST = np.float32(127.0)
 class Pages(NamedTuple):
     """The keys and values of one attention layer, in blocks of `block_size` tokens.
 
-    They are float32, bfloat16 kept as uint16, or int8 with a scale for each token and head. In a block, for each head,
+    They are float32, bfloat16, or int8 with a scale for each token and head. In a block, for each head,
 
         keys      t0 t1 t2 ..     values    d0 d1 d2 .. 0
               d0   ·  ·  ·              t0   ·  ·  ·    ·
@@ -30,11 +30,12 @@ class Pages(NamedTuple):
               ..                        ..
 
     keys are transposed, so that one vector is 16 keys and a score needs no sum over lanes; a value is padded to whole
-    vectors, so that one vector is 16 numbers of the output. `block_size` is a multiple of 16.
+    vectors, so that one vector is 16 numbers of the output. bfloat16 lies in pairs, as words of uint32: two rows of
+    this picture are one, d0 with d1 and t0 with t1. `block_size` is a multiple of 16.
     """
 
-    keys: Array  # (blocks, kv_heads, head_dim, block_size)
-    values: Array  # (blocks, kv_heads, block_size, padded head_dim)
+    keys: Array  # (blocks, kv_heads, head_dim, block_size), or half as many rows, rounded up
+    values: Array  # (blocks, kv_heads, block_size, padded head_dim), or half as many rows
     key_scales: Array  # (blocks, kv_heads, block_size) float32 for int8, else (0, 0, 0)
     value_scales: Array
 
@@ -76,13 +77,13 @@ def rotate_and_store(team, qkv, heads, rope_table, tokens, pages):
             position = tokens.positions[m]
             rotate_heads(qkv, rope_table, position, row + kv_head * group * head_dim, group, head_dim)
             rotate_heads(qkv, rope_table, position, row + key, 1, head_dim)
-        _store(qkv[m], key, key + heads.kv_heads * head_dim, tokens.slot_mapping[m], kv_head, pages)
+        _store(qkv[m], key, key + heads.kv_heads * head_dim, head_dim, tokens.slot_mapping[m], kv_head, pages)
 
 
 @kernel
-def _store(row, key, value, slot, kv_head, pages):
+def _store(row, key, value, head_dim, slot, kv_head, pages):
     """Write the key and the value that begin at these indices of a row of qkv."""
-    head_dim, block_size = pages.keys.shape[2], pages.keys.shape[3]
+    block_size, width = pages.keys.shape[3], pages.values.shape[3]
     block, offset = slot // block_size, slot % block_size
     k_inverse = v_inverse = np.float32(1.0)
     if pages.key_scales.size:
@@ -90,10 +91,13 @@ def _store(row, key, value, slot, kv_head, pages):
         pages.key_scales[block, kv_head, offset], pages.value_scales[block, kv_head, offset] = k_scale, v_scale
         k_inverse = np.float32(1.0) / k_scale if k_scale > 0 else np.float32(0.0)
         v_inverse = np.float32(1.0) / v_scale if v_scale > 0 else np.float32(0.0)
+    head, numbers = block * pages.keys.shape[1] + kv_head, numbers_per_word(pages.keys)
+    at = head * pages.keys.shape[2] * block_size + offset
     for d in range(head_dim):
-        pages.keys[block, kv_head, d, offset] = as_kept(pages.keys, row[key + d], k_inverse)
+        keep(pages.keys, at + d // numbers * block_size, d % numbers, row[key + d], k_inverse)
+    at = (head * pages.values.shape[2] + offset // numbers) * width
     for d in range(head_dim):
-        pages.values[block, kv_head, offset, d] = as_kept(pages.values, row[value + d], v_inverse)
+        keep(pages.values, at + d, offset % numbers, row[value + d], v_inverse)
 
 
 @kernel

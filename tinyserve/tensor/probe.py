@@ -1,6 +1,6 @@
-"""One step of every integer dot product, compared with NumPy: run in a process of its own before a path is relied on.
+"""One step of every dot product, compared with NumPy: run in a process of its own before a path is relied on.
 
-`python -m tinyserve.tensor.probe` ends with 0 where the path that TINYSERVE_DOT_PRODUCT names works.
+`python -m tinyserve.tensor.probe` ends with 0 where the paths of TINYSERVE_DOT_PRODUCT and TINYSERVE_BFLOAT16 work.
 """
 
 import numpy as np
@@ -9,7 +9,16 @@ from tinyserve.tensor import dot_product
 from tinyserve.tensor._jit import cached_kernel
 from tinyserve.tensor.quant import store_activations
 from tinyserve.tensor.simd import load, round_to_int, splat, store
-from tinyserve.tensor.tiles import begin_part, dot_rows, end_part, inputs_per_load, scaled_rows, start_rows, zeros
+from tinyserve.tensor.tiles import (
+    begin_part,
+    dot_rows,
+    end_part,
+    fma_rows,
+    inputs_per_load,
+    scaled_rows,
+    start_rows,
+    zeros,
+)
 
 
 @cached_kernel
@@ -51,5 +60,28 @@ def check() -> None:
         np.testing.assert_array_equal(out, (signed @ x).astype(np.float32))
 
 
+@cached_kernel
+def dot_pairs(total, w, x, out):
+    """total (16,) float32 + w (16,) · x (1,), words of two bfloat16 -> out (16,)."""
+    (products,) = fma_rows((load(total, 0),), (load(w, 0),), x, 0, 0)
+    store(out, 0, products)
+
+
+def check_bfloat16() -> None:
+    """Raise AssertionError if sums are rounded in another way, or another order, than bfloat16.py says."""
+    random, out = np.random.default_rng(0), np.empty(16, np.float32)
+    for _ in range(200):
+        halves = random.integers(110, 144, (17, 2)) << 7 | random.integers(0, 128, (17, 2))
+        halves = (halves | random.integers(0, 2, (17, 2)) << 15).astype(np.uint16)
+        total = np.ldexp(random.standard_normal(16), random.integers(-20, 20, 16)).astype(np.float32)
+        words = halves.view(np.uint32).ravel()
+        dot_pairs(total, words[:16], words[16:], out)
+        floats = (halves.astype(np.uint32) << 16).view(np.float32).astype(np.longdouble)  # whose products are exact
+        expected = (floats[:16, 1] * floats[16, 1] + total).astype(np.float32)
+        expected = (floats[:16, 0] * floats[16, 0] + expected).astype(np.float32)
+        np.testing.assert_array_equal(out, expected)
+
+
 if __name__ == "__main__":
     check()
+    check_bfloat16()

@@ -158,7 +158,7 @@ def _pack_float(team, w, packed):
         for pair in range(first, last):
             for lane in range(min(PAIR, w.shape[0] - pair * PAIR)):
                 for k in range(w.shape[1]):
-                    packed[pair, k, lane] = as_kept(packed, w[pair * PAIR + lane, k], np.float32(1.0))
+                    packed[pair, k, lane] = as_kept(packed, w[pair * PAIR + lane, k])
         first, last = next_items(team, packed.shape[0])
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from tinyserve.tensor import kv_cache
-from tinyserve.tensor.attention import Scoring
+from tinyserve.tensor.attention import CHUNK, SPAN, Scoring
 from tinyserve.tensor.matmul import GELU, GELU_TANH, NOTHING, PLAIN, SILU_MUL, Epilogue
 from tinyserve.tensor.norm import LAYER, RMS, Norm
 from tinyserve.tensor.quant import BLOCK, LARGEST_8, PAIR, PANEL, ZERO_4, ZERO_8, IntegerWeights, Rounding, padded
@@ -29,6 +29,21 @@ def to_bfloat16(x: Array) -> Array:
 def from_bfloat16(x: Array) -> Array:
     """The float32 numbers of a bfloat16 array kept as uint16; others pass through."""
     return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
+
+
+def unpaired(words: Array, axis: int) -> Array:
+    """The bfloat16 numbers, kept as uint16, of words whose two are neighbours along `axis`; others pass through."""
+    if words.dtype != np.uint32:
+        return words
+    halves = np.stack([words & 0xFFFF, words >> 16], axis=axis + 1).astype(np.uint16)
+    shape = list(words.shape)
+    shape[axis] *= 2
+    return halves.reshape(shape)
+
+
+def rounded_like(kept: Array, x: Array) -> Array:
+    """Float32 numbers as they are multiplied with what is kept in this array: rounded where that is bfloat16."""
+    return from_bfloat16(to_bfloat16(x)) if kept.dtype == np.uint32 else x
 
 
 def from_float16(x: Array) -> Array:
@@ -218,9 +233,32 @@ def rotate_and_store(
             scales[block, :, offset] = np.abs(x).max(2) / kv_cache.LARGEST
         k = np.rint(k / key_scales[block, :, offset][:, :, None])
         v = np.rint(v / value_scales[block, :, offset][:, :, None])
-    kept = to_bfloat16 if keys.dtype == np.uint16 else lambda x: x
-    keys[block, :, :, offset] = kept(k)
-    values[block, :, offset, :head_dim] = kept(v)
+    if keys.dtype != np.uint32:
+        keys[block, :, :, offset] = k
+        values[block, :, offset, :head_dim] = v
+        return
+    # uint16 as they lie in memory: (.., block_size, pair) of keys, and (.., head_dim, pair) of values.
+    key_halves = keys.view(np.uint16).reshape(*keys.shape, 2)
+    for d in range(head_dim):
+        key_halves[block, :, d // 2, offset, d % 2] = to_bfloat16(k[:, :, d])
+    value_halves = values.view(np.uint16).reshape(*values.shape, 2)
+    value_halves[block, :, offset // 2, :head_dim, offset % 2] = to_bfloat16(v)
+
+
+def softmax_weights(keys: Array, scores: Array, where: Array) -> Array:
+    """exp(score - largest); beside keys in bfloat16 rounded where the kernel does: beside the largest score so far of a
+    span's chunks.
+    """
+    largest = scores.max()
+    if keys.dtype != np.uint32:
+        return np.exp(scores - largest)
+    shift = np.empty_like(scores)
+    for span in np.unique(where // SPAN):
+        so_far = -np.inf
+        for chunk in np.unique(where[where // SPAN == span] // CHUNK):
+            so_far = max(so_far, scores[where // CHUNK == chunk].max())
+            shift[where // CHUNK == chunk] = so_far
+    return rounded_like(keys, np.exp(scores - shift)) * np.exp(shift - largest)
 
 
 def attention(
@@ -230,18 +268,20 @@ def attention(
     keys, values, key_scales, value_scales = pages
     block_size = keys.shape[3]
     out = np.empty((len(qkv), count, head_dim), np.float32)
-    queries = qkv[:, : count * head_dim].reshape(len(qkv), count, head_dim)
+    queries = rounded_like(keys, qkv[:, : count * head_dim].reshape(len(qkv), count, head_dim))
+    every_key = from_bfloat16(unpaired(keys, 2))[:, :, :head_dim]
+    every_value = from_bfloat16(unpaired(values, 2))[..., :head_dim]
     for m, position in enumerate(tokens.positions):
         first = max(0, position - window + 1) if window > 0 else 0
         where = np.arange(first, position + 1)
         block, offset = tokens.block_tables[tokens.sequence_of[m]][where // block_size], where % block_size
-        k = from_bfloat16(keys)[block, :, :, offset].astype(np.float64)  # (keys, kv_heads, head_dim)
-        v = from_bfloat16(values)[block, :, offset, :head_dim].astype(np.float64)
+        k = every_key[block, :, :, offset].astype(np.float64)  # (keys, kv_heads, head_dim)
+        v = every_value[block, :, offset].astype(np.float64)
         if key_scales.size:
             k, v = k * key_scales[block, :, offset][:, :, None], v * value_scales[block, :, offset][:, :, None]
         for head in range(count):
             scores = k[:, head * kv_heads // count] @ queries[m, head]
             scores = (scores + alibi[head, where] if alibi.size else scores) * scale
-            weights = np.exp(scores - scores.max())
+            weights = softmax_weights(keys, scores, where)
             out[m, head] = weights @ v[:, head * kv_heads // count] / weights.sum()
     return out.reshape(len(qkv), -1)

@@ -6,7 +6,8 @@ Knows the processor, not what is computed on it. A vector lives in registers; a 
     i8x64    64 bytes: what one int8 dot product eats, 4 for each of 16 sums
     i16x32   32 halves of such sums
 
-In memory a float is float32, bfloat16 kept as uint16 (the upper half of a float32), or float16 kept as int16.
+In memory a float is float32, bfloat16 kept as uint16 (the upper half of a float32), or float16 kept as int16. A word
+of uint32 is 32 bits whose meaning the kernel knows (bfloat16.py).
 """
 
 import operator
@@ -100,9 +101,10 @@ def emit_address(context, builder, array_type, array, index, pointee):
 
 
 def emit_load(context, builder, array_type, array, index):
-    """16 floats from an array of float32, bfloat16, float16 or small integers."""
-    if array_type.dtype == types.float32:
-        return builder.load(emit_address(context, builder, array_type, array, index, f32x16.llvm), align=1)
+    """16 floats from an array of float32, bfloat16, float16 or small integers; or 16 words, as they are."""
+    if array_type.dtype in (types.float32, types.uint32):
+        vector = loaded(array_type).llvm
+        return builder.load(emit_address(context, builder, array_type, array, index, vector), align=1)
     if array_type.dtype == types.int8:
         narrow = ir.VectorType(I8, LANES)
         whole = builder.load(emit_address(context, builder, array_type, array, index, narrow), align=1)
@@ -140,8 +142,14 @@ def emit_lanes_below(builder, count):
     return builder.icmp_signed("<", lanes, emit_splat(builder, builder.trunc(count, I32)))
 
 
+def loaded(array: types.Array) -> Vector:
+    """What 16 neighbours of this array are in registers."""
+    return i32x16 if array.dtype == types.uint32 else f32x16
+
+
 def _is_loadable(array) -> bool:
-    return isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16, types.int16, types.int8)
+    kinds = (types.float32, types.uint32, types.uint16, types.int16, types.int8)
+    return isinstance(array, types.Array) and array.dtype in kinds
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -149,14 +157,14 @@ def _is_loadable(array) -> bool:
 
 @intrinsic
 def load(typing_context, array, index):
-    """16 neighbours of a flat index, as f32x16: from float32, bfloat16, float16 or small integers."""
+    """16 neighbours of a flat index, as f32x16: from float32, bfloat16, float16 or small integers; words as i32x16."""
     if not _is_loadable(array):
         return None
 
     def codegen(context, builder, sig, args):
         return emit_load(context, builder, sig.args[0], *args)
 
-    return f32x16(array, types.intp), codegen
+    return loaded(array)(array, types.intp), codegen
 
 
 @intrinsic
@@ -207,26 +215,34 @@ def emit_store_first(context, builder, array_type, array, index, vector, count):
     return None
 
 
+def emit_rounded(builder, floats):
+    """The bits of a float32, or of 16, rounded to bfloat16, which is their upper half; the lower one is to be dropped.
+
+    A nan whose upper half alone would be an infinity, or round into one, stays a nan.
+    """
+    is_vector = isinstance(floats.type, ir.VectorType)
+    kind = i32x16.llvm if is_vector else I32
+
+    def constant(value):
+        return ir.Constant(kind, [value] * LANES if is_vector else value)
+
+    bits = builder.bitcast(floats, kind)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    nan = builder.fcmp_unordered("uno", floats, floats)
+    return builder.select(nan, builder.or_(bits, constant(0x00400000)), rounded)
+
+
 @intrinsic
-def as_kept(typing_context, array, number, inverse):
-    """A float32 as an element of this array: itself, rounded to bfloat16, or number · inverse rounded to int8."""
+def as_kept(typing_context, array, number):
+    """A float32 as an element of this array: itself, or rounded to bfloat16."""
 
     def codegen(context, builder, sig, args):
-        _, value, factor = args
         if array.dtype == types.float32:
-            return value
-        if array.dtype == types.int8:
-            whole = emit_call(builder, "llvm.rint.f32", F32, builder.fmul(value, factor))
-            return builder.fptosi(whole, I8)
-        bits = builder.bitcast(value, I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
-        # A nan whose upper half alone would be an infinity, or round into one, stays a nan.
-        nan = builder.fcmp_unordered("uno", value, value)
-        kept = builder.select(nan, builder.or_(bits, ir.Constant(I32, 0x00400000)), rounded)
-        return builder.trunc(builder.lshr(kept, ir.Constant(I32, 16)), I16)
+            return args[1]
+        return builder.trunc(builder.lshr(emit_rounded(builder, args[1]), ir.Constant(I32, 16)), I16)
 
-    return array.dtype(array, types.float32, types.float32), codegen
+    return array.dtype(array, types.float32), codegen
 
 
 @intrinsic
@@ -243,15 +259,16 @@ def load_first(typing_context, array, index, count):
 
 @intrinsic
 def store(typing_context, array, index, vector):
-    """Write 16 floats at a flat index of a float32 array."""
-    if array.dtype != types.float32:
+    """Write 16 floats at a flat index of a float32 array, or 16 words to one of uint32."""
+    if array.dtype not in (types.float32, types.uint32):
         return None
+    kind = loaded(array)
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], emit_address(context, builder, sig.args[0], args[0], args[1], f32x16.llvm), align=1)
+        builder.store(args[2], emit_address(context, builder, sig.args[0], args[0], args[1], kind.llvm), align=1)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, f32x16), codegen
+    return types.void(array, types.intp, kind), codegen
 
 
 @intrinsic
@@ -306,6 +323,9 @@ to_float = _function((_I,), _F, lambda b, x: b.sitofp(x, _F.llvm))
 max_lane = _function(
     (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: emit_call(b, "llvm.maxnum.v16f32", _F.llvm, p, q))
 )
+larger_lane = _function(
+    (_F,), types.float32, lambda b, x: _fold(b, x, lambda p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
+)
 sum_lanes = _function((_F,), types.float32, lambda b, x: _fold(b, x, b.fadd))
 # The bits of |x| as integers: they are in the order of the numbers, with infinity and then nan behind them.
 magnitude_bits = _function((_F,), _I, lambda b, x: b.and_(b.bitcast(x, _I.llvm), emit_constant(0x7FFFFFFF, i32x16)))
@@ -355,8 +375,10 @@ def _emit_exp(builder, x):
     def fused(p, q, r):
         return emit_call(builder, "llvm.fma.v16f32", f32x16.llvm, p, q, r)
 
-    clamped = emit_call(builder, "llvm.maxnum.v16f32", f32x16.llvm, x, emit_constant(-87.3))
-    clamped = emit_call(builder, "llvm.minnum.v16f32", f32x16.llvm, clamped, emit_constant(88.3))
+    # One instruction each, and a nan passes: if either is one, vmaxps and vminps give their second.
+    lowest, highest = emit_constant(-87.3), emit_constant(88.3)
+    clamped = builder.select(builder.fcmp_ordered(">", lowest, x), lowest, x)
+    clamped = builder.select(builder.fcmp_ordered("<", highest, clamped), highest, clamped)
     n = emit_call(builder, "llvm.rint.v16f32", f32x16.llvm, builder.fmul(clamped, emit_constant(1.44269504088896341)))
     r = fused(n, emit_constant(-0.693359375), clamped)
     r = fused(n, emit_constant(2.12194440e-4), r)
@@ -369,8 +391,7 @@ def _emit_exp(builder, x):
     )
     result = builder.fmul(p, builder.bitcast(exponent, f32x16.llvm))
     # Below the smallest normal float the answer is zero, which a masked score of -inf relies on; nan stays nan.
-    result = builder.select(builder.fcmp_ordered("<", x, emit_constant(-87.3)), emit_constant(0.0), result)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
+    return builder.select(builder.fcmp_ordered("<", x, lowest), emit_constant(0.0), result)
 
 
 exp = _function((_F,), _F, _emit_exp)

@@ -10,7 +10,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from tinyserve.tensor import dot_product
+from tinyserve.tensor import bfloat16, dot_product
 from tinyserve.tensor.simd import (
     F32,
     I8,
@@ -29,6 +29,7 @@ from tinyserve.tensor.simd import (
     i8x64,
     i16x32,
     i32x16,
+    loaded,
 )
 
 # How many panels of 16 a tile of three rows has, so that its sums fill the registers and do not spill.
@@ -58,8 +59,8 @@ def zeros(typing_context, count):
 
 @intrinsic
 def load_tile(typing_context, count, array, index, stride):
-    """`count` f32x16 from flat indices index, index + stride, ..."""
-    tile = _tile(f32x16, _length(count))
+    """`count` f32x16 from flat indices index, index + stride, ...; of words i32x16."""
+    tile = _tile(loaded(array), _length(count))
 
     def codegen(context, builder, sig, args):
         _, array_value, at, stride_value = args
@@ -147,18 +148,26 @@ def _in_pairs(builder, index, stride, count, step):
 
 @intrinsic
 def fma_rows(typing_context, tile, panels, x, index, stride):
-    """tile[r, p] + panels[p] · x[index + r·stride]: one step of a matrix product, for every row r and panel p."""
+    """tile[r, p] + panels[p] · x[index + r·stride]: one step of a matrix product, for every row r and panel p.
+
+    Where panels and x are words of two bfloat16, it is two steps.
+    """
+    is_pairs = bfloat16.is_pairs(x)
 
     def codegen(context, builder, sig, args):
         sums = list(cgutils.unpack_tuple(builder, args[0]))
         vectors = cgutils.unpack_tuple(builder, args[1])
+        operands = [bfloat16.emit_operand(builder, vector) for vector in vectors] if is_pairs else vectors
         at = args[3]
         for row in range(len(sums) // len(vectors)):
-            pointer = emit_address(context, builder, sig.args[2], args[2], at, F32)
-            factor = emit_splat(builder, builder.load(pointer))
-            for p, vector in enumerate(vectors):
+            number = builder.load(emit_address(context, builder, x, args[2], at, I32 if is_pairs else F32))
+            factor = number if is_pairs else emit_splat(builder, number)
+            for p, operand in enumerate(operands):
                 i = row * len(vectors) + p
-                sums[i] = emit_call(builder, "llvm.fma.v16f32", f32x16.llvm, vector, factor, sums[i])
+                if is_pairs:
+                    sums[i] = bfloat16.emit_dot(builder, sums[i], operand, factor)
+                else:
+                    sums[i] = emit_call(builder, "llvm.fma.v16f32", f32x16.llvm, operand, factor, sums[i])
             at = builder.add(at, args[4])
         return context.make_tuple(builder, sig.return_type, sums)
 
@@ -167,8 +176,8 @@ def fma_rows(typing_context, tile, panels, x, index, stride):
 
 @intrinsic
 def load_panels(typing_context, count, array, first, second, third, fourth):
-    """A tile of two or four f32x16 from flat indices of their own: neighbours that live in different pages."""
-    tile = _tile(f32x16, _length(count))
+    """A tile of two or four vectors from flat indices of their own: neighbours that live in different pages."""
+    tile = _tile(loaded(array), _length(count))
 
     def codegen(context, builder, sig, args):
         places = args[2 : 2 + tile.count]
