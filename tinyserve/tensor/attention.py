@@ -36,7 +36,16 @@ from tinyserve.tensor.simd import (
     sum_lanes,
 )
 from tinyserve.tensor.thread_pool import next_items, own_items
-from tinyserve.tensor.tiles import fma_rows, load_panels, load_rows, load_tile, prefetch_panels, store_rows, zeros
+from tinyserve.tensor.tiles import (
+    fma_rows,
+    load_panels,
+    load_rows,
+    load_tile,
+    prefetch_panels,
+    scale_rows,
+    store_rows,
+    zeros,
+)
 
 Array = np.ndarray
 
@@ -409,10 +418,9 @@ def _score(scores, at, i, chunk, scoring, head):
 
 
 @inline_kernel
-def _softmax_step(scores, at, rows, r, chunk, scoring):
-    """From q · k of a row's chunk the weights, zero for keys that it does not see; its past is shrunk to match."""
+def _score_row(scores, at, rows, r, chunk, scoring):
+    """Turn q · k of a row's chunk into scores, -inf for keys that it does not see; returns the largest."""
     position, head = rows.position + r // rows.group, rows.head + r % rows.group
-    sums, row = rows.sums, rows.sums.shape[1]
     first, count = _first_key(position, scoring.window) - chunk.start, position + 1 - chunk.start
     s0, s1 = _score(scores, at, 0, chunk, scoring, head), _score(scores, at, 1, chunk, scoring, head)
     s2, s3 = _score(scores, at, 2, chunk, scoring, head), _score(scores, at, 3, chunk, scoring, head)
@@ -427,26 +435,29 @@ def _softmax_step(scores, at, rows, r, chunk, scoring):
         s1 = first_lanes(minus_infinity, s1, first - LANES)
         s2 = first_lanes(minus_infinity, s2, first - 2 * LANES)
         s3 = first_lanes(minus_infinity, s3, first - 3 * LANES)
-    before = sums[r, row - LARGEST]
-    largest = max(before, larger_lane(larger(larger(s0, s1), larger(s2, s3))))
+    store(scores, at, s0)
+    store(scores, at + LANES, s1)
+    store(scores, at + 2 * LANES, s2)
+    store(scores, at + 3 * LANES, s3)
+    return larger_lane(larger(larger(s0, s1), larger(s2, s3)))
+
+
+@inline_kernel
+def _weigh_row(scores, at, largest, weights, chunk):
+    """The weights of a row's chunk, beside its largest score so far; returns their sum."""
     # Nothing seen yet and nothing here: any finite shift gives weights of zero, where -inf would give nan.
-    finite = largest if largest > -np.inf else np.float32(0.0)
-    shift = splat(finite)
-    p0, p1, p2, p3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
-    if largest > before:
-        shrink = np.exp(before - finite)
-        for i in range(r * row, (r + 1) * row - LANES, LANES):
-            store(sums, i, load(sums, i) * splat(shrink))
-        sums[r, row - LARGEST] = largest
-        sums[r, row - WEIGHT] *= shrink
-    sums[r, row - WEIGHT] += sum_lanes(add_weights(rows.weights, p0, p1, p2, p3))
+    shift = splat(largest if largest > -np.inf else np.float32(0.0))
+    p0, p1 = exp(load(scores, at) - shift), exp(load(scores, at + LANES) - shift)
+    p2, p3 = exp(load(scores, at + 2 * LANES) - shift), exp(load(scores, at + 3 * LANES) - shift)
+    total = sum_lanes(add_weights(weights, p0, p1, p2, p3))
     if chunk.value_scales.size:
         p0 = p0 * load(chunk.value_scales, chunk.scales_at[0])
         p1 = p1 * load(chunk.value_scales, chunk.scales_at[1])
         p2 = p2 * load(chunk.value_scales, chunk.scales_at[2])
         p3 = p3 * load(chunk.value_scales, chunk.scales_at[3])
-    store_weights(rows.weights, at, p0, p1)
-    store_weights(rows.weights, at + 2 * LANES, p2, p3)
+    store_weights(weights, at, p0, p1)
+    store_weights(weights, at + 2 * LANES, p2, p3)
+    return total
 
 
 @inline_kernel
@@ -473,7 +484,7 @@ def _tile(ROWS, IS_PACKED):
     SIZE = ROWS * PANELS
 
     @inline_kernel
-    def tile(rows, first, last, chunk, ahead, scoring, scores):
+    def tile(rows, first, last, chunk, ahead, scoring, scores, shrink):
         words, row, numbers = rows.words, rows.sums.shape[1], numbers_per_word(rows.weights)
         width, weights_row = row - LANES, CHUNK // numbers
         for p in range(0, CHUNK // LANES, PANELS):
@@ -489,14 +500,24 @@ def _tile(ROWS, IS_PACKED):
                 panels = load_panels(PANELS, chunk.keys, k0 + at, k1 + at, k2 + at, k3 + at)
                 products = fma_rows(products, panels, rows.queries, first * words + d, words)
             store_rows(scores, p * LANES, CHUNK, products, PANELS, CHUNK)
+        # All rows' scores, then all rows' weights: a row's own are a long chain of instructions, of which each waits.
         for r in range(ROWS):
             if IS_PACKED:
                 _ask_again(ahead, r, ROWS, words, width)
-            _softmax_step(scores, r * CHUNK, rows, first + r, chunk, scoring)
+            largest, at = _score_row(scores, r * CHUNK, rows, first + r, chunk, scoring), row - LARGEST
+            before = rows.sums[first + r, at]
+            largest = max(before, largest)
+            rows.sums[first + r, at] = largest
+            shrink[r] = before - largest if before < largest else np.float32(0.0)
+        store(shrink, 0, exp(load(shrink, 0)))
+        for r in range(ROWS):
+            total, at = rows.sums[first + r, row - WEIGHT], row - WEIGHT
+            largest = rows.sums[first + r, row - LARGEST]
+            rows.sums[first + r, at] = total * shrink[r] + _weigh_row(scores, r * CHUNK, largest, rows.weights, chunk)
         stop, many = min(CHUNK, last + 1 - chunk.start), PANELS * LANES
         whole = stop // numbers  # words; a last key that is alone in its word comes behind them
         for d in range(0, width // many * many, many):
-            total = load_rows(ROWS, PANELS, rows.sums, first * row + d, row)
+            total = scale_rows(load_rows(ROWS, PANELS, rows.sums, first * row + d, row), PANELS, shrink)
             for i in range(0, whole, LANES // numbers):  # neighbours of a page
                 group = i * numbers // LANES
                 at, ahead_at = chunk.values_at[group] + d, ahead.values_at[group] + d
@@ -512,7 +533,7 @@ def _tile(ROWS, IS_PACKED):
                 total = fma_rows(total, first_of_pairs(chunk.values, values), rows.weights, whole, weights_row)
             store_rows(rows.sums, first * row + d, row, total, PANELS, many)
         for d in range(width // many * many, width, LANES):
-            narrow = load_rows(ROWS, 1, rows.sums, first * row + d, row)
+            narrow = scale_rows(load_rows(ROWS, 1, rows.sums, first * row + d, row), 1, shrink)
             for word in range(whole):
                 value = load_tile(1, chunk.values, _value_address(chunk, word, width) + d, LANES)
                 narrow = fma_rows(narrow, value, rows.weights, word, weights_row)
@@ -531,7 +552,8 @@ def _tiles(IS_PACKED):
 
     @kernel
     def take_in(rows, chunk, ahead, scoring):
-        scores = stack_array(SCORES, np.float32)
+        scores, shrink = stack_array(SCORES, np.float32), stack_array(LANES, np.float32)
+        store(shrink, 0, splat(np.float32(0.0)))
         r = 0
         while r < rows.length:
             left = rows.length - r
@@ -541,14 +563,14 @@ def _tiles(IS_PACKED):
             first = _first_key(rows.position + r // rows.group, scoring.window)
             if chunk.start <= last and first < chunk.start + CHUNK:
                 if n == MOST_ROWS:
-                    tile_most(rows, r, last, chunk, ahead, scoring, scores)
+                    tile_most(rows, r, last, chunk, ahead, scoring, scores, shrink)
                 elif n == MOST_ROWS - 1:
-                    tile_less(rows, r, last, chunk, ahead, scoring, scores)
+                    tile_less(rows, r, last, chunk, ahead, scoring, scores, shrink)
                 elif IS_PACKED:  # UNPACK rows come in the two largest tiles
                     if n == 2:
-                        tile_2(rows, r, last, chunk, ahead, scoring, scores)
+                        tile_2(rows, r, last, chunk, ahead, scoring, scores, shrink)
                     else:
-                        tile_1(rows, r, last, chunk, ahead, scoring, scores)
+                        tile_1(rows, r, last, chunk, ahead, scoring, scores, shrink)
             r += n
 
     return take_in

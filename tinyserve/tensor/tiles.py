@@ -175,6 +175,22 @@ def fma_rows(typing_context, tile, panels, x, index, stride):
 
 
 @intrinsic
+def scale_rows(typing_context, tile, panels, x):
+    """tile[r, p] · x[r], for every row r and panel p."""
+    per_row = _length(panels)
+
+    def codegen(context, builder, sig, args):
+        vectors = list(cgutils.unpack_tuple(builder, args[0]))
+        for i, vector in enumerate(vectors):
+            at = ir.Constant(ir.IntType(64), i // per_row)
+            factor = builder.load(emit_address(context, builder, sig.args[2], args[2], at, F32))
+            vectors[i] = builder.fmul(vector, emit_splat(builder, factor))
+        return context.make_tuple(builder, tile, vectors)
+
+    return tile(tile, panels, x), codegen
+
+
+@intrinsic
 def load_panels(typing_context, count, array, first, second, third, fourth):
     """A tile of two or four vectors from flat indices of their own: neighbours that live in different pages."""
     tile = _tile(loaded(array), _length(count))
