@@ -177,7 +177,7 @@ def test_every_way_to_end_a_request(llm: LLM, end: str) -> None:
             async for _ in engine.generate(PROMPTS[0], greedy(50)):
                 begun.set()
 
-        with hold(llm, after=3) as held:
+        with hold(llm, after=1) as held:
             if end == "cancel":
                 task = asyncio.create_task(until_cancelled())
                 await begun.wait()
@@ -188,10 +188,11 @@ def test_every_way_to_end_a_request(llm: LLM, end: str) -> None:
                 chunks = []
                 async for chunk in engine.generate(PROMPTS[0], greedy(50), request_id="mine"):
                     chunks.append(chunk)
-                    if len(chunks) == 2:
+                    if len(chunks) == 1:
+                        assert held.started.wait(60)
                         await engine.abort("mine")
                         held.release.set()  # it tells the end
-                assert chunks[-1].finish_reason == "abort" and 2 <= len(tokens(chunks)) <= 4
+                assert chunks[-1].finish_reason == "abort" and len(tokens(chunks)) == 2
             else:
                 stream = engine.generate(PROMPTS[0], greedy(50))
                 async for _ in stream:
@@ -203,7 +204,7 @@ def test_every_way_to_end_a_request(llm: LLM, end: str) -> None:
             await asyncio.sleep(0)
         settle(llm)
         assert llm.engine.scheduler.blocks.num_free == free and not llm.engine.has_work()
-        assert engine._jobs == {} and llm.stats().steps <= steps + 4
+        assert engine._jobs == {} and llm.stats().steps <= steps + 2
         await engine.abort("nobody")
 
     run(main())

@@ -75,6 +75,43 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
     assert batches(engine) == [[(0, 4)], [(0, 1), (1, 7)], [(0, 1), (1, 7)], [(0, 1), (1, 6)]]
 
 
+def test_multi_step_scheduling() -> None:
+    """A batch that decodes is run again until a block is full, somebody ends, or somebody waits."""
+    engine = build(seqs=2)
+    first = engine.add([5] * 10, params(40))
+    assert engine.step(lambda: True) == [first] and first.num_output == 1  # a prompt is no decoding
+    assert engine.step(lambda: True) == [first] and first.num_output == 1 + 6
+    assert engine.step(lambda: True) == [first] and first.num_output == 1 + 6 + 16
+    engine.add([6] * 3, params(4))
+    engine.step(lambda: True)
+    engine.step(lambda: True)  # the newcomer wants three more
+    assert batches(engine)[-4:] == [[(0, 1), (1, 3)], *[[(0, 1), (1, 1)]] * 3]
+    engine.add([7] * 3, params(9))
+    engine.step(lambda: True)
+    engine.add([7] * 3, params(9))  # for whom there is no place
+    count = len(batches(engine))
+    engine.step(lambda: True)
+    assert len(batches(engine)) == count + 1 and engine.stats().num_waiting == 1
+    run(engine)
+    assert first.output_token_ids == [1] * 40 and engine.scheduler.blocks.num_free == 64
+    assert engine.stats().steps == len(batches(engine))
+
+
+def test_multi_step_scheduling_takes_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("tinyserve.engine.perf_counter", lambda: 0.003 * next(clock))
+    engine, asked = build(), list[int]()
+    sequence = engine.add([5], params(100))
+
+    def may_repeat() -> bool:
+        asked.append(sequence.num_output)
+        return True
+
+    engine.step()
+    engine.step(may_repeat)
+    assert asked == [2, 3] and sequence.num_output == 4  # three steps of 3 ms, and no fourth
+
+
 def test_first_come_first_served() -> None:
     engine = build(seqs=2, budget=100)
     for length in (30, 3, 20, 1):

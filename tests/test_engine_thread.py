@@ -94,6 +94,30 @@ def test_updates_of_each_step(thread: EngineThread, engine: Engine, gate: Gate) 
     assert stats.steps == len(gate.batches) and stats.step_seconds > 0
 
 
+def test_nobody_waits_for_multi_step_scheduling(
+    thread: EngineThread, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends when a command comes; updates of several steps are one call, an update for each token."""
+    monkeypatch.setattr("tinyserve.engine.MULTI_STEP_SECONDS", 1000.0)
+    sink, other, execute = Sink(), Sink(), gate.execute
+    sequence, newcomer = make(engine, max_tokens=60), make(engine)
+
+    def interrupted(scheduled: list[Scheduled]) -> Any:
+        if len(gate.batches) == 20:
+            thread.submit([newcomer], other)
+        return execute(scheduled)
+
+    monkeypatch.setattr(gate, "execute", interrupted)
+    thread.submit([sequence], sink)
+    calls = [sink.get(timeout=DEADLINE) for _ in range(4)]
+    # The prompt of 5; its block's other tokens; a block's; and what there was of the next one's.
+    assert [len(updates) for updates in calls] == [1, 11, 8 + 1, 1]
+    assert [update.time for updates in calls for update in updates] == sequence.metrics.token_times[:22]
+    assert len(gate.batches[20]) == 1 and gate.batches[21] == [(sequence.request_id, 1), (newcomer.request_id, 5)]
+    read(other, newcomer)
+    read(sink, sequence)
+
+
 def test_abort_while_a_step_runs(thread: EngineThread, engine: Engine, gate: Gate) -> None:
     """While a step runs: running, waiting, and both answers of one request."""
     sink = Sink()

@@ -24,6 +24,10 @@ from tinyserve.scheduling.sequence import Logprobs, Sampled, Scheduled, Sequence
 
 T = TypeVar("T")
 
+# Multi-step scheduling: for so long a batch that decodes goes on with nobody asked or told in between. Scheduling it
+# again, and waking who waits for its tokens, takes as long as a fifth of a small model's step.
+MULTI_STEP_SECONDS = 0.01
+
 
 class Runner(CacheCopier, Protocol):
     """Computes scheduled tokens."""
@@ -102,27 +106,33 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work()
 
-    def step(self) -> list[Sequence]:
-        """Run one batch; returns the sequences that gained a token or failed, finished ones among them.
+    def step(self, may_repeat: Callable[[], bool] = lambda: False) -> list[Sequence]:
+        """Run one batch; returns the sequences that gained tokens or failed, finished ones among them.
 
-        Does nothing while prefill-only texts (text/pooling.py) hold the blocks that the waiting sequences need.
+        While `may_repeat` says so, a batch that decodes is run again for the tokens that follow, for
+        MULTI_STEP_SECONDS at most. Does nothing while prefill-only texts (text/pooling.py) hold the blocks that the
+        waiting sequences need.
         """
-        start = perf_counter()
+        start = begin = perf_counter()
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
-        try:
-            sampled = self.runner.execute(scheduled)
-            for work, tokens in zip(scheduled, sampled, strict=True):
-                self._update(work, tokens)
-        except BaseException:
-            self.scheduler.requeue_failed(scheduled)
-            raise
-        seconds = perf_counter() - start
-        self.scheduler.record_step(seconds)
-        self.totals["steps"] += 1
-        self.step_seconds += seconds
-        return [work.sequence for work, tokens in zip(scheduled, sampled, strict=True) if tokens]
+        while True:
+            try:
+                sampled = self.runner.execute(scheduled)
+                for work, tokens in zip(scheduled, sampled, strict=True):
+                    self._update(work, tokens)
+            except BaseException:
+                self.scheduler.requeue_failed(scheduled)
+                raise
+            end = perf_counter()
+            seconds, begin = end - begin, end
+            self.scheduler.record_step(seconds)
+            self.totals["steps"] += 1
+            self.step_seconds += seconds
+            in_time = end + seconds <= start + MULTI_STEP_SECONDS
+            if not (in_time and self.scheduler.can_repeat() and may_repeat()):
+                return [work.sequence for work, tokens in zip(scheduled, sampled, strict=True) if tokens]
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence, wherever it is, and give back its blocks and its slot; ending one twice does nothing."""
@@ -186,7 +196,7 @@ class Update(NamedTuple):
 
 
 class UpdateSink(Protocol):
-    """Where updates go: one call a step, in the engine's thread, which must neither wait nor raise."""
+    """Where updates go, those of a step or of a few: in the engine's thread, which must neither wait nor raise."""
 
     def put(self, updates: list[Update], /) -> None: ...
 
@@ -299,7 +309,7 @@ class EngineThread:
 
     def _step(self) -> None:
         try:
-            grown = self._engine.step()
+            grown = self._engine.step(may_repeat=self._is_undisturbed)
         except Exception as error:  # those that were scheduled fail, and the others go on
             scheduler = self._engine.scheduler
             scheduled = [work.sequence for work in scheduler.scheduled]
@@ -309,6 +319,9 @@ class EngineThread:
         in_prefill = [s for s in scheduled if 0 < s.cache.num_computed < len(s.prompt_token_ids)]
         updates = [update for sequence in grown for update in _updates_of(sequence)]
         self._deliver(updates + [Update(sequence, sequence.cache.num_computed) for sequence in in_prefill])
+
+    def _is_undisturbed(self) -> bool:
+        return self._commands.empty() and not self._is_closed
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.finish_reason is None:

@@ -5,6 +5,7 @@ The engine is built by loading.py and stepped by its own thread; nothing is know
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
@@ -303,6 +304,7 @@ class Stream:
         """Queue the request; raises EngineDeadError."""
         self._llm, self._request = llm, request
         self._updates: SimpleQueue[list[Update]] = SimpleQueue()
+        self._untaken = deque[Update]()
         self._is_closed = False
         llm.thread.submit([request.sequence], self._updates)
 
@@ -313,8 +315,9 @@ class Stream:
         """Wait for the next piece; raises why the request failed."""
         try:
             while not self._is_closed and not self._request.finished:
-                for update in self._updates.get():
-                    self._llm.take(self._request, update)
+                if not self._untaken:
+                    self._untaken += self._updates.get()
+                self._llm.take(self._request, self._untaken.popleft())
                 self._request.raise_error()
                 if self._request.has_chunk():
                     return self._request.chunk()

@@ -141,12 +141,12 @@ class Setting:
         first = self.engine.add(prompt, params, priority)
         self.sequences += [first, *first.siblings]
 
-    def step(self, fails_at: str | None = None) -> None:
+    def step(self, fails_at: str | None = None, repeats: int = 0) -> None:
         if not self.engine.has_work():
             return
-        self.fails_at, has_failed = fails_at, False
+        self.fails_at, has_failed, left = fails_at, False, iter(range(repeats))
         try:
-            self.engine.step()
+            self.engine.step(may_repeat=lambda: next(left, None) is not None)
         except RuntimeError:
             has_failed = True
         if fails_at != "draft":  # which may have nobody to draft for
@@ -251,10 +251,10 @@ class Machine(RuleBasedStateMachine):
         if which < len(self.setting.sequences):
             self.setting.add([*self.setting.sequences[which].token_ids, 1], 5)
 
-    @rule(count=st.integers(1, 8))
-    def steps(self, count: int) -> None:
+    @rule(count=st.integers(1, 8), repeats=st.integers(0, 20))
+    def steps(self, count: int, repeats: int) -> None:
         for _ in range(count):
-            self.setting.step()
+            self.setting.step(repeats=repeats)
 
     @rule(how=st.sampled_from(["before", "after", "nan", "draft"]))
     def a_step_fails(self, how: str) -> None:
@@ -314,7 +314,7 @@ def test_a_hundred_thousand_operations(kind: str) -> None:
                 case x if x < 0.19:
                     setting.step(chance.choice(["before", "after", "nan", "draft"]))
                 case _:
-                    setting.step()
+                    setting.step(repeats=chance.choice([0, 0, 0, 20]))
             if operation % 5 == 0:
                 setting.check()
         setting.finish()

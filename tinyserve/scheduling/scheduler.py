@@ -122,6 +122,22 @@ class Scheduler:
             self._admit(budget)
         return self.scheduled
 
+    def can_repeat(self) -> bool:
+        """Whether the next step can be the last one again, a token later, with nothing to schedule.
+
+        All that run decode and have room in their blocks, nobody waits, and nothing is drafted.
+        """
+        if self.waiting or self.speculation is not None or len(self.scheduled) != len(self.running):
+            return False
+        return all(map(self._can_repeat, self.scheduled))
+
+    def _can_repeat(self, work: Scheduled) -> bool:
+        sequence, cache = work.sequence, work.sequence.cache
+        if not sequence.is_running or sequence.siblings:  # which fork from here
+            return False
+        room = len(cache.block_table) * self.blocks.block_size - cache.num_computed
+        return work.num_tokens == sequence.num_uncomputed == 1 and room > 0
+
     def update(self, work: Scheduled, num_accepted_tokens: int = 0) -> None:
         """A step has computed what was scheduled of a sequence, and accepted so many of its draft tokens."""
         sequence, num_draft_tokens = work.sequence, len(work.draft_tokens)
