@@ -16,6 +16,14 @@ def test_blocks_are_handed_out_and_come_back() -> None:
     assert blocks.num_free == 2 and sorted(blocks.allocate(2)) == sorted(first)
 
 
+def test_a_block_that_came_back_is_handed_out_before_one_that_was_never_held() -> None:
+    """Its memory has been touched: one request after the other takes no more than the largest of them."""
+    blocks = BlockManager(100, 16)
+    first = blocks.allocate(5)
+    blocks.free(first)
+    assert blocks.allocate(3) == first[:3] and blocks.allocate(3) == [*first[3:], 5]
+
+
 def test_a_double_free_raises() -> None:
     blocks = BlockManager(4, 16)
     held = blocks.allocate(2)

@@ -1,10 +1,13 @@
 """Programs: what arguments come to, when instructions run, and what memory they share and keep."""
 
 import gc
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.tensor import _jit
-from tinyserve.tensor.arena import CACHE_LINE, Arena
+from tinyserve.tensor.arena import CACHE_LINE, Arena, small_pages
 from tinyserve.tensor.program import Program, capture, empty, instruction, num_threads, start_clock
 from tinyserve.tensor.thread_pool import own_items
 
@@ -264,6 +267,29 @@ def address(array: np.ndarray) -> int:
 def test_outside_of_a_capture_empty_is_numpys() -> None:
     x = empty((3, 4), np.int16)
     assert (x.shape, x.dtype) == ((3, 4), np.int16) and x.flags.owndata
+
+
+def test_small_pages() -> None:
+    """Zeros to write to, of which a system with large pages makes none."""
+    array = small_pages((3, 1 << 20), np.uint32)
+    assert array.shape == (3, 1 << 20) and not array.any() and address(array) % 64 == 0
+    array[:] = 7
+    assert small_pages((0, 4), np.float32).shape == (0, 4)
+    with pytest.raises(MemoryError):
+        small_pages((1 << 62,), np.int8)
+    if sys.platform == "linux":
+        assert "nh" in flags_of_region(address(array))
+
+
+def flags_of_region(place: int) -> list[str]:
+    """What Linux knows of the memory at an address."""
+    is_it = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_it = int(bounds[1], 16) <= place < int(bounds[2], 16)
+        elif is_it and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such address")
 
 
 def test_memory_that_was_let_go_of_is_used_again() -> None:

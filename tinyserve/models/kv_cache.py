@@ -12,7 +12,7 @@ from tinyserve.models.config import MAMBA, ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.dtypes import KV_CACHE_DTYPES
 from tinyserve.progress import size
-from tinyserve.tensor.arena import aligned
+from tinyserve.tensor.arena import aligned, small_pages
 from tinyserve.tensor.kv_cache import Pages
 from tinyserve.tensor.quant import padded
 from tinyserve.tensor.simd import LANES
@@ -100,8 +100,8 @@ def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) ->
     heads, width, (kept, numbers) = config.num_key_value_heads, padded(config.head_dim, LANES), _KEPT_AS[dtype]
     scales = (num_blocks, heads, block_size) if KV_CACHE_DTYPES[dtype].scale_bytes else (0, 0, 0)
     return Pages(
-        aligned((num_blocks, heads, -(-config.head_dim // numbers), block_size), kept, np.zeros),
-        aligned((num_blocks, heads, block_size // numbers, width), kept, np.zeros),
+        small_pages((num_blocks, heads, -(-config.head_dim // numbers), block_size), kept),
+        small_pages((num_blocks, heads, block_size // numbers, width), kept),
         np.zeros(scales, np.float32),
         np.zeros(scales, np.float32),
     )

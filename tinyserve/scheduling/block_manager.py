@@ -83,7 +83,7 @@ class BlockManager:
                 if block in self._keys_of:
                     self._cached_free[block] = None
                 else:
-                    self._uncached_free.append(block)
+                    self._uncached_free.appendleft(block)  # memory that was touched is used again first
 
     def register(self, block: int, parent: int, tokens: tuple[int, ...]) -> CachedBlock:
         """Cache a prefix: a held block begins with these tokens, behind the prefix of id `parent`.

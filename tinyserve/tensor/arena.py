@@ -4,7 +4,9 @@ Knows shapes and bytes, not what computes them.
 """
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from sys import getrefcount
 from typing import Any
 
@@ -25,6 +27,24 @@ def aligned(shape: Shape, dtype: Any, make: Callable[..., Array] = np.empty) -> 
     room = make(nbytes + CACHE_LINE, np.uint8)
     first = -room.ctypes.data % CACHE_LINE
     return room[first : first + nbytes].view(kind).reshape(shape)
+
+
+def small_pages(shape: Shape, dtype: Any) -> Array:
+    """Zeros that take memory as they are touched, 4 KB at a time.
+
+    NumPy asks for pages of 2 MB where an array is large: a cache's first token would take one for each of its arrays,
+    which are cleared first. Raises MemoryError.
+    """
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not hasattr(mmap, "MADV_NOHUGEPAGE") or not nbytes:
+        return aligned(shape, dtype, np.zeros)
+    try:
+        room = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(str(error)) from None
+    with suppress(OSError):  # a kernel without large pages
+        room.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(room, dtype).reshape(shape)
 
 
 class _Memory:
