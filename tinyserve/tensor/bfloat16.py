@@ -162,6 +162,28 @@ def first_of_pairs(typing_context, array, tile):
     return tile(array, tile), codegen
 
 
+def _copy(kind):
+    """An intrinsic that copies a word, or a number of one: target[index] = source[at], counted in such."""
+
+    @intrinsic
+    def copy(typing_context, target, index, source, at):
+        def codegen(context, builder, sig, args):
+            start = ir.Constant(ir.IntType(64), 0)
+            to, source_of = (
+                builder.gep(emit_address(context, builder, sig.args[i], args[i], start, kind), [args[i + 1]])
+                for i in (0, 2)
+            )
+            builder.store(builder.load(source_of), to)
+            return context.get_dummy_value()
+
+        return types.void(target, types.intp, source, types.intp), codegen
+
+    return copy
+
+
+copy_word, copy_half = _copy(I32), _copy(I16)
+
+
 @intrinsic
 def keep(typing_context, array, index, part, number, inverse):
     """Write a float32 as element `index` of an array: itself, number · inverse rounded to int8, or, rounded to

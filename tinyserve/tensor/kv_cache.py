@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyserve.tensor._jit import kernel
-from tinyserve.tensor.bfloat16 import keep, numbers_per_word
+from tinyserve.tensor.bfloat16 import copy_half, copy_word, keep, numbers_per_word, store_weights
+from tinyserve.tensor.native import stack_array
 from tinyserve.tensor.program import constant, instruction
 from tinyserve.tensor.rope import rotate_heads
+from tinyserve.tensor.simd import LANES, load_first
 from tinyserve.tensor.thread_pool import own_items
 
 Array = np.ndarray
@@ -92,12 +94,29 @@ def _store(row, key, value, head_dim, slot, kv_head, pages):
         k_inverse = np.float32(1.0) / k_scale if k_scale > 0 else np.float32(0.0)
         v_inverse = np.float32(1.0) / v_scale if v_scale > 0 else np.float32(0.0)
     head, numbers = block * pages.keys.shape[1] + kv_head, numbers_per_word(pages.keys)
-    at = head * pages.keys.shape[2] * block_size + offset
+    key_at = head * pages.keys.shape[2] * block_size + offset
+    value_at, half = (head * pages.values.shape[2] + offset // numbers) * width, offset % numbers
+    if numbers == 2:
+        _store_pairs(row, key, value, head_dim, key_at, value_at, half, pages)
+        return
     for d in range(head_dim):
-        keep(pages.keys, at + d // numbers * block_size, d % numbers, row[key + d], k_inverse)
-    at = (head * pages.values.shape[2] + offset // numbers) * width
+        keep(pages.keys, key_at + d * block_size, 0, row[key + d], k_inverse)
     for d in range(head_dim):
-        keep(pages.values, at + d, offset % numbers, row[value + d], v_inverse)
+        keep(pages.values, value_at + d, 0, row[value + d], v_inverse)
+
+
+@kernel
+def _store_pairs(row, key, value, head_dim, key_at, value_at, half, pages):
+    """The same in bfloat16: 32 numbers are rounded at a time."""
+    block_size, pairs = pages.keys.shape[3], stack_array(LANES, np.uint32)
+    for d in range(0, head_dim, 2 * LANES):
+        left = head_dim - d
+        store_weights(pairs, 0, load_first(row, key + d, left), load_first(row, key + d + LANES, left - LANES))
+        for i in range(min(LANES, (left + 1) // 2)):
+            copy_word(pages.keys, key_at + (d // 2 + i) * block_size, pairs, i)
+        store_weights(pairs, 0, load_first(row, value + d, left), load_first(row, value + d + LANES, left - LANES))
+        for i in range(min(2 * LANES, left)):
+            copy_half(pages.values, 2 * (value_at + d + i) + half, pairs, i)
 
 
 @kernel

@@ -425,17 +425,16 @@ def _take_rows_integer(team, packed, ids, rows):
 def _take_row(packed, n, rows, i):
     stream, group, inputs = packed.stream, packed.group, inputs_per_load(packed.stream)
     pair, panel, lane = n // PAIR, n % PAIR // PANEL, n % PANEL
-    header = (1 + packed.has_minimums) * 2 * PAIR
-    for k in range(rows.shape[1]):
-        of_pair = stream[pair, k // group]
-        j = k % group
-        byte = np.int32(np.uint8(of_pair[header + (j // inputs * 2 + panel) * 4 * PANEL + lane * 4 + j % 4]))
-        whole = byte if inputs == 4 else (byte >> (j // 4 % 2 * 4)) & 15
+    header, zero = (1 + packed.has_minimums) * 2 * PAIR, ZERO_8 if inputs == 4 else ZERO_4
+    for g in range(stream.shape[1]):
+        of_pair, first, offset = stream[pair, g], g * group, np.float32(0.0)
         scale = _half(of_pair, 2 * (panel * PANEL + lane))
         if packed.has_minimums:
-            rows[i, k] = np.float32(whole) * scale + _half(of_pair, 2 * PAIR + 2 * (panel * PANEL + lane))
-        else:
-            rows[i, k] = np.float32(whole - (ZERO_8 if inputs == 4 else ZERO_4)) * scale
+            offset, zero = _half(of_pair, 2 * PAIR + 2 * (panel * PANEL + lane)), 0
+        for j in range(min(group, rows.shape[1] - first)):
+            byte = np.int32(np.uint8(of_pair[header + (j // inputs * 2 + panel) * 4 * PANEL + lane * 4 + j % 4]))
+            whole = byte if inputs == 4 else (byte >> (j // 4 % 2 * 4)) & 15
+            rows[i, first + j] = np.float32(whole - zero) * scale + offset
 
 
 @kernel
