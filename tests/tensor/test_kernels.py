@@ -268,6 +268,19 @@ def test_activations(which):
     assert np.isfinite(np.delete(y, [7, len(y) - 1])).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "w8a8", "w4a16"])
+@pytest.mark.parametrize("rows", [255, 256, 400, 641])
+def test_a_product_of_many_rows_is_the_same_on_any_number_of_threads(dtype, rows):
+    """Each thread has a part of them, and all weights."""
+    x, w = random(1, rows, 70), matrices.pack(random(2, 150, 70), dtype)
+    _jit.set_threads(1)
+    expected = w.matmul(x)
+    np.testing.assert_array_equal(w.matmul(x[100:103]), expected[100:103])
+    for threads in (2, 3, 5):
+        _jit.set_threads(threads)
+        np.testing.assert_array_equal(w.matmul(x), expected)
+
+
 def test_take_rows():
     w, ids = random(1, 70, 100), np.array([0, 69, 3, 3, 64])
     floats, halves = quant.pack_float(w, False), quant.pack_float(w, True)

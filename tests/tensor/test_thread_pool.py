@@ -15,7 +15,7 @@ from tinyserve.tensor import _jit
 from tinyserve.tensor.arena import Arena
 from tinyserve.tensor.native import fetch_add, load_word, yield_processor
 from tinyserve.tensor.program import Program, capture, instruction
-from tinyserve.tensor.thread_pool import SPLIT, ThreadPool, next_items, own_items, pool
+from tinyserve.tensor.thread_pool import SPLIT, ThreadPool, from_the_end, next_items, own_items, pool
 
 COUNTS = [0, 1, 5, 1000]
 THREADS = [1, 2, 3, 7]
@@ -45,9 +45,22 @@ def count_owned(team, done, by):
         by[i] = team.thread
 
 
+@instruction
+def count_from_the_end(team, done, by):
+    first, last = next_items(team, done.size)
+    while first < last:
+        for i in range(first, last):
+            item = from_the_end(team, done.size, i)
+            fetch_add(done.ctypes.data + 8 * item, 1)
+            by[item] = team.thread
+        first, last = next_items(team, done.size)
+
+
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("kernel", [count_shared, count_owned], ids=["next_items", "own_items"])
+@pytest.mark.parametrize(
+    "kernel", [count_shared, count_owned, count_from_the_end], ids=["next_items", "own_items", "from_the_end"]
+)
 def test_every_item_is_done_once(kernel, count: int, threads: int) -> None:
     _jit.set_threads(threads)
     done, by = np.zeros(count, np.int64), np.empty(count, np.int64)

@@ -35,7 +35,7 @@ from tinyserve.tensor.simd import (
     store_first,
     sum_lanes,
 )
-from tinyserve.tensor.thread_pool import next_items, own_items
+from tinyserve.tensor.thread_pool import from_the_end, next_items, own_items
 from tinyserve.tensor.tiles import (
     fma_rows,
     load_panels,
@@ -57,6 +57,7 @@ RUN, RUN_ROWS = 48, 144  # tokens, and queries, that one thread takes at once, a
 UNPACK = 16  # queries for which a chunk is put together first, int8 as float32
 MOST_SUMS = 1 << 23  # numbers (32 MB) that sums of spans may take, so that several threads share one query
 SCORES = MOST_ROWS * CHUNK
+APART = 1024  # words between what two threads work in, so that neither prefetches what the other writes
 LARGEST, WEIGHT = LANES, LANES - 1  # where in a row of sums, from its end, are its largest score and its sum of weights
 
 
@@ -135,14 +136,14 @@ def attention(qkv: Array, heads: Heads, scoring: Scoring, tokens: Tokens, pages:
     if spans == 1 or busy or count * heads.heads * spans * row > MOST_SUMS:
         spans = 0
     numbers, words = (2, np.uint32) if pages.keys.dtype == np.uint32 else (1, np.float32)
-    query = pages.keys.shape[2]
+    query, rows = pages.keys.shape[2], run * group + APART // row + 1
     scratch = Scratch(
-        queries=empty((threads, run * group * query), words),
-        sums=empty((threads, run * group, row)),
-        totals=empty((threads, run * group, row)),
-        keys=empty((threads, query * CHUNK), words),
-        values=empty((threads, CHUNK // numbers * width), words),
-        weights=empty((threads, SCORES // numbers), words),
+        queries=empty((threads, run * group * query + APART), words),
+        sums=empty((threads, rows, row)),
+        totals=empty((threads, rows, row)),
+        keys=empty((threads, query * CHUNK + APART), words),
+        values=empty((threads, CHUNK // numbers * width + APART), words),
+        weights=empty((threads, SCORES // numbers + APART), words),
     )
     parts = empty((count * heads.heads, spans, row))
     out = empty((count, heads.heads * heads.head_dim))
@@ -171,8 +172,9 @@ def _attend(team, qkv, heads, scoring, tokens, pages, run, scratch, parts, out):
     first, end = next_items(team, count)
     while first < count:
         for i in range(first, end):
-            # The last tokens of a prompt see the most keys, and come first. The key heads of a page lie side by side.
-            item = count - 1 - i if len(tokens.positions) > len(tokens.block_tables) else i
+            # Of a thread's tokens of a prompt the last see the most keys, and come first. The key heads of a page lie
+            # side by side.
+            item = from_the_end(team, count, i) if len(tokens.positions) > len(tokens.block_tables) else i
             unit = _find_unit(item // heads.kv_heads, tokens, run, parts.shape[1], scoring.window)
             _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, item % heads.kv_heads)
         first, end = next_items(team, count)

@@ -39,6 +39,7 @@ Array = np.ndarray
 
 APART = 16  # rows from one thread's to the next: neither writes into cache lines that the other reads
 CHUNK = 48  # rows of x that stay in the cache while a block of weights passes over them
+MANY_ROWS = 128  # for each thread, for which weights are read by all threads
 PRODUCTS = CHUNK * BLOCK  # of such a block, before the epilogue
 FLOAT_ROWS, FLOAT_PANELS = 6, 4 if WIDE else 1
 PLAIN, SILU_MUL, GELU, GELU_TANH = 0, 1, 2, 3  # what is done with a product; the second makes one number of two
@@ -216,6 +217,31 @@ def integer_block(quantized, first, rows, w, w_panel, panels, after, residual, y
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
+class Cut(NamedTuple):
+    """The items of a product: for each part of the rows, block by block of outputs, all chunks of that part's rows."""
+
+    parts: int
+    blocks: int
+    chunks: int
+
+
+@kernel
+def _cut(team, M, blocks):
+    """Of many rows each thread has a part, whose numbers stay in its caches from one instruction to the next; else all
+    rows are one part, so that each weight is read by one thread.
+    """
+    parts = team.threads if MANY_ROWS * team.threads <= M else 1
+    return Cut(parts, blocks, (M + parts * CHUNK - 1) // (parts * CHUNK))
+
+
+@kernel
+def _place(cut, M, item):
+    """An item's block, its first row, and how many rows it has, which may be none."""
+    part, item = item // (cut.blocks * cut.chunks), item % (cut.blocks * cut.chunks)
+    row = part * M // cut.parts + item % cut.chunks * CHUNK
+    return item // cut.chunks, row, min(CHUNK, (part + 1) * M // cut.parts - row)
+
+
 @instruction
 def _matmul_float(team, x, norm, h, w, after, residual, y):
     M = y.shape[0]
@@ -230,14 +256,14 @@ def _matmul_float(team, x, norm, h, w, after, residual, y):
                 _finish(product, 1, y, 0, pair * PAIR, PAIR, after, residual)
             first, last = next_items(team, w.shape[0])
         return
-    chunks = (M + CHUNK - 1) // CHUNK
     panels = 2 if M == 1 else BLOCK // PANEL
-    count = chunks * (2 * w.shape[0] // panels)
+    cut = _cut(team, M, 2 * w.shape[0] // panels)
+    count = cut.parts * cut.blocks * cut.chunks
     first, last = next_items(team, count)
     while first < last:
         for item in range(first, last):
-            panel, row = item // chunks * panels, item % chunks * CHUNK
-            float_block(h, row, min(CHUNK, M - row), w, panel, panels, after, residual, y, panel)
+            block, row, rows = _place(cut, M, item)
+            float_block(h, row, rows, w, block * panels, panels, after, residual, y, block * panels)
         first, last = next_items(team, count)
 
 
@@ -275,13 +301,13 @@ def _matmul_integer_row(team, x, norm, rounding, h, quantized, w, after, residua
 @instruction
 def _matmul_integer(team, quantized, w, after, residual, y):
     M, panels = y.shape[0], BLOCK // PANEL
-    chunks = (M + CHUNK - 1) // CHUNK
-    count = chunks * (2 * w.stream.shape[0] // panels)
+    cut = _cut(team, M, 2 * w.stream.shape[0] // panels)
+    count = cut.parts * cut.blocks * cut.chunks
     first, last = next_items(team, count)
     while first < last:
         for item in range(first, last):
-            panel, row = item // chunks * panels, item % chunks * CHUNK
-            integer_block(quantized, row, min(CHUNK, M - row), w, panel, panels, after, residual, y, panel)
+            block, row, rows = _place(cut, M, item)
+            integer_block(quantized, row, rows, w, block * panels, panels, after, residual, y, block * panels)
         first, last = next_items(team, count)
 
 

@@ -76,6 +76,15 @@ def next_items(team, count):
 
 
 @kernel
+def from_the_end(team, count, item):
+    """The item that is as far from the end of its owner's share as this one is from its beginning."""
+    owner = item * team.threads // count
+    if (owner + 1) * count // team.threads <= item:
+        owner += 1
+    return owner * count // team.threads + (owner + 1) * count // team.threads - 1 - item
+
+
+@kernel
 def own_items(team, count):
     """This thread's equal share of items, (first, last), where they are too little work to be worth an exchange."""
     return team.thread * count // team.threads, (team.thread + 1) * count // team.threads
