@@ -79,7 +79,7 @@ def next_items(team, count):
 def from_the_end(team, count, item):
     """The item that is as far from the end of its owner's share as this one is from its beginning."""
     owner = item * team.threads // count
-    if (owner + 1) * count // team.threads <= item:
+    while (owner + 1) * count // team.threads <= item:
         owner += 1
     return owner * count // team.threads + (owner + 1) * count // team.threads - 1 - item
 
