@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyserve.checkpoints import hub, presets
+from tinyserve.models.config import parse_config
 
 REAL = presets.DEFAULT  # the one model with weights of its own, shipped as a GGUF file; all others have random ones
 SEED = 0
@@ -25,8 +26,7 @@ def raw_config(model: str) -> dict[str, Any]:
 
 def positions(model: str) -> int:
     """The longest sequence that a model can read."""
-    config = raw_config(model)
-    return int(config.get("n_positions") or config["max_position_embeddings"])
+    return parse_config(raw_config(model)).max_position_embeddings
 
 
 def vocab_size(model: str) -> int:

@@ -19,6 +19,13 @@ def bench_peers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("bench_peers")
 
 
+def test_every_preset_can_be_measured(bench_peers: Any) -> None:
+    """How long its prompts may be follows from its config, which has no such key in older families."""
+    assert {name: bench_peers.models.positions(name) for name in ("gpt2", "falcon-7b", "granite-350m")} == {
+        "gpt2": 1024, "falcon-7b": 2048, "granite-350m": 32768,
+    }  # fmt: skip
+
+
 def measurement(engine: str, work: str, round_: int, tokens: int, seconds: float) -> dict[str, Any]:
     return {"engine": engine, "work": work, "round": round_, "tokens": tokens, "seconds": seconds}
 
