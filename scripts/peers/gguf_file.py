@@ -1,6 +1,6 @@
 """A checkpoint of transformers as a GGUF file in bfloat16, for llama.cpp: what its convert_hf_to_gguf.py would write.
 
-Knows GPT-2, Llama and the Granite hybrid. Without a vocabulary: token ids are all that is ever given to it.
+Knows GPT-2, Falcon-7B, Llama and the Granite hybrid. Without a vocabulary: token ids are all that is ever given to it.
 """
 
 import json
@@ -16,6 +16,7 @@ from peers import NotMeasured
 
 ARCHITECTURES = {
     "gpt2": gguf.MODEL_ARCH.GPT2,
+    "falcon": gguf.MODEL_ARCH.FALCON,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "granitemoehybrid": gguf.MODEL_ARCH.GRANITE_HYBRID,
 }
@@ -58,6 +59,14 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_head_count(config["num_attention_heads"])
+    if config["model_type"] == "falcon":
+        if config["new_decoder_architecture"] or not config["multi_query"] or config["alibi"]:
+            raise NotMeasured(f"{__name__} writes no Falcon but those like falcon-7b")
+        writer.add_tensor_data_layout("jploski")
+        writer.add_feed_forward_length(config.get("ffn_hidden_size") or 4 * config["hidden_size"])
+        writer.add_head_count_kv(1)
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(_head_dim(config))
     writer.add_rope_freq_base(_rope(config)["rope_theta"])
