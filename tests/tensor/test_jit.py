@@ -226,8 +226,17 @@ def test_each_path_is_its_instruction(
         assert instruction in out.replace("(%", "%")
 
 
-NEON = """
+FOR_NEON = """
 import llvmlite.binding as llvm
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
+parsed = llvm.parse_assembly(str(module))
+parsed.verify()
+print(machine.emit_assembly(parsed))
+"""
+NEON = """
 from llvmlite import ir
 from numba import types
 from tinyserve.tensor import dot_product
@@ -240,19 +249,12 @@ w, q = types.Array(types.int8, 1, "C"), types.Array(types.int16, 1, "C")
 widened = dot_product.emit_widen(builder, w, q, weights)
 a, b = dot_product.emit_dot(builder, w, q, [high, total], widened, [inputs, inputs])
 builder.ret(builder.add(a, b))
-llvm.initialize_all_targets()
-llvm.initialize_all_asmprinters()
-target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
-machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
-parsed = llvm.parse_assembly(str(module))
-parsed.verify()
-print(machine.emit_assembly(parsed))
 """
 
 
 def test_neon_has_its_instruction(tmp_path: Path) -> None:
     """For ARM's processors the IR is built, checked and compiled: two digits of 16 outputs are eight sdot."""
-    assembly = python(NEON, TINYSERVE_DOT_PRODUCT="neon", TINYSERVE_CACHE=str(tmp_path))
+    assembly = python(NEON + FOR_NEON, TINYSERVE_DOT_PRODUCT="neon", TINYSERVE_CACHE=str(tmp_path))
     assert assembly.count("sdot\tv") == 8
     assert "eor\tv" in assembly  # unsigned weights become signed
 
@@ -317,6 +319,24 @@ print(bfloat16.PATH, *(probe.dot_pairs.inspect_asm(signature) for signature in p
     assert "vdpbf16ps\t" in python(code, **told, TINYSERVE_BFLOAT16="avx512-bf16")
     other = python(code, **told, TINYSERVE_BFLOAT16="fma")
     assert "vdpbf16ps" not in other and other.count("vfmadd") == 2
+
+
+NEON_PAIRS = """
+from llvmlite import ir
+from tinyserve.tensor import bfloat16
+from tinyserve.tensor.simd import I32, f32x16, i32x16
+module = ir.Module("neon")
+function = ir.Function(module, ir.FunctionType(f32x16.llvm, [f32x16.llvm, i32x16.llvm, I32]), "dot")
+builder = ir.IRBuilder(function.append_basic_block())
+total, words, word = function.args
+builder.ret(bfloat16.emit_dot(builder, total, bfloat16.emit_operand(builder, words), word))
+"""
+
+
+def test_neon_multiplies_pairs_in_two_multiply_adds(tmp_path: Path) -> None:
+    """Two for each quarter of 16 sums."""
+    assembly = python(NEON_PAIRS + FOR_NEON, TINYSERVE_BFLOAT16="fma", TINYSERVE_CACHE=str(tmp_path))
+    assert assembly.count("fmla\tv") == 8
 
 
 def test_a_pairs_instruction_that_failed_its_probe_is_not_taken(tmp_path: Path) -> None:
