@@ -104,14 +104,15 @@ class Engine:
     def gaps(self, prompts: list[list[int]], count: int, late: list[int], lead: int) -> dict[str, list[float]]:
         """Seconds between tokens of streams before, and while, a late prompt is read.
 
-        It comes when all have decoded together for `lead` steps; the engine waits for it, so that streams of a model
-        that takes no time are not over by then.
+        It comes when all have decoded together for `lead` steps. The engine waits until all streams are queued, and
+        until it is, so that those of a model that takes no time are not over by then.
         """
-        runner, waits, goes_on, together = self.llm.engine.runner, Event(), Event(), 0
+        runner, queued, waits, goes_on, together = self.llm.engine.runner, Event(), Event(), Event(), 0
         forward = runner.forward
 
         def wait(work: Any, rows: Any) -> Any:
             nonlocal together
+            queued.wait()
             together += len(work) == len(prompts) == sum(len(token_ids) for token_ids, _ in work)
             if together > lead and not waits.is_set():
                 waits.set()
@@ -121,12 +122,14 @@ class Engine:
         runner.forward = wait
         try:
             streams = [self.llm.stream(prompt, _greedy(count)) for prompt in prompts]
+            queued.set()
             while not waits.wait(0.1):
                 if not self.llm.engine.has_work():
                     raise NotMeasured(f"never did {len(prompts)} streams decode together: give them more tokens")
             settled, late_stream = perf_counter(), self.llm.stream(late, _greedy(1))
         finally:
             runner.forward = forward
+            queued.set()
             goes_on.set()
         times = [list(stream)[-1].metrics.token_times for stream in streams]
         (metrics,) = [chunk.metrics for chunk in late_stream]

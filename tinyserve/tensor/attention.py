@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyserve.tensor._jit import inline_kernel, kernel
-from tinyserve.tensor.bfloat16 import add_weights, first_of_pairs, keep, numbers_per_word, store_weights
+from tinyserve.tensor.bfloat16 import add_weights, first_of_pairs, keep, numbers_per_word, store_numbers
 from tinyserve.tensor.kv_cache import Heads, Pages, Tokens
 from tinyserve.tensor.native import stack_array
 from tinyserve.tensor.program import constant, empty, instruction, num_threads
@@ -291,11 +291,16 @@ def _attend_unit(qkv, heads, scoring, tokens, pages, own, parts, out, unit, kv_h
 
 @kernel
 def _gather_queries(rows, qkv, unit, head_dim):
-    numbers, one = numbers_per_word(rows.queries), np.float32(1.0)
+    numbers, one, width = numbers_per_word(rows.queries), np.float32(1.0), qkv.shape[1]
     for r in range(rows.length):
-        token, first = unit.first + r // rows.group, (rows.head + r % rows.group) * head_dim
+        at = (unit.first + r // rows.group) * width + (rows.head + r % rows.group) * head_dim
+        if head_dim % (2 * LANES) == 0:
+            for d in range(0, head_dim, 2 * LANES):
+                store_numbers(rows.queries, r * head_dim + d, load(qkv, at + d), load(qkv, at + d + LANES))
+            continue
         for d in range(head_dim):
-            keep(rows.queries, r * rows.words + d // numbers, d % numbers, qkv[token, first + d], one)
+            number = qkv[at // width, at % width + d]
+            keep(rows.queries, r * rows.words + d // numbers, d % numbers, number, one)
         if head_dim % numbers:
             keep(rows.queries, (r + 1) * rows.words - 1, 1, np.float32(0.0), one)
 
@@ -457,8 +462,8 @@ def _weigh_row(scores, at, largest, weights, chunk):
         p1 = p1 * load(chunk.value_scales, chunk.scales_at[1])
         p2 = p2 * load(chunk.value_scales, chunk.scales_at[2])
         p3 = p3 * load(chunk.value_scales, chunk.scales_at[3])
-    store_weights(weights, at, p0, p1)
-    store_weights(weights, at + 2 * LANES, p2, p3)
+    store_numbers(weights, at, p0, p1)
+    store_numbers(weights, at + 2 * LANES, p2, p3)
     return total
 
 

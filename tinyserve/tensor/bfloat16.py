@@ -100,7 +100,7 @@ def numbers_per_word(typing_context, array):
 
 
 @intrinsic
-def store_weights(typing_context, array, number, first, second):
+def store_numbers(typing_context, array, number, first, second):
     """Write 32 floats from a number of this array on, an even one: float32, or rounded to bfloat16."""
 
     def codegen(context, builder, sig, args):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyserve.tensor._jit import kernel
-from tinyserve.tensor.bfloat16 import copy_half, copy_word, keep, numbers_per_word, store_weights
+from tinyserve.tensor.bfloat16 import copy_half, copy_word, keep, numbers_per_word, store_numbers
 from tinyserve.tensor.native import stack_array
 from tinyserve.tensor.program import constant, instruction
 from tinyserve.tensor.rope import rotate_heads
@@ -111,10 +111,10 @@ def _store_pairs(row, key, value, head_dim, key_at, value_at, half, pages):
     block_size, pairs = pages.keys.shape[3], stack_array(LANES, np.uint32)
     for d in range(0, head_dim, 2 * LANES):
         left = head_dim - d
-        store_weights(pairs, 0, load_first(row, key + d, left), load_first(row, key + d + LANES, left - LANES))
+        store_numbers(pairs, 0, load_first(row, key + d, left), load_first(row, key + d + LANES, left - LANES))
         for i in range(min(LANES, (left + 1) // 2)):
             copy_word(pages.keys, key_at + (d // 2 + i) * block_size, pairs, i)
-        store_weights(pairs, 0, load_first(row, value + d, left), load_first(row, value + d + LANES, left - LANES))
+        store_numbers(pairs, 0, load_first(row, value + d, left), load_first(row, value + d + LANES, left - LANES))
         for i in range(min(2 * LANES, left)):
             copy_half(pages.values, 2 * (value_at + d + i) + half, pairs, i)
 
