@@ -309,7 +309,7 @@ class EngineThread:
 
     def _step(self) -> None:
         try:
-            grown = self._engine.step(may_repeat=self._is_undisturbed)
+            grown = self._engine.step(may_repeat=self._commands.empty)  # until a command comes
         except Exception as error:  # those that were scheduled fail, and the others go on
             scheduler = self._engine.scheduler
             scheduled = [work.sequence for work in scheduler.scheduled]
@@ -319,9 +319,6 @@ class EngineThread:
         in_prefill = [s for s in scheduled if 0 < s.cache.num_computed < len(s.prompt_token_ids)]
         updates = [update for sequence in grown for update in _updates_of(sequence)]
         self._deliver(updates + [Update(sequence, sequence.cache.num_computed) for sequence in in_prefill])
-
-    def _is_undisturbed(self) -> bool:
-        return self._commands.empty() and not self._is_closed
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.finish_reason is None:
