@@ -28,7 +28,8 @@ from tinyserve.tensor.tiles import (
     inputs_per_load,
     load_pairs,
     load_scales,
-    prefetch_line,
+    prefetch_to_read,
+    prefetch_to_write,
     scaled_rows,
     start_rows,
     store_rows,
@@ -174,6 +175,18 @@ def _finish(product, rows, y, m, n, outputs, after, residual):
             store_first(y, (m + r) * width + at, v, left)
 
 
+@kernel
+def _ask_for(y, m, rows, n, outputs, after, residual):
+    """Ask for the lines that _finish will read and write: a row's are far from the next row's."""
+    if after.activation == SILU_MUL:
+        n, outputs = n // 2, outputs // 2
+    for row in range(m, m + rows):
+        for at in range(row * y.shape[1] + n, row * y.shape[1] + n + outputs, LANES):
+            prefetch_to_write(y, at)
+            if residual.size:
+                prefetch_to_read(residual, at)
+
+
 # --- blocks: some rows by some panels ---------------------------------------------------------------------------------
 
 
@@ -184,6 +197,7 @@ def float_block(h, first, rows, w, w_panel, panels, after, residual, y, panel):
     r = 0
     while rows >= FLOAT_ROWS and r < rows:
         r = min(r, rows - FLOAT_ROWS)  # the last tile does some rows again: they come to the same
+        _ask_for(y, first + r, FLOAT_ROWS, panel * PANEL, panels * PANEL, after, residual)
         _float_tile_n(h, first + r, w, w_panel, panels, product, r * BLOCK)
         r += FLOAT_ROWS
     while r < rows:
@@ -203,10 +217,11 @@ def integer_block(quantized, first, rows, w, w_panel, panels, after, residual, y
     r = 0
     while rows >= 3 and r < rows:
         r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
+        _ask_for(y, first + r, 3, panel * PANEL, panels * PANEL, after, residual)
         _integer_tile_3(quantized, first + r, w, w_panel, panels, product, r * BLOCK)
         r += 3
         while asked < min(end, ahead + size * r // rows):
-            prefetch_line(w.stream, asked)
+            prefetch_to_read(w.stream, asked)
             asked += 64
     while r < rows:
         _integer_tile_1(quantized, first + r, w, w_panel, panels, product, r * BLOCK)

@@ -94,17 +94,23 @@ def prefetch_panels(typing_context, count, array, index, stride):
     return types.void(count, array, types.intp, types.intp), codegen
 
 
-@intrinsic
-def prefetch_line(typing_context, array, index):
-    """Ask for the cache line at a flat index, not into the nearest cache but the one behind it."""
+def _prefetch_line(doc, *flags):
+    @intrinsic
+    def prefetch(typing_context, array, index):
+        def codegen(context, builder, sig, args):
+            address = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
+            emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), address, *(ir.Constant(I32, flag) for flag in flags))
+            return context.get_dummy_value()
 
-    def codegen(context, builder, sig, args):
-        flags = [ir.Constant(I32, flag) for flag in (0, 2, 1)]  # to read, to keep for some time, data
-        address = emit_address(context, builder, sig.args[0], args[0], args[1], I8)
-        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), address, *flags)
-        return context.get_dummy_value()
+        return types.void(array, types.intp), codegen
 
-    return types.void(array, types.intp), codegen
+    prefetch.__doc__ = doc
+    return prefetch
+
+
+# Flags: to read or to write; how long to keep, where 2 is not in the nearest cache but the one behind it; data.
+prefetch_to_read = _prefetch_line("Ask for the cache line at a flat index, into the second cache.", 0, 2, 1)
+prefetch_to_write = _prefetch_line("Ask for the cache line at a flat index, which will be written.", 1, 3, 1)
 
 
 @intrinsic
