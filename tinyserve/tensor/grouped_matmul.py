@@ -10,6 +10,7 @@ from tinyserve.tensor._jit import kernel
 from tinyserve.tensor.matmul import (
     CHUNK,
     NOTHING,
+    Block,
     Epilogue,
     float_block,
     integer_block,
@@ -44,7 +45,7 @@ def _chunks(offsets, chunks):
 
 @kernel
 def _place(item, chunks, count, panels, of_expert):
-    """An item's first row, its number of rows, its first panel of the outputs, and of w.
+    """An item's block.
 
     Slice by slice, in it expert by expert, in that block by block of outputs, and for each block the expert's chunks:
     threads take neighbouring items, so they have an equal share of every expert, however many rows one has, and a
@@ -57,9 +58,10 @@ def _place(item, chunks, count, panels, of_expert):
     in_slice, item = min(in_slice, blocks - begin), item - begin * count
     first = chunks[item // in_slice]
     item -= first[BEFORE] * in_slice
-    chunk = chunks[first[BEFORE] + item % first[SIBLINGS]]
-    panel = (begin + item // first[SIBLINGS]) * panels
-    return chunk[FIRST], chunk[ROWS], panel, chunk[EXPERT] * of_expert + panel
+    which, panel = item % first[SIBLINGS], (begin + item // first[SIBLINGS]) * panels
+    chunk = chunks[first[BEFORE] + which]
+    w_panel = chunk[EXPERT] * of_expert + panel
+    return Block(chunk[FIRST], chunk[ROWS], panel, w_panel, panels, which, first[SIBLINGS])
 
 
 @instruction
@@ -71,8 +73,7 @@ def _grouped_matmul_float(team, offsets, chunks, h, w, after, residual, y):
     first, last = next_items(team, items)
     while first < last:
         for item in range(first, last):
-            row, rows, panel, w_panel = _place(item, mine, count, panels, of_expert)
-            float_block(h, row, rows, w, w_panel, panels, after, residual, y, panel)
+            float_block(h, w, _place(item, mine, count, panels, of_expert), after, residual, y)
         first, last = next_items(team, items)
 
 
@@ -85,8 +86,7 @@ def _grouped_matmul_integer(team, offsets, chunks, quantized, w, after, residual
     first, last = next_items(team, items)
     while first < last:
         for item in range(first, last):
-            row, rows, panel, w_panel = _place(item, mine, count, panels, of_expert)
-            integer_block(quantized, row, rows, w, w_panel, panels, after, residual, y, panel)
+            integer_block(quantized, w, _place(item, mine, count, panels, of_expert), after, residual, y)
         first, last = next_items(team, items)
 
 

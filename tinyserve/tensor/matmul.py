@@ -190,43 +190,57 @@ def _ask_for(y, m, rows, n, outputs, after, residual):
 # --- blocks: some rows by some panels ---------------------------------------------------------------------------------
 
 
+class Block(NamedTuple):
+    """A chunk of rows by some panels of outputs: an item of work."""
+
+    row: int  # the first, of x and of y
+    rows: int
+    panel: int  # the first, of y
+    w_panel: int  # and of w
+    panels: int
+    chunk: int  # of the chunks that these panels pass over, one after the other
+    chunks: int
+
+
 @kernel
-def float_block(h, first, rows, w, w_panel, panels, after, residual, y, panel):
-    """Rows first .. first + rows of h by `panels` panels of w from w_panel on, which are y's from `panel` on."""
+def float_block(h, w, block, after, residual, y):
+    """The product of a block, and what follows it."""
     product = stack_array(PRODUCTS, np.float32)
+    rows, n, outputs = block.rows, block.panel * PANEL, block.panels * PANEL
     r = 0
     while rows >= FLOAT_ROWS and r < rows:
         r = min(r, rows - FLOAT_ROWS)  # the last tile does some rows again: they come to the same
-        _ask_for(y, first + r, FLOAT_ROWS, panel * PANEL, panels * PANEL, after, residual)
-        _float_tile_n(h, first + r, w, w_panel, panels, product, r * BLOCK)
+        _ask_for(y, block.row + r, FLOAT_ROWS, n, outputs, after, residual)
+        _float_tile_n(h, block.row + r, w, block.w_panel, block.panels, product, r * BLOCK)
         r += FLOAT_ROWS
     while r < rows:
-        _float_tile_1(h, first + r, w, w_panel, panels, product, r * BLOCK)
+        _float_tile_1(h, block.row + r, w, block.w_panel, block.panels, product, r * BLOCK)
         r += 1
-    _finish(product, rows, y, first, panel * PANEL, panels * PANEL, after, residual)
+    _finish(product, rows, y, block.row, n, outputs, after, residual)
 
 
 @kernel
-def integer_block(quantized, first, rows, w, w_panel, panels, after, residual, y, panel):
-    """The same for integers. While it works, memory is asked for as many panels behind these."""
+def integer_block(quantized, w, block, after, residual, y):
+    """The same for integers. Meanwhile memory is asked for the panels behind these, a part of them by each chunk."""
     product = stack_array(PRODUCTS, np.float32)
+    rows, n, outputs = block.rows, block.panel * PANEL, block.panels * PANEL
     pair = w.stream.shape[1] * w.stream.shape[2]
-    size = panels // 2 * pair
-    ahead = w_panel // 2 * pair + size
-    asked, end = ahead, min(ahead + size, w.stream.size)
+    behind, size = (block.w_panel + block.panels) // 2 * pair, block.panels // 2 * pair
+    asked = behind + size * block.chunk // block.chunks
     r = 0
     while rows >= 3 and r < rows:
         r = min(r, rows - 3)  # the last tile does some rows again: they come to the same
-        _ask_for(y, first + r, 3, panel * PANEL, panels * PANEL, after, residual)
-        _integer_tile_3(quantized, first + r, w, w_panel, panels, product, r * BLOCK)
+        _ask_for(y, block.row + r, 3, n, outputs, after, residual)
+        _integer_tile_3(quantized, block.row + r, w, block.w_panel, block.panels, product, r * BLOCK)
         r += 3
-        while asked < min(end, ahead + size * r // rows):
+        ask = behind + size * (block.chunk * rows + r) // (block.chunks * rows)
+        while asked < min(ask, w.stream.size):
             prefetch_to_read(w.stream, asked)
             asked += 64
     while r < rows:
-        _integer_tile_1(quantized, first + r, w, w_panel, panels, product, r * BLOCK)
+        _integer_tile_1(quantized, block.row + r, w, block.w_panel, block.panels, product, r * BLOCK)
         r += 1
-    _finish(product, rows, y, first, panel * PANEL, panels * PANEL, after, residual)
+    _finish(product, rows, y, block.row, n, outputs, after, residual)
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -250,11 +264,13 @@ def _cut(team, M, blocks):
 
 
 @kernel
-def _place(cut, M, item):
-    """An item's block, its first row, and how many rows it has, which may be none."""
+def _place(cut, M, panels, item):
+    """An item's block, which may be without rows."""
     part, item = item // (cut.blocks * cut.chunks), item % (cut.blocks * cut.chunks)
-    row = part * M // cut.parts + item % cut.chunks * CHUNK
-    return item // cut.chunks, row, min(CHUNK, (part + 1) * M // cut.parts - row)
+    chunk, panel = item % cut.chunks, item // cut.chunks * panels
+    row = part * M // cut.parts + chunk * CHUNK
+    rows = min(CHUNK, (part + 1) * M // cut.parts - row)
+    return Block(row, rows, panel, panel, panels, chunk, cut.chunks)
 
 
 @instruction
@@ -277,8 +293,7 @@ def _matmul_float(team, x, norm, h, w, after, residual, y):
     first, last = next_items(team, count)
     while first < last:
         for item in range(first, last):
-            block, row, rows = _place(cut, M, item)
-            float_block(h, row, rows, w, block * panels, panels, after, residual, y, block * panels)
+            float_block(h, w, _place(cut, M, panels, item), after, residual, y)
         first, last = next_items(team, count)
 
 
@@ -321,8 +336,7 @@ def _matmul_integer(team, quantized, w, after, residual, y):
     first, last = next_items(team, count)
     while first < last:
         for item in range(first, last):
-            block, row, rows = _place(cut, M, item)
-            integer_block(quantized, row, rows, w, block * panels, panels, after, residual, y, block * panels)
+            integer_block(quantized, w, _place(cut, M, panels, item), after, residual, y)
         first, last = next_items(team, count)
 
 
