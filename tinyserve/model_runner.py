@@ -51,7 +51,9 @@ class ModelRunner:
         filler = self._start_masks(scheduled)  # while the model works
         with _jit.one_at_a_time(self.num_threads):
             step = self.forward(
-                [(work.token_ids, work.sequence.cache) for work in scheduled], [place.row for place in places]
+                [(work.token_ids, work.sequence.cache) for work in scheduled],
+                [place.row for place in places],
+                all_hidden=any(work.sequence.params.prompt_logprobs is not None for work in scheduled),
             )
             self._add_prompts_logprobs(scheduled, step)
             masks = list[Array | None]()
@@ -118,7 +120,7 @@ class ModelRunner:
         start = sequence.cache.num_computed
         token_ids = sequence.token_ids[start : start + max_tokens]
         with _jit.one_at_a_time(self.num_threads):
-            reduced = reduce(self.forward([(token_ids, sequence.cache)], []).hidden)
+            reduced = reduce(self.forward([(token_ids, sequence.cache)], [], all_hidden=True).hidden)
         sequence.cache.num_computed += len(token_ids)
         return reduced
 

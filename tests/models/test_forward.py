@@ -135,9 +135,40 @@ def test_a_token_at_a_time_equals_a_prompt(name: str, dtype: str, llm_of: Load, 
         assert step.token_ids[0] == whole[i].argmax()
 
 
+WANTED = [
+    *KINDS,
+    ("gpt2", "w8a8"),
+    ("falcon-11b", "float32"),
+    ("mistral", "float32"),
+    ("granite-hybrid", "float32"),
+    ("llama-biases", "w4a8"),
+    ("granite-moe", "w8a16"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), WANTED)
+def test_tokens_that_nobody_listens_to_change_nothing_behind_them(
+    name: str, dtype: str, llm_of: Load, threads: int
+) -> None:
+    """In the last block only wanted tokens go on: with the bits, and the cache, of all going on."""
+    model, random = llm_of(name, dtype).model, Random(threads)
+    cache, full_cache = cache_for(model), cache_for(model)
+    run, full = ForwardPass(model, cache), ForwardPass(model, full_cache)
+    for rows in ([], [69], [0], [3, 4, 5, 40, 69], [20, 68, 70, 71, 72, 73], sorted(random.sample(range(74), 30))):
+        slots = random.sample(range(SLOTS), 2)
+        work = [(random.choices(range(checkpoints.VOCAB), k=count), sequence(slots.pop())) for count in (70, 4)]
+        step, all_hidden = run(work, rows), full(work, rows, all_hidden=True)
+        assert step.hidden.shape == (len(rows), model.config.hidden_size)
+        assert step.hidden.tobytes() == all_hidden.hidden[rows].tobytes()
+        assert step.logits.tobytes() == all_hidden.logits.tobytes()
+        assert step.token_ids.tobytes() == all_hidden.token_ids.tobytes()
+    for mine, other in zip(cache.layers, full_cache.layers, strict=True):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(mine, other, strict=True))
+
+
 def test_without_rows_there_are_no_logits(llm_of: Load) -> None:
     model = llm_of("llama-grouped").model
-    step = ForwardPass(model, cache_for(model))([([1, 2, 3], sequence(0))], [])
+    step = ForwardPass(model, cache_for(model))([([1, 2, 3], sequence(0))], [], all_hidden=True)
     assert step.hidden.shape == (3, model.config.hidden_size) and step.hidden.any()
     assert step.logits.shape == (0, checkpoints.VOCAB) and step.token_ids.shape == (0,)
 

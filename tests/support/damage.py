@@ -12,11 +12,11 @@ from tinyserve.tensor.program import instruction
 
 
 @instruction
-def _damage(team, hidden, token_ids, sequence_of, token):
+def _damage(team, hidden, whose, token_ids, sequence_of, token):
     """Rows of sequences that have this token in the batch become nan."""
     for i in range(team.thread, len(hidden), team.threads):
         for j in range(len(token_ids)):
-            if sequence_of[j] == sequence_of[i] and token_ids[j] == token:
+            if sequence_of[j] == whose[i] and token_ids[j] == token:
                 for h in range(hidden.shape[1]):
                     hidden[i, h] = np.nan
 
@@ -27,7 +27,8 @@ class _Damaged:
 
     def __call__(self, batch: Any, cache: Any) -> Any:
         hidden = self.model(batch, cache)
-        _damage(hidden, batch.token_ids, batch.sequence_of, self.token)
+        whose = batch.sequence_of if batch.wanted is None else batch.wanted.sequence_of
+        _damage(hidden, whose, batch.token_ids, batch.sequence_of, self.token)
         return hidden
 
     def logits(self, hidden: Any) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tinyserve.llm import LLM
     from tinyserve.models.base import DecoderModel
-    from tinyserve.models.batch import Batch
+    from tinyserve.models.batch import Batch, Wanted
     from tinyserve.models.kv_cache import KVCache
     from tinyserve.tensor.program import Description, Operand, Program
 
@@ -315,9 +315,9 @@ def captured(model: "DecoderModel", cache: "KVCache", shape: StepShape) -> "tupl
         start_clock(0)
 
         def noting(layer: int, block: Callable[..., Any]) -> Callable[..., Any]:
-            def noted(x: "np.ndarray", batch: "Batch", cache: Any) -> "np.ndarray":
+            def noted(x: "np.ndarray", batch: "Batch", cache: Any, wanted: "Wanted | None") -> "np.ndarray":
                 layers.extend([None] * (len(program) - 1 - len(layers)))
-                x = block(x, batch, cache)
+                x = block(x, batch, cache, wanted)
                 layers.extend([layer] * (len(program) - 1 - len(layers)))
                 return x
 

@@ -68,10 +68,11 @@ class DecoderModel:
         return self.embedding(batch.token_ids)
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
-        """-> hidden states (tokens, hidden) float32, before the last norm."""
+        """-> hidden states (tokens, hidden) float32, before the last norm; of the wanted tokens, if others are not."""
         x = self.embed(batch)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, batch, layer_cache)
+        last = len(self.blocks) - 1
+        for i, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+            x = block(x, batch, layer_cache, batch.wanted if i == last else None)
         return x
 
     def normed(self, hidden: Array) -> Array:

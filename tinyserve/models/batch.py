@@ -30,17 +30,26 @@ class BatchShape(NamedTuple):
     sequences: int
     blocks: int  # in a row of the block tables: a power of two, so that a growing sequence seldom changes it
     rows: int  # whose logits are wanted
+    all_hidden: bool = False  # whether the hidden states of all tokens are, or only of those rows
 
     @classmethod
-    def of(cls, work: Work, rows: int) -> "BatchShape":
+    def of(cls, work: Work, rows: int, all_hidden: bool = False) -> "BatchShape":
         """The shape of these tokens, with so many rows of logits."""
         blocks = tokens = 0
         for token_ids, cache in work:
             blocks, tokens = max(blocks, len(cache.block_table)), tokens + len(token_ids)
-        return cls(tokens, len(work), max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length()), rows)
+        return cls(tokens, len(work), max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length()), rows, all_hidden)
 
 
 LEAST_BLOCKS = 32
+
+
+class Wanted(NamedTuple):
+    """The tokens that go on behind the last block's cache: to the others nobody listens any more."""
+
+    rows: Array  # (wanted,) int64: which of the batch
+    positions: Array  # (wanted,) int64, as in Batch
+    sequence_of: Array  # (wanted,) int64
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,15 @@ class Batch:
     starts: Array  # (sequences + 1,) int64: the tokens of sequence i are starts[i] .. starts[i + 1]
     state_indices: Array  # (sequences,) int64: each sequence's state slot, its row of the recurrent states
     rows: Array  # int64: the tokens whose logits are wanted
+    wanted: Wanted | None  # None: the hidden states of all tokens
     written: list[list[int]]  # what stands in the rows of the block tables: it seldom changes from step to step
 
     @classmethod
     def empty(cls, shape: BatchShape) -> "Batch":
         """Room for a batch of this shape."""
         token_ids, positions, slot_mapping, sequence_of = (np.zeros(shape.tokens, np.int64) for _ in range(4))
+        rows = np.zeros(shape.rows, np.int64)
+        everything = shape.all_hidden or shape.rows == shape.tokens
         return cls(
             token_ids,
             positions,
@@ -69,7 +81,8 @@ class Batch:
             np.zeros((shape.sequences, shape.blocks), np.int32),
             np.zeros(shape.sequences + 1, np.int64),
             np.zeros(shape.sequences, np.int64),
-            np.zeros(shape.rows, np.int64),
+            rows,
+            None if everything else Wanted(rows, np.zeros_like(rows), np.zeros_like(rows)),
             [[] for _ in range(shape.sequences)],
         )
 
@@ -94,3 +107,5 @@ class Batch:
             self.starts[i + 1] = first = last
             self.state_indices[i] = cache.state_slot
         self.rows[:] = rows
+        if self.wanted is not None:
+            self.wanted.positions[:], self.wanted.sequence_of[:] = self.positions[rows], self.sequence_of[rows]

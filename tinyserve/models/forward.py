@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     program: Program
     batch: Batch
-    hidden: Array  # (tokens, hidden) float32, before the last norm
+    hidden: Array  # (tokens, hidden) float32, before the last norm; of `rows` alone where others are not wanted
     logits: Array  # (rows, vocab) float32
     largest: tuple[Array, Array]  # of each row, as `sampling.find_largest` says
 
@@ -45,12 +45,12 @@ class ForwardPass:
         self._steps: OrderedDict[BatchShape, Step] = OrderedDict()
         self._arena = Arena()
 
-    def __call__(self, work: Work, rows: Sequence[int]) -> Step:
+    def __call__(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Step:
         """Compute the new tokens of some sequences, and the logits behind `rows` of them."""
         for _, cache in work:
             if cache.num_computed == 0:
                 self.cache.reset_state(cache.state_slot)  # a new sequence: its state begins with zeros
-        step = self.step(BatchShape.of(work, len(rows)))
+        step = self.step(BatchShape.of(work, len(rows), all_hidden))
         step.batch.fill(work, rows, self.cache.block_size)
         step.program.run()
         return step
@@ -79,6 +79,5 @@ def compute(model: DecoderModel, cache: KVCache, batch: Batch) -> tuple[Array, A
     if not batch.rows.size:
         nothing = np.empty((0, 0), np.float32)
         return hidden, np.empty((0, model.config.vocab_size), np.float32), (np.empty(0, np.int64), nothing)
-    everything = len(batch.rows) == len(hidden)
-    logits = model.logits(hidden if everything else take_rows(hidden, batch.rows))
+    logits = model.logits(hidden if len(batch.rows) == len(hidden) else take_rows(hidden, batch.rows))
     return hidden, logits, find_largest(logits)

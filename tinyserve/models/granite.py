@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor, stacked
 from tinyserve.models.base import DecoderModel, Loader, gguf_names
-from tinyserve.models.batch import Batch
+from tinyserve.models.batch import Batch, Wanted
 from tinyserve.models.config import MAMBA
 from tinyserve.models.config.granite import GraniteConfig
 from tinyserve.models.kv_cache import LayerState
@@ -38,13 +38,17 @@ class Mamba:
         self.in_proj, self.convolution, self.scan, self.out_proj = in_proj, convolution, scan, out_proj
         self.norm, self.eps = norm, np.float32(eps)
 
-    def __call__(self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array) -> Array:
+    def __call__(
+        self, x: Array | Normed, batch: Batch, cache: LayerState, onto: Array, wanted: Wanted | None = None
+    ) -> Array:
         """x (tokens, hidden) -> onto + the output (tokens, hidden); the sequences' windows and states move on."""
         projected = self.in_proj(x)  # (tokens, gate | x, B, C | dt)
         sequences = mamba2.Sequences(batch.starts, batch.state_indices)
         inner = self.norm.size
         xBC = mamba2.causal_conv1d(projected, inner, self.convolution, cache.windows, sequences)
         y = mamba2.selective_scan(xBC, projected, self.scan, cache.states, sequences)  # (tokens, inner)
+        if wanted is not None:
+            y, projected, onto = (rows.take_rows(one, wanted.rows) for one in (y, projected, onto))
         return self.out_proj(mamba2.gated_rms_norm(y, projected, self.norm, self.eps, self.scan.groups), onto)
 
 

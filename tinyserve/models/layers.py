@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinyserve.models.batch import Batch
+from tinyserve.models.batch import Batch, Wanted
 from tinyserve.models.matrix import Matrix, no_bias
 from tinyserve.tensor import attention, kv_cache, matmul, rope
 from tinyserve.tensor import norm as norms
 from tinyserve.tensor.norm import NO_NORM, Norm
+from tinyserve.tensor.rows import take_rows
 
 Array = np.ndarray
 
@@ -164,21 +165,29 @@ class Attention:
         self.scoring = attention.Scoring(np.float32(scale), window, _NO_ALIBI if alibi is None else alibi)
         self.qk_norm = qk_norm
 
-    def __call__(self, x: Array | Normed, batch: Batch, cache: kv_cache.Pages, onto: Array) -> Array:
+    def __call__(
+        self, x: Array | Normed, batch: Batch, cache: kv_cache.Pages, onto: Array, wanted: Wanted | None = None
+    ) -> Array:
         """x (tokens, hidden) -> onto + the output (tokens, hidden); each token sees its own sequence up to itself."""
         tokens = kv_cache.Tokens(batch.positions, batch.slot_mapping, batch.sequence_of, batch.block_tables)
         qkv = self.qkv(x)  # (tokens, (heads + 2·kv_heads)·head_dim)
         if self.qk_norm is not None:
             self.qk_norm(qkv, self.heads)
         kv_cache.rotate_and_store(qkv, self.heads, self.rope.table, tokens, cache)
+        if wanted is not None:
+            qkv, onto = take_rows(qkv, wanted.rows), take_rows(onto, wanted.rows)
+            tokens = tokens._replace(positions=wanted.positions, sequence_of=wanted.sequence_of)
         mixed = attention.attention(qkv, self.heads, self.scoring, tokens, cache)  # (tokens, heads·head_dim)
         return self.out(mixed, onto)
 
 
 class Mixer(Protocol):
-    """Where tokens look at earlier ones: attention, or a Mamba; `cache` is the layer's, of the mixer's kind."""
+    """Where tokens look at earlier ones: attention, or a Mamba; `cache` is the layer's, of the mixer's kind.
 
-    def __call__(self, x: Normed, batch: Batch, cache: Any, onto: Array) -> Array: ...
+    All tokens go into the cache; those that are wanted come out.
+    """
+
+    def __call__(self, x: Normed, batch: Batch, cache: Any, onto: Array, wanted: Wanted | None = None) -> Array: ...
 
 
 class FeedForward(Protocol):
@@ -193,16 +202,17 @@ class Block:
     def __init__(self, mixer_norm: RMSNorm | LayerNorm, mixer: Mixer, mlp_norm: RMSNorm | LayerNorm, mlp: FeedForward):
         self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = mixer_norm, mixer, mlp_norm, mlp
 
-    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        x = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
+    def __call__(self, x: Array, batch: Batch, cache: Any, wanted: Wanted | None = None) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden), or those of the wanted tokens."""
+        x = self.mixer(self.mixer_norm(x), batch, cache, x, wanted)
         return self.mlp(self.mlp_norm(x), onto=x)
 
 
 class ParallelBlock(Block):
     """The same side by side: both read x, each behind its norm or both behind one, and both are added to it."""
 
-    def __call__(self, x: Array, batch: Batch, cache: Any) -> Array:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        mixed = self.mixer(self.mixer_norm(x), batch, cache, onto=x)
+    def __call__(self, x: Array, batch: Batch, cache: Any, wanted: Wanted | None = None) -> Array:
+        """x (tokens, hidden) -> (tokens, hidden), or those of the wanted tokens."""
+        mixed = self.mixer(self.mixer_norm(x), batch, cache, x, wanted)
+        x = x if wanted is None else take_rows(x, wanted.rows)
         return self.mlp(self.mlp_norm(x), onto=mixed)

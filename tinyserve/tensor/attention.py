@@ -206,9 +206,11 @@ def _first_key(position, window):
 def _run_from(first, tokens, run, window):
     """The tokens from token `first` on that are of one sequence, at most `run`, with all their spans."""
     count, positions, sequence_of = 1, tokens.positions, tokens.sequence_of
-    while count < run and first + count < len(positions) and sequence_of[first + count] == sequence_of[first]:
-        count += 1
     position = positions[first]
+    while count < run and first + count < len(positions) and sequence_of[first + count] == sequence_of[first]:
+        if positions[first + count] != position + count:
+            break  # the tokens between them are not wanted
+        count += 1
     return Unit(first, count, _first_key(position, window) // SPAN, (position + count - 1) // SPAN)
 
 
