@@ -57,19 +57,22 @@ def matrices(part: Any) -> Iterator[Matrix]:
             yield from matrices(one)
 
 
-def product_bytes(model: DecoderModel, rows: int) -> int:
-    """What the products of a step read of the weights, where `rows` tokens may each choose experts of their own."""
-    experts = getattr(model.config, "num_local_experts", 0)
-    chosen = min(experts, rows * getattr(model.config, "num_experts_per_tok", 0))
+def product_bytes(model: DecoderModel, shape: StepShape) -> int:
+    """What the products of a step read of the weights, where each token may choose experts of its own: of the last
+    layer's those of the sequences' last tokens.
+    """
+    experts, each = (getattr(model.config, key, 0) for key in ("num_local_experts", "num_experts_per_tok"))
     total = sum(matrix.nbytes for matrix in matrices([model.head]))
-    for matrix in matrices(list(model.blocks)):
-        of_experts = experts and any(
-            matrix is of.matrix
-            for block in model.blocks
+    for i, block in enumerate(model.blocks):
+        tokens = shape.batch * (1 if i == len(model.blocks) - 1 else shape.tokens)
+        of_experts = [
+            of.matrix
             for of in (getattr(block.mlp, "up", None), getattr(block.mlp, "down", None))
             if type(of).__name__ == "Experts"
-        )
-        total += matrix.nbytes * chosen // experts if of_experts else matrix.nbytes
+        ]
+        for matrix in matrices([block]):
+            is_chosen = any(matrix is one for one in of_experts)
+            total += matrix.nbytes * min(experts, tokens * each) // experts if is_chosen else matrix.nbytes
     return total
 
 
@@ -88,7 +91,7 @@ def test_every_instruction_of_every_family(llm_of: LlmOf, name: str, shape: Step
     assert told.rows[0].layer is None and told.rows[-1].kernel == "_choose"
     order = [row.layer for row in told.rows if row.layer is not None]
     assert order == sorted(order)
-    assert sum(row.weight_bytes for row in told.rows) == product_bytes(llm.model, shape.tokens * shape.batch)
+    assert sum(row.weight_bytes for row in told.rows) == product_bytes(llm.model, shape)
     assert {row.kind for row in told.rows if row.weight_bytes} <= {"matmul", "grouped_matmul"}
     assert ("mamba2" in told.kinds()) == ("hybrid" in name)
     assert ("grouped_matmul" in told.kinds()) == ("moe" in name)
@@ -98,7 +101,8 @@ def test_every_instruction_of_every_family(llm_of: LlmOf, name: str, shape: Step
     assert sum(one.cost.bytes for one in folded) == pytest.approx(told.cost.bytes)
     sections = told.folded()[1:-1]
     assert sum(len(section[0].rows) for section in sections) == layers
-    assert len(sections) == (2 if "hybrid" in name else 1)
+    # Layers of two kinds in a hybrid; and of a prompt the last layer is for the last token of each sequence.
+    assert len(sections) == (2 if "hybrid" in name else 1) + (shape.tokens > 1)
     report = json.loads(json.dumps(told.report()))
     assert len(report["instructions"]) == len(told.rows)
     assert sum(kind["instructions"] for kind in report["kinds"]) == len(told.rows)
@@ -110,7 +114,7 @@ def test_every_dtype(llm_of: LlmOf, dtype: str) -> None:
     for shape in (StepShape(1, 20), StepShape(1, 20, 3)):
         llm = llm_of("granite-moe", dtype)
         told = trace.trace(llm, shape)
-        assert sum(row.weight_bytes for row in told.rows) == product_bytes(llm.model, shape.batch)
+        assert sum(row.weight_bytes for row in told.rows) == product_bytes(llm.model, shape)
         expected = {"float32"} if dtype == "bfloat16" else {llm.dtype, llm.dtype.replace("w4", "w8"), "float32"}
         assert set(told.peaks) == expected and min(told.peaks.values()) > 0
 
@@ -137,13 +141,17 @@ def test_bytes_and_operations_of_a_step(llm_of: LlmOf) -> None:
     attend = next(row for row in prefill.rows if row.kernel == "_attend")
     assert attend.cost.operations == 4 * 5 * 24 * 2 * sum(range(5, 17))
     assert attend.shape == "5/5, 32 keys"
+    last = [row for row in prefill.rows if row.kernel == "_attend"][-1]
+    assert last.cost.operations == 4 * 5 * 24 * 2 * 16
+    assert last.operands["out"][1] == (2, 120)
 
 
 def test_a_window_and_states(llm_of: LlmOf) -> None:
     windowed = trace.trace(llm_of("mistral"), StepShape(1, 20))
     assert {row.shape for row in windowed.rows if row.kernel == "_attend"} == {"6/2, 5 keys"}
-    assert StepShape(3, 20).keys(5) == 7 and StepShape(3, 20).pairs(5) == 15
-    assert StepShape(3, 0).keys(5) == 3 and StepShape(3, 0).pairs(0) == 6
+    assert StepShape(3, 20).keys(3, 5) == 7 and StepShape(3, 20).pairs(3, 5) == 15
+    assert StepShape(3, 20).keys(1, 5) == 5 and StepShape(3, 20).pairs(1, 5) == 5
+    assert StepShape(3, 0).keys(3, 5) == 3 and StepShape(3, 0).pairs(3, 0) == 6
     llm = llm_of("granite-hybrid")
     told = trace.trace(llm, StepShape(1, 20, 3))
     states = 2 * 3 * state_bytes_per_sequence(llm.config)  # read and written

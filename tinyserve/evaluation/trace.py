@@ -57,13 +57,15 @@ class StepShape:
         """Blocks of the cache that each sequence has."""
         return -(-self.length // BLOCK)
 
-    def keys(self, window: int) -> int:
-        """Positions of the cache that attention reads, for all sequences together; `window` 0 is none."""
-        return self.batch * (min(self.length, window + self.tokens - 1) if window else self.length)
+    def keys(self, queries: int, window: int) -> int:
+        """Positions of the cache that the last `queries` tokens of each sequence see, for all sequences together;
+        `window` 0 is none.
+        """
+        return self.batch * (min(self.length, window + queries - 1) if window else self.length)
 
-    def pairs(self, window: int) -> int:
-        """Pairs of a new token and a position that it sees, for all sequences together."""
-        seen = (min(position + 1, window or self.length) for position in range(self.depth, self.length))
+    def pairs(self, queries: int, window: int) -> int:
+        """Pairs of one of those tokens and a position that it sees, for all sequences together."""
+        seen = (min(position + 1, window or self.length) for position in range(self.length - queries, self.length))
         return self.batch * sum(seen)
 
     def check(self, config: ModelConfig, dtype: str, kv_cache_dtype: str, memory: int, synthetic: bool) -> None:
@@ -380,7 +382,7 @@ def _touched(one: "Description", operand: "Operand", shape: StepShape) -> int:
         case "rotate_and_store", "pages":
             return whole // (operand.shape[0] * BLOCK) * shape.tokens * shape.batch
         case "_attend", "pages":
-            return whole // (operand.shape[0] * BLOCK) * shape.keys(int(one.numbers["scoring.window"]))
+            return whole // (operand.shape[0] * BLOCK) * shape.keys(*_queries(one, shape))
         case "_attend", "qkv":
             return sizes["out"]
         case "_causal_conv1d", "windows":
@@ -399,6 +401,11 @@ def _touched(one: "Description", operand: "Operand", shape: StepShape) -> int:
             experts = one.operands["offsets"].shape[0] - 1
             return whole * min(experts, one.operands["y"].shape[0]) // experts  # at most one a row
     return whole
+
+
+def _queries(one: "Description", shape: StepShape) -> tuple[int, int]:
+    """Of an attention, how many tokens of each sequence it is for, in the last layer one, and its window."""
+    return one.operands["out"].shape[0] // shape.batch, int(one.numbers["scoring.window"])
 
 
 def _weights(one: "Description") -> tuple[int, int] | None:
@@ -420,7 +427,7 @@ def _operations(one: "Description", shape: StepShape) -> float:
         experts = one.operands["offsets"].shape[0] - 1 if "offsets" in one.operands else 1
         return 2 * one.operands["y"].shape[0] * math.prod(weights) / experts
     if one.name == "_attend":
-        return 4 * one.operands["out"].shape[1] * shape.pairs(int(one.numbers["scoring.window"]))
+        return 4 * one.operands["out"].shape[1] * shape.pairs(*_queries(one, shape))
     return 0
 
 
@@ -442,7 +449,7 @@ def _shape_of(one: "Description", shape: StepShape) -> str:
         gates = "2·" if one.numbers["after.activation"] == SILU_MUL else ""
         return f"{f'{rows}×' if rows > 1 else ''}{inputs} → {gates}{outputs}"
     if one.name == "_attend":
-        keys = shape.keys(int(one.numbers["scoring.window"]))
+        keys = shape.keys(*_queries(one, shape))
         return f"{one.numbers['heads.heads']}/{one.numbers['heads.kv_heads']}, {keys} keys"
     for name in ("logits", "y", "out", "rows", "qkv", "quantized.q", "ids", "x"):
         if name in one.operands:
