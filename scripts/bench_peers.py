@@ -25,6 +25,7 @@ from peers import PEERS, NotMeasured, Peer, models, report  # noqa: E402
 from peers.runs import add_options, choose, describe, finish, names_of_peers, note, parse, settings  # noqa: E402
 from peers.worker import Worker  # noqa: E402
 
+HELP_OF_DTYPES = "of tinyserve (default: int8); int8@Q8_0 is int8 on llama.cpp's file of Q8_0"
 PROMPT_STEP = 7919  # prompts are arithmetic: the same for every engine, and no two begin alike
 
 
@@ -39,7 +40,7 @@ def main() -> None:
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, rounds=7)
-    parser.add_argument("--dtypes", nargs="+", default=PEERS["tinyserve"].formats, help="of tinyserve (default: int8)")
+    parser.add_argument("--dtypes", nargs="+", default=PEERS["tinyserve"].formats, help=HELP_OF_DTYPES)
     others = [name for name in PEERS if name != "tinyserve"]
     help_of_peers = f"PEER or PEER:FORMAT,... (default: {names_of_peers(others)})"
     parser.add_argument("--peers", nargs="*", default=others, help=help_of_peers)

@@ -1,4 +1,4 @@
-"""tinyserve, through its public API; `format` is a dtype.
+"""tinyserve, through its public API; `format` is a dtype, or "int8@Q8_0": a dtype on llama.cpp's file of that format.
 
 Of the real model 4-bit dtypes take the file as shipped, whose bits they keep, and others its float32 widening: int8
 would keep 4 bits as well, which is no match for 8. What only tinyserve is asked, by bench_engine.py, comes last.
@@ -20,6 +20,10 @@ SAMPLING = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8, "top
 
 
 def prepare(model: str, format: str, workdir: Path) -> str:
+    if file := format.partition("@")[2]:
+        from peers import llama_cpp_engine
+
+        return llama_cpp_engine.prepare(model, file, workdir)
     keeps_bits = model == models.REAL and format in ("int4", "w4a16", "w4a8")
     return str(models.shipped_gguf() if keeps_bits else models.checkpoint(model, workdir))
 
@@ -30,7 +34,7 @@ class Engine:
         try:
             self.llm = LLM(
                 path,
-                dtype=format,
+                dtype=format.partition("@")[0],
                 num_threads=threads,
                 max_model_len=max_length,
                 max_num_seqs=max(1, sequences),
