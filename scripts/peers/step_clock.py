@@ -24,9 +24,9 @@ class StepClock:
         self._forward = forward
         self.steps: list[Step] = []
 
-    def __call__(self, work: Any, rows: Any) -> Any:
+    def __call__(self, work: Any, rows: Any, all_hidden: bool = False) -> Any:
         began = perf_counter()
-        result = self._forward(work, rows)
+        result = self._forward(work, rows, all_hidden)
         tokens = sum(len(token_ids) for token_ids, _ in work)
         self.steps.append(Step(tokens, len(work), began, perf_counter()))
         return result
