@@ -17,7 +17,7 @@ from threading import RLock, Thread, current_thread
 from time import perf_counter
 from typing import NamedTuple, Protocol, TypeVar
 
-from tinyserve.errors import EngineDeadError, RequestError, TinyserveError
+from tinyserve.errors import ContextLengthError, EngineDeadError, RequestError, TinyserveError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.scheduler import CacheCopier, Scheduler
 from tinyserve.scheduling.sequence import Logprobs, Sampled, Scheduled, Sequence
@@ -80,7 +80,7 @@ class Engine:
                 "The prompt is empty: it has no tokens, and nothing can follow from nothing.", param="prompt"
             )
         if len(prompt_token_ids) >= max_model_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"The prompt has {len(prompt_token_ids)} tokens and the context (max_model_len) holds "
                 f"{max_model_len}, the answer included: shorten the prompt.",
                 param="prompt",

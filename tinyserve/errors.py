@@ -47,6 +47,10 @@ class RequestError(UserError):
         return type(self), (str(self), self.param)  # an exception is pickled with its message alone
 
 
+class ContextLengthError(RequestError):
+    """A prompt, with room for an answer, is longer than the context."""
+
+
 class IncompleteError(TinyserveError):
     """Some prompts of several failed; `outputs` has all in their order, and "error" as a finish_reason of those."""
 

@@ -66,6 +66,9 @@ def serve(
             metavar="NAME", help="How tools are called: llama-3, hermes, json...  [default: as chat templates show]"
         ),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse fields that are not built, in place of naming them in a header.")
+    ] = False,
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
@@ -102,6 +105,7 @@ def serve(
         cors_origins=cors_origin or (),
         memory=_bytes(memory),
         tool_format=tool_format,
+        strict=strict,
         max_queue=max_queue,
         max_body=round(max_body * 1e6),
         drain_timeout=drain_timeout,

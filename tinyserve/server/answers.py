@@ -5,7 +5,7 @@ from typing import Any
 
 from tinyserve.scheduling.sequence import Logprob, Logprobs, Metrics
 from tinyserve.text.request import StreamChunk
-from tinyserve.text.tokenizer import Tokenizer
+from tinyserve.text.tokenizer import Detokenizer, Tokenizer
 
 
 def usage(metrics: Metrics, output_tokens: int) -> dict[str, Any]:
@@ -69,19 +69,32 @@ def _token(tokenizer: Tokenizer, token: int, logprob: Logprob) -> dict[str, Any]
     return {"token": logprob.decoded_token or "", "logprob": _finite(logprob), "bytes": spelled}
 
 
+class TextOffsets:
+    """Where in a text each of its tokens begins, in characters; one with the rest of a character, where that begins."""
+
+    def __init__(self, detokenizer: Detokenizer | None, start: int = 0):
+        self._detokenizer, self._at = detokenizer, start
+
+    def of(self, tokens: SequenceOf[int]) -> list[int]:
+        """The places of the next tokens."""
+        places = []
+        for token in tokens:
+            places.append(max(0, self._at))
+            if self._detokenizer is not None:
+                self._at += len(self._detokenizer.push(token))
+        return places
+
+
 def completion_logprobs(
-    tokens: SequenceOf[tuple[int, Logprobs | None]], names: SequenceOf[str], count: int, offset: int
+    tokens: SequenceOf[tuple[int, Logprobs | None]], names: SequenceOf[str], count: int, places: SequenceOf[int]
 ) -> dict[str, Any]:
-    """The older form: four lists, as long as there are tokens; `offset` is where the first stands in the text.
+    """The older form: four lists, as long as there are tokens, whose `places` in the text are the last.
 
     A prompt's first token has no log-probability: nothing is before it.
     """
     chosen: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets = []
-    for (token, row), name in zip(tokens, names, strict=True):
-        offsets.append(offset)
-        offset += len(name)
+    for token, row in tokens:
         if row is None:
             chosen.append(None)
             tops.append(None)
@@ -92,7 +105,7 @@ def completion_logprobs(
             if logprob.rank <= count or other == token:  # of two with one text, the likelier stays
                 top.setdefault(logprob.decoded_token or "", _finite(logprob))
         tops.append(top)
-    return {"tokens": list(names), "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+    return {"tokens": list(names), "token_logprobs": chosen, "top_logprobs": tops, "text_offset": list(places)}
 
 
 def _finite(logprob: float) -> float:

@@ -38,6 +38,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     max_body: int = ServeOptions.max_body,
     tool_format: str | None = None,
+    strict: bool = False,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The ASGI application that serves the models of a pool; it loads the first when it starts.
@@ -47,9 +48,10 @@ def create_app(
     cors_origins: pages of these origins may call it, "*" for all.
     max_body: bytes.
     tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
+    strict: refuse every field that is not built, also those that an answer is as good without.
     on_failure: called with the error if the first model cannot be loaded.
     """
-    state = State(pool, ServerMetrics(pool), tool_format)
+    state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
     routes = [
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
@@ -68,17 +70,24 @@ def create_app(
         Route("/", _page()),
     ]
     paths = [route.path for route in routes]
-    middleware = [Middleware(guards.RequestMetrics, state=state, paths=paths)]
+    middleware = [Middleware(guards.PlainPaths), Middleware(guards.RequestMetrics, state=state, paths=paths)]
     if cors_origins:
         middleware.append(
-            Middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+            Middleware(
+                CORSMiddleware,
+                allow_origins=cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                allow_private_network=True,  # which Chrome asks for where a page of the web calls this machine
+                expose_headers=["x-tinyserve-ignored"],
+            )
         )
     if hosts:
         middleware.append(Middleware(guards.AllowedHosts, hosts=hosts))
     middleware.append(Middleware(guards.Unavailable, state=state))
     if api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
-    middleware.append(Middleware(guards.SizeLimits, limit=max_body))
+    middleware += [Middleware(guards.SizeLimits, limit=max_body), Middleware(guards.IgnoredFields)]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

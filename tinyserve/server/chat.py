@@ -103,6 +103,7 @@ class _Chat:
         )
 
     def _send_chunk(self, events: SSEWriter, llm: LLM, chunk: StreamChunk, counter: UsageCounter) -> None:
+        """An event with what has come, and one of its own for the end: clients read no text in that one."""
         delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
         if chunk.tool_calls:
             first = counter.calls(chunk)
@@ -110,10 +111,11 @@ class _Chat:
         choice = {"index": chunk.index, "delta": delta}
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs(llm, chunk)
-        if chunk.finish_reason is not None:
-            choice |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
-        if delta or "logprobs" in choice or chunk.finish_reason is not None:
+        if delta or (chunk.token_ids and self._body.logprobs):
             self._send(events, choice)
+        if chunk.finish_reason is not None:
+            reason = {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
+            self._send(events, {"index": chunk.index, "delta": {}, **reason})
 
     def _send(self, events: SSEWriter, choice: dict[str, Any]) -> None:
         choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None} | choice

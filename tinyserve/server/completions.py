@@ -16,7 +16,7 @@ from tinyserve.llm import LLM
 from tinyserve.progress import Progress
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
-from tinyserve.server.answers import UsageCounter, completion_logprobs, total, usage
+from tinyserve.server.answers import TextOffsets, UsageCounter, completion_logprobs, total, usage
 from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import CompletionBody
 from tinyserve.server.sampling import completion_params
@@ -32,13 +32,6 @@ T = TypeVar("T")
 
 async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
-    if body.suffix is not None:
-        raise ApiError(
-            400,
-            "suffix is given, and these models only go on with a text: leave it out.",
-            param="suffix",
-            code="unsupported",
-        )
     work = _Completion(state_of(request), body)
     if body.stream:
         return EventStream(work.stream)
@@ -49,10 +42,10 @@ def prompts_of(given: Any, field: str) -> list[TextOrIds]:
     """A text, the ids of one, or a list of several; raises ApiError that names the field for anything else."""
     if isinstance(given, str):
         return [given]
-    if isinstance(given, list) and given and len(given) <= MOST_PROMPTS:
-        if all(_is_id(item) for item in given):
+    if isinstance(given, list) and given:
+        if _are_ids(given):
             return [given]
-        if all(isinstance(item, str) or (isinstance(item, list) and all(map(_is_id, item))) for item in given):
+        if len(given) <= MOST_PROMPTS and all(isinstance(item, str) or _are_ids(item) for item in given):
             return given
     what = f"a list of {len(given)}" if isinstance(given, list) else f"{given!r:.60}"
     raise ApiError(
@@ -62,8 +55,8 @@ def prompts_of(given: Any, field: str) -> list[TextOrIds]:
     )
 
 
-def _is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in given)
 
 
 class _Completion:
@@ -114,7 +107,7 @@ class _Completion:
     async def _stream(
         self, events: SSEWriter, engine: AsyncEngine, p: int, prompt: TextOrIds, params: SamplingParams
     ) -> UsageCounter:
-        counter, offsets = UsageCounter(), [0] * self._n
+        counter, offsets = UsageCounter(), [self._offsets(engine.llm, prompt) for _ in range(self._n)]
         with self._state.metrics.watch(self._model.name, self._n) as watch:
             stream = engine.generate(prompt, params, self._name(p), self._body.priority, events.prefill)
             async with aclosing(stream) as chunks:
@@ -126,8 +119,8 @@ class _Completion:
                     choice = _choice(p * self._n + chunk.index, text, chunk.finish_reason, chunk.stop_reason)
                     if chunk.logprobs is not None:
                         tokens = list(zip(chunk.token_ids, chunk.logprobs, strict=True))
-                        choice["logprobs"] = self._logprobs(engine.llm, tokens, offsets[chunk.index])
-                        offsets[chunk.index] += sum(map(len, choice["logprobs"]["tokens"]))
+                        places = offsets[chunk.index].of(chunk.token_ids)
+                        choice["logprobs"] = self._logprobs(engine.llm, tokens, places)
                     if text or chunk.logprobs or chunk.finish_reason is not None:
                         events.event({**self._head(), "choices": [choice]})
                     if chunk.finish_reason is not None:
@@ -149,13 +142,25 @@ class _Completion:
                 tokens = [*zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False), *tokens]
             choice = _choice(p * self._n + answer.index, text, answer.finish_reason, answer.stop_reason)
             if self._body.logprobs is not None:
-                choice["logprobs"] = self._logprobs(llm, tokens, 0)
+                places = _places_in_prompt(llm, prompt, output.prompt_token_ids) if self._body.echo else []
+                places += self._offsets(llm, prompt).of(answer.token_ids)
+                choice["logprobs"] = self._logprobs(llm, tokens, places[: len(tokens)])
             choices.append(choice)
         return choices
 
-    def _logprobs(self, llm: LLM, tokens: SequenceOf[tuple[int, Logprobs | None]], offset: int) -> dict[str, Any]:
+    def _logprobs(
+        self, llm: LLM, tokens: SequenceOf[tuple[int, Logprobs | None]], places: SequenceOf[int]
+    ) -> dict[str, Any]:
         names = [_spelled(llm, token, row) for token, row in tokens]
-        return completion_logprobs(tokens, names, self._body.logprobs or 0, offset)
+        return completion_logprobs(tokens, names, self._body.logprobs or 0, places)
+
+    def _offsets(self, llm: LLM, prompt: TextOrIds) -> TextOffsets:
+        """The places of an answer's tokens, behind the prompt where that is part of the text."""
+        start = len(_text_of(llm, prompt)) if self._body.echo else 0
+        skips = self._body.skip_special_tokens is not False
+        continues = isinstance(prompt, str)
+        detokenizer = llm.tokenizer.detokenizer(skips, continuation=continues) if llm.tokenizer else None
+        return TextOffsets(detokenizer, start)
 
     def _name(self, p: int) -> str:
         """The request id of a prompt in the engine."""
@@ -173,6 +178,17 @@ def _text_of(llm: LLM, prompt: TextOrIds) -> str:
     if isinstance(prompt, str) or llm.tokenizer is None:
         return prompt if isinstance(prompt, str) else ""
     return llm.tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+def _places_in_prompt(llm: LLM, prompt: TextOrIds, ids: list[int]) -> list[int]:
+    """Where in a prompt its tokens begin; the BOS that a text is given is not in it."""
+    tokenizer, start = llm.tokenizer, 0
+    if tokenizer is None:
+        return [0] * len(ids)
+    if isinstance(prompt, str) and ids[:1] == [tokenizer.bos_token_id]:
+        bos = tokenizer.special_tokens["bos_token"]
+        start = 0 if prompt.startswith(bos) else -len(bos)
+    return TextOffsets(tokenizer.detokenizer(skip_special_tokens=False), start).of(ids)
 
 
 def _spelled(llm: LLM, token: int, row: Logprobs | None) -> str:

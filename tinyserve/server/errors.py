@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from tinyserve.errors import EngineDeadError, HubError, RequestError, TinyserveError, UserError
+from tinyserve.errors import ContextLengthError, EngineDeadError, HubError, RequestError, TinyserveError, UserError
 
 NO_ALIASES: Mapping[str, str] = MappingProxyType({})
 _TYPES = {
@@ -69,7 +69,8 @@ def as_api_error(error: BaseException, aliases: Mapping[str, str] = NO_ALIASES) 
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, RequestError):
         param = aliases.get(error.param, error.param) if error.param is not None else None
-        return ApiError(400, str(error), param=param)
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return ApiError(400, str(error), param=param, code=code)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, TinyserveError):

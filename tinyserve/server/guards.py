@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.server.errors import ApiError
-from tinyserve.server.state import State
+from tinyserve.server.state import IGNORED, State
 
 # Paths that need no key: the page, which asks its user for one, and the probes of supervisors.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -129,6 +129,34 @@ class SizeLimits:
         return ApiError(
             413, f"The body has {size} bytes or more, and {self._limit} are the most.", code="body_too_large"
         )
+
+
+class PlainPaths:
+    """A slash at the end of a path, and two in a row, are as none and one: clients join addresses as they like."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = "/" + "/".join(part for part in scope["path"].split("/") if part)
+        await self.app(scope, receive, send)
+
+
+class IgnoredFields:
+    """Names the fields of a body that were passed over in the header x-tinyserve-ignored."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_header(message: Message) -> None:
+            if message["type"] == "http.response.start" and (names := scope.get(IGNORED)):
+                header = (b"x-tinyserve-ignored", ", ".join(names).encode())
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_header if scope["type"] == "http" else send)
 
 
 class RequestMetrics:

@@ -89,9 +89,18 @@ class ModelPool:
     ) -> AsyncIterator[AsyncEngine]:
         """The engine of a model, which is loaded first if need be and not evicted meanwhile; `progress` is of the load.
 
-        Raises ApiError: 429 if its queue is full, 503 if there is no memory to load it.
+        Raises ApiError: 400 for more answers than it ever takes, 429 if its queue is full, 503 if there is no memory to
+        load it.
         """
         limit = self.max_num_seqs + self.max_queue
+        if answers > limit:
+            raise ApiError(
+                400,
+                f"The request asks for {answers} answers, and {model.name} takes {limit} at a time: ask for fewer, or "
+                "raise --max-queue.",
+                param="n",
+                code="too_many_answers",
+            )
         if model.num_open and model.num_open + answers > limit:
             raise ApiError(
                 429,

@@ -1,10 +1,15 @@
-"""What clients send, under OpenAI's names and vLLM's. An unknown field is an error, as is a wrong type.
+"""What clients send, under OpenAI's names and vLLM's; null is as left out. A wrong type is an error, as is a field that
+nobody knows.
 
-What the layers below check with sentences of their own (messages, tools, biases, schemas) is only passed on.
+A field of those APIs that is not built is passed over where an answer is as good without it, and said (IGNORED), and
+refused where it is not (UNBUILT). What the layers below check with sentences of their own (messages, tools, biases,
+schemas) is only passed on.
 """
 
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tinyserve.errors import did_you_mean
@@ -14,10 +19,58 @@ from tinyserve.server.errors import ApiError
 B = TypeVar("B", bound="Body")
 
 
+# Without these an answer is as good: the values that ask for nothing, and need not be named.
+IGNORED: Mapping[str, tuple[Any, ...]] = {
+    # OpenAI's
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+    # vLLM's
+    "guided_decoding_backend": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "mm_processor_kwargs": (),
+    "request_id": (),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    # Anthropic's
+    "anthropic_beta": (),
+    "anthropic_version": (),
+    "betas": (),
+    "inference_geo": (),
+}
+# With these it would be another one: what to do instead.
+UNBUILT: Mapping[str, str] = {
+    "audio": "answers are text: leave it out",
+    "chat_template": "the server's templates are its own (--chat-template): leave it out",
+    "container": "there are no containers: leave it out",
+    "documents": "write the documents into a message",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    "logits_processors": "use logit_bias, bad_words or structured_outputs",
+    "mcp_servers": "call the servers yourself, as tools",
+    "prompt_embeds": "send the prompt as text or token ids",
+    "return_token_ids": "ask for logprobs, or /tokenize the answer",
+    "return_tokens_as_token_ids": "ask for logprobs, or /tokenize the answer",
+    "suffix": "these models only go on with a text: leave it out",
+    "structural_tag": "use structured_outputs",
+    "truncate_prompt_tokens": "shorten the prompt: /tokenize counts",
+    "web_search_options": "search yourself, as a tool",
+}
+
+
 class Body(BaseModel):
     """A JSON object of which every field is known."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    unbuilt: ClassVar[Mapping[str, str]] = {}
 
     model: str | None = None
 
@@ -27,8 +80,8 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool = False
-    include_obfuscation: bool = False  # OpenAI's padding against eavesdroppers, which a stream here does not have
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # OpenAI's padding against eavesdroppers, which a stream here does not have
 
 
 # The fields that SamplingParams has under the same name; None is not said.
@@ -39,6 +92,9 @@ _Sampling: Any = create_model("_Sampling", __base__=Body, **_FIELDS)
 
 class Decoding(_Sampling):  # type: ignore[misc]  # which fields it has, the table says
     """What chat and completions share: how tokens are chosen, and how the answer is sent."""
+
+    ignored = IGNORED
+    unbuilt = UNBUILT
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -68,8 +124,6 @@ class ChatBody(Decoding):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -80,7 +134,6 @@ class CompletionBody(Decoding):
     prompt: Any
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
-    suffix: str | None = None
 
 
 class EmbeddingBody(Body):
@@ -119,31 +172,45 @@ class TemplateBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def parse(kind: type[B], data: bytes) -> B:
-    """The body of a request; raises ApiError 400 that names the first field at fault."""
+def parse(kind: type[B], data: bytes, strict: bool = False) -> tuple[B, list[str]]:
+    """The body of a request, and the names of fields that were passed over, of which `strict` allows none.
+
+    Raises ApiError 400 that names the first field at fault.
+    """
     try:
-        return kind.model_validate_json(data)
+        fields = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is no JSON: {error}.", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    ignored = list[str]()
+    for name in fields.keys() - kind.model_fields.keys():
+        if fields[name] is None and (name in kind.ignored or name in kind.unbuilt):
+            continue
+        if name in kind.unbuilt:
+            raise ApiError(400, f"{name} is not built: {kind.unbuilt[name]}.", param=name, code="unsupported_field")
+        if name not in kind.ignored or (strict and fields[name] not in kind.ignored[name]):
+            hint = did_you_mean(name, kind.model_fields, 0.6) if name not in kind.ignored else ""
+            raise ApiError(400, f"There is no field {name[:80]!r}.{hint}", param=name[:80], code="unknown_field")
+        if fields[name] not in kind.ignored[name]:
+            ignored.append(name)
+    try:
+        known = {name: fields[name] for name in kind.model_fields if fields.get(name) is not None}
+        return kind.model_validate(known), sorted(ignored)
     except ValidationError as error:
-        raise _as_api_error(kind, error) from None
+        raise _as_api_error(error) from None
 
 
-def _as_api_error(kind: type[Body], error: ValidationError) -> ApiError:
+def _as_api_error(error: ValidationError) -> ApiError:
     # Of a union every member complains; an unknown field is the plainest complaint.
     details = error.errors(include_url=False, include_context=False)
     first = min(details, key=lambda detail: (detail["type"] != "extra_forbidden", -len(detail["loc"])))
     where = _where(first["loc"])
     match first["type"]:
-        case "json_invalid":
-            return ApiError(
-                400, f"The body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}.", code="invalid_json"
-            )
         case "extra_forbidden":
-            hint = did_you_mean(where, kind.model_fields, 0.6) if len(first["loc"]) == 1 else ""
-            return ApiError(400, f"There is no field {where!r}.{hint}", param=where, code="unknown_field")
+            return ApiError(400, f"There is no field {where!r}.", param=where, code="unknown_field")
         case "missing":
             return ApiError(400, f"The field {where!r} is missing.", param=where, code="missing_field")
-        case _ if not where:
-            return ApiError(400, "The body must be a JSON object.", code="invalid_json")
     given = f"{first['input']!r:.80}"
     return ApiError(400, f"{where} is {given}: {_lower(first['msg'])}.", param=where, code="invalid_value")
 

@@ -58,6 +58,7 @@ def serve(options: ServeOptions) -> int:
         cors_origins=options.cors_origins,
         max_body=options.max_body,
         tool_format=options.tool_format,
+        strict=options.strict,
         on_failure=fail,
     )
     config = uvicorn.Config(

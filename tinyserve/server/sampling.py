@@ -48,7 +48,16 @@ def _params(body: Decoding, llm: LLM, extra: dict[str, Any], limit: int | None, 
         options["max_tokens"] = options["min_tokens"]
     if (structure := _structure(body)) is not None:
         options["structured_outputs"] = structure
+    if "seed" in options:
+        options["seed"] = _seed(options["seed"])
     return SamplingParams(**options)
+
+
+def _seed(seed: int) -> int | None:
+    """Any 64-bit integer is a seed over HTTP; -1 is what clients send where nobody gave one."""
+    if not -(2**63) <= seed < 2**64:
+        raise ApiError(400, f"seed is {seed!r:.60}; it must be an integer of 64 bits.", param="seed")
+    return None if seed == -1 else seed % 2**64
 
 
 def _structure(body: Decoding) -> StructuredOutputs | None:
@@ -74,7 +83,7 @@ def structure_field(body: Decoding) -> str:
 
 def _response_format(format: Mapping[str, Any]) -> StructuredOutputs | None:
     """OpenAI's: text, json_object, or json_schema with a schema inside."""
-    match format:
+    match {name: value for name, value in format.items() if value is not None}:
         case {"type": "text", **rest} if not rest:
             return None
         case {"type": "json_object", **rest} if not rest:

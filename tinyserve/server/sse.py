@@ -127,6 +127,11 @@ async def wait_disconnect(receive: Receive) -> None:
         pass
 
 
+# Lines end at these for Python's splitlines and its like, by which clients take streams apart; not for JSON.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
 def dumps(data: Any) -> bytes:
-    """JSON as short as it can be, in UTF-8."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """JSON as short as it can be, in UTF-8, and one line to everybody."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return (text if text.isascii() else text.translate(_LINE_ENDS)).encode()

@@ -1,9 +1,10 @@
 """What every handler uses: the server's state, a checked body, an engine, JSON, and an end when the client leaves."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +21,9 @@ from tinyserve.server.sse import dumps, wait_disconnect
 
 T = TypeVar("T")
 
+logger = logging.getLogger("tinyserve.server")
+
+IGNORED = "tinyserve.ignored"  # in a request's scope: the fields of its body that were passed over
 BODY_TIMEOUT = 30.0  # seconds
 
 
@@ -33,6 +37,8 @@ class State:
     is_ready: bool = False
     is_draining: bool = False  # running requests are finished, new ones refused
     failure: str | None = None  # why the first model could not be loaded
+    strict: bool = False  # fields that are not built are refused, also where an answer is as good without them
+    ignored: set[str] = field(default_factory=set)  # fields that were passed over and said in the log
 
     @asynccontextmanager
     async def engine(
@@ -75,7 +81,14 @@ async def read(request: Request, kind: type[B]) -> B:
         data = await asyncio.wait_for(request.body(), BODY_TIMEOUT)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT:.0f} s.") from None
-    return parse(kind, data)
+    state = state_of(request)
+    body, ignored = parse(kind, data, state.strict)
+    request.scope[IGNORED] = ignored
+    for name in ignored:
+        if name not in state.ignored:
+            state.ignored.add(name)
+            logger.info("%s: the field %r is not built, and is passed over (said once)", request.url.path, name)
+    return body
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
