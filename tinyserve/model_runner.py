@@ -6,6 +6,7 @@ The highest layer that makes arrays: above, they are only handed on. It neither 
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -132,18 +133,22 @@ class ModelRunner:
         from filelock import FileLock, Timeout
 
         ready = _jit.cache_folder() / f"{self._kernels(dtype)}.ready"
-        if not ready.exists():
-            lock = FileLock(_jit.cache_folder() / "compiling.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                progress("wait", 0, 0)
-                lock.acquire()
-            try:
-                self._run_kernels()
+        if ready.exists():
+            return None
+        lock = FileLock(_jit.cache_folder() / "compiling.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress("wait", 0, 0)
+            lock.acquire()
+        except OSError:  # nothing can be written there: who runs kernels compiles them
+            return self._run_kernels()
+        try:
+            self._run_kernels()
+            with suppress(OSError):
                 ready.touch()
-            finally:
-                lock.release()
+        finally:
+            lock.release()
 
     def _run_kernels(self) -> None:
         with _jit.one_at_a_time(self.num_threads):

@@ -1,17 +1,15 @@
 """How kernels are compiled: the cache folder, the cores that may be used, and plainer processors."""
 
+import errno
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
-from numba.core import caching
 
 from tinyserve.tensor import _jit
 
@@ -51,14 +49,6 @@ def test_the_cache_folder_depends_on_the_processor_and_moves_with_its_variable(t
     assert here.parent == generic.parent == forced.parent == tmp_path
     assert len({here, generic, forced}) == 3
     assert here.is_dir()
-
-
-def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    code = "from tinyserve.tensor import _jit; print(_jit.cache_folder())"
-    folder = Path(python(code, TINYSERVE_CACHE=str(tmp_path / "file"), TMPDIR=str(tmp_path)))
-    assert folder.is_dir()
-    assert tmp_path in folder.parents
 
 
 def test_a_cached_kernel_needs_no_compiler(tmp_path: Path) -> None:
@@ -122,40 +112,113 @@ def test_closures_of_one_name_stay_apart_whoever_compiled_them(tmp_path: Path) -
     assert done.stdout == "True\n"
 
 
-def test_two_processes_that_save_at_once_do_not_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is about to write the index waits for a moment for the other, who would have read the same."""
+def double(x: Any) -> Any:
+    return x + x
 
-    def double(x: Any) -> Any:
-        return x + x
 
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "first")
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A kernel that has been compiled for two types of argument, and kept."""
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
     compiled = _jit.cached_kernel(double)
     assert (compiled(1), compiled(0.5)) == (2, 1.0)
-    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path / "second")
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "second"))
-    both, save_index = threading.Barrier(2), caching.IndexDataCacheFile._save_index
+    assert [path.suffix for path in tmp_path.iterdir()] == [".kernel", ".kernel"]
+    return compiled
 
-    def save_slowly(self: Any, overloads: Any) -> None:
-        with suppress(threading.BrokenBarrierError):
-            both.wait(0.3)
-        save_index(self, overloads)
 
-    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", save_slowly)
-    processes = [_jit._KernelCache(double) for _ in compiled.overloads]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(_jit._KernelCache.save_overload, processes, compiled.overloads, compiled.overloads.values()))
-    reader = _jit._KernelCache(double)
-    for types in compiled.overloads:
-        loaded = reader.load_overload(types, compiled.targetctx)
+def test_a_kernel_is_loaded_for_its_own_types(kept: Any, tmp_path: Path) -> None:
+    for types in kept.overloads:
+        loaded = _jit._KernelCache(double).load_overload(types, kept.targetctx)
         assert loaded is not None and loaded.signature.args == types
+    first, second = tmp_path.iterdir()  # one under the other's name
+    first.write_bytes(second.read_bytes())
+    found = [_jit._KernelCache(double).load_overload(types, kept.targetctx) for types in kept.overloads]
+    assert found.count(None) == 1
 
 
-def test_a_users_own_kernels_keep_their_cache() -> None:
-    before = numba.config.CACHE_DIR
-    _jit.cached_kernel(lambda x: x)
-    assert before == numba.config.CACHE_DIR
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:20],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: data[:1000] + bytes([data[1000] ^ 4]) + data[1001:],
+        lambda data: bytes(len(data)),
+    ],
+)
+def test_what_is_damaged_is_compiled_again(kept: Any, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, data in whole.items():
+        path.write_bytes(damage(data))
+    assert all(_jit._KernelCache(double).load_overload(types, kept.targetctx) is None for types in kept.overloads)
+    again = _jit.cached_kernel(double)
+    assert (again(1), again(0.5)) == (2, 1.0)
+    assert all(_jit._KernelCache(double).load_overload(types, kept.targetctx) for types in kept.overloads)
+    assert set(tmp_path.iterdir()) == whole.keys()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_what_cannot_be_kept_is_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def write_a_part(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", write_a_part)
+    monkeypatch.setattr(_jit, "_tell_that_nothing_is_kept", cache(_jit._tell_that_nothing_is_kept.__wrapped__))
+    compiled = _jit.cached_kernel(double)
+    assert (compiled(1), compiled(0.5)) == (2, 1.0)
+    assert not any(tmp_path.iterdir())
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert os.strerror(number) in said and "TINYSERVE_CACHE" in said and str(tmp_path) in said
+
+
+TAKE_ROWS = """
+import numpy as np
+from tinyserve.tensor import _jit, rows
+compiled = []
+with _jit.on_compile(compiled.append):
+    taken = rows.take_rows(np.ones((3, 4), np.float32), np.arange(2))
+print(taken.shape, len(compiled), _jit.cache_folder())
+"""
+READ_ONLY = """
+import errno, os, pathlib, tempfile
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+pathlib.Path.write_bytes = pathlib.Path.write_text = pathlib.Path.touch = refuse
+tempfile.mkdtemp = tempfile.mkstemp = refuse
+os.access = lambda path, mode, **more: not mode & os.W_OK
+"""
+
+
+def test_a_folder_that_is_complete_and_only_to_be_read_is_used(tmp_path: Path) -> None:
+    """An image, or ProtectSystem=strict: the user that runs kernels is not the one who compiled them."""
+    cold = python(TAKE_ROWS, TINYSERVE_CACHE=str(tmp_path)).split(") ")[1].split()
+    warm = python(READ_ONLY + TAKE_ROWS, TINYSERVE_CACHE=str(tmp_path)).split(") ")[1].split()
+    assert int(cold[0]) > 0 and warm == ["0", cold[1]]
+
+
+def test_where_nothing_can_be_written_there_is_an_answer(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code = f"""
+import tempfile
+def refuse(*_, **__):
+    raise FileNotFoundError(2, "No usable temporary directory found")
+tempfile.mkdtemp = tempfile.mkstemp = tempfile.gettempdir = refuse
+from tinyserve import LLM, SamplingParams
+llm = LLM({str(folder_of("llama"))!r}, num_threads=1, max_num_seqs=2, max_model_len=32)
+print(len(llm.generate("a", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids))
+"""
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"TINYSERVE_CACHE": str(tmp_path / "file" / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    assert done.stdout == "2\n"
+    assert done.stderr.count("TINYSERVE_CACHE") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ The only file that names `numba.njit`. It knows nothing about what the kernels c
 """
 
 import hashlib
+import logging
 import os
+import pickle
 import platform
 import secrets
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +20,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
-from filelock import FileLock, Timeout
-from numba.core import bytecode, caching, compiler, event
+from numba.core import bytecode, caching, compiler, event, serialize
 from numba.core import config as numba_config
 from numba.core.codegen import JITCodeLibrary
 from numba.core.runtime.nrt import rtsys
@@ -101,15 +101,9 @@ def cached_kernel(function: Callable[..., Any], allocates: bool = True) -> Any:
     A kernel that does not allocate, and nor does what it calls, does not count references: one call for each array
     taken out of a tuple, between the loops.
     """
-    before = numba_config.CACHE_DIR
-    # Numba settles a function's cache folder when it is decorated; a user's own Numba functions keep theirs.
-    numba_config.CACHE_DIR = str(cache_folder())
-    try:
-        dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, _nrt=allocates)(function)
-        dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
-        return dispatcher
-    finally:
-        numba_config.CACHE_DIR = before
+    dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, _nrt=allocates)(function)
+    dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
+    return dispatcher
 
 
 def address(dispatcher: Any, types: tuple[Any, ...]) -> int:
@@ -120,26 +114,63 @@ def address(dispatcher: Any, types: tuple[Any, ...]) -> int:
     return found
 
 
-class _KernelCache(caching.FunctionCache):
-    """Numba's cache of machine code, written by one process at a time.
+class _KernelCache(caching.Cache):
+    """Machine code on disk, in a file for each kernel and its argument types, behind a checksum of it.
 
-    Numba's own loads all that its compiler needs before the first kernel, 0.3 s of it.
+    What cannot be read, whole and as it was written, is compiled again; what cannot be written is not kept, and that is
+    said once. Numba's own cache has an index, which two processes write, and ends a program for a damaged file; and it
+    loads all that its compiler needs before the first kernel, 0.3 s of it.
     """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._py_func = function
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_folder())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Load machine code for these argument types, or None: then Numba prepares its compiler, and compiles."""
         rtsys.initialize(target_context)  # the allocator that machine code refers to
-        with self._guard_against_spurious_io_errors():
-            return self._load_overload(sig, target_context)
+        with suppress(Exception):  # of a file, or of what pickle and LLVM make of it
+            data = self._path(sig, target_context.codegen()).read_bytes()
+            if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]:
+                loaded = compiler.CompileResult._rebuild(target_context, *pickle.loads(data[_DIGEST:]))
+                return loaded if tuple(loaded.signature.args) == tuple(sig) else None
+        return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep machine code for these argument types.
+        """Keep machine code for these argument types; whoever reads meanwhile finds all of it, or none."""
+        if data.library.has_dynamic_globals:  # addresses of this process
+            return
+        path, code = self._path(sig, data.codegen), serialize.dumps(data._reduce())
+        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        try:
+            part.write_bytes(hashlib.sha256(code).digest() + code)
+            part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            _tell_that_nothing_is_kept(error.strerror or str(error))
 
-        Its file's name is the next that is free in an index: two processes would take the same one, and the index of
-        one would lead to the code of the other.
-        """
-        with suppress(Timeout), FileLock(cache_folder() / "index.lock", timeout=30):
-            super().save_overload(sig, data)
+    def flush(self) -> None: ...
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        key = hashlib.sha256(f"{self._py_func.__qualname__} {self._index_key(sig, codegen)!r}".encode())
+        return cache_folder() / f"{self._py_func.__name__}-{key.hexdigest()[:24]}.kernel"
+
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+@cache
+def _tell_that_nothing_is_kept(reason: str) -> None:
+    logging.getLogger("tinyserve").warning(
+        "Compiled kernels cannot be kept in %s (%s), and each process compiles them again: let TINYSERVE_CACHE name a "
+        "folder that can be written to.",
+        cache_folder(),
+        reason,
+    )
 
 
 @cache
@@ -147,7 +178,8 @@ def cache_folder() -> Path:
     """Where compiled kernels live: a folder named by everything that machine code depends on.
 
     Numba's own cache does not see that an intrinsic changed in another module, so the sources are part of the name.
-    `TINYSERVE_CACHE` moves it; where nothing can be written, a temporary folder serves this process.
+    `TINYSERVE_CACHE` moves it. It may be complete and only to be read, as in an image; or not be there at all, where
+    nothing can be written.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     key = hashlib.sha256()
@@ -160,8 +192,7 @@ def cache_folder() -> Path:
     folder = _user_cache() / f"kernels-{key.hexdigest()[:16]}"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    # Nothing shared stands in: what is cached is code, and a folder others can write to is theirs to fill.
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tinyserve-"))
+    return folder  # none that is shared stands in: it holds code, and who can write to it decides what runs
 
 
 def _user_cache() -> Path:
