@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tinyserve.errors import RequestError
-from tinyserve.sampling_params import WHITESPACE, StructuredOutputs, with_options
+from tinyserve.json_schema import FORMATS, WHITESPACE, with_options
+from tinyserve.sampling_params import StructuredOutputs
 
 pytestmark = pytest.mark.fast
 
@@ -83,6 +84,39 @@ def test_a_schema_chooses_its_white_space_but_not_to_be_ignored() -> None:
     assert own["x-guidance"] == {"whitespace_flexible": False, "lenient": False}
     with pytest.raises(RequestError, match=r"json\['x-guidance'\] is 'no'; it must be an object"):
         with_options({"x-guidance": "no"})
+
+
+@pytest.mark.parametrize("name", ["password", "path", "binary", "byte", "int64", "uri-reference", "foo"])
+def test_a_format_that_is_not_known_is_an_annotation_wherever_it_stands(name: str) -> None:
+    text = {"type": "string", "maxLength": 3}
+    plain = {
+        "type": "object",
+        "properties": {
+            "format": text,
+            "a": {"anyOf": [text, {"type": "null"}]},
+            "b": {"items": text, "prefixItems": [text]},
+        },
+        "patternProperties": {"^x": text},
+        "additionalProperties": text,
+        "$defs": {"format": text, "c": {"not": text}},
+        "const": {"format": name},
+        "enum": [{"format": name}],
+        "default": {"format": name},
+    }
+    given = json.loads(json.dumps(plain).replace('"maxLength": 3', f'"maxLength": 3, "format": "{name}"'))
+    before = json.dumps(given)
+    assert with_options(given) == with_options(plain)
+    assert json.dumps(given) == before
+
+
+def test_known_formats_stay_and_slips_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    for name in FORMATS:
+        assert with_options({"type": "string", "format": name})["format"] == name
+    assert with_options({"type": "string", "format": {"a": 1}})["format"] == {"a": 1}  # llguidance's to refuse
+    assert not caplog.records
+    with_options({"properties": {"when": {"format": "date_time"}}})
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'date_time'" in said and "Did you mean 'date-time'?" in said
 
 
 def test_importing_it_imports_no_library() -> None:

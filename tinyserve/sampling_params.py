@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from tinyserve.errors import RequestError, did_you_mean
+from tinyserve.json_schema import schema_of
 
 # --- a table of options: what a row says, and what follows from it ---------------------------------------------------
 
@@ -131,10 +132,6 @@ def _as_tuple(row: Param, value: Any) -> tuple[Any, ...] | None:
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
-# One space, or a new line and its indentation. JSON allows any amount, which small models take as an invitation to
-# write blanks until their tokens are used up.
-WHITESPACE = r" |\n {0,24}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputs(Options):
@@ -176,35 +173,6 @@ class StructuredOutputs(Options):
     def kind(self) -> str:
         """The name of the one field that is given."""
         return next(name for name in KINDS if getattr(self, name) not in (None, False))
-
-
-def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
-    """A JSON schema as a dict of its own, from an object, its text, or a pydantic model's class."""
-    if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
-    try:
-        if isinstance(schema, str):
-            schema = json.loads(schema)
-        elif isinstance(schema, Mapping):
-            schema = json.loads(json.dumps(dict(schema), allow_nan=False))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{where} is no JSON: {error}.", param=where) from None
-    if not isinstance(schema, dict):
-        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
-    return schema
-
-
-def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
-    """The schema as llguidance is to read it: little white space, and nothing it does not support passed over.
-
-    A schema can ask for other white space with its own "x-guidance" (llguidance's docs/json_schema.md).
-    Raises RequestError with this `param` where that is no object.
-    """
-    own = schema.get("x-guidance") or {}
-    if not isinstance(own, Mapping):
-        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
-    spaced = {} if "whitespace_flexible" in own else {"whitespace_pattern": WHITESPACE}
-    return {**schema, "x-guidance": {**spaced, **own, "lenient": False}}
 
 
 def _choices(choice: Any) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ def test_options_stand_before_or_after(shell: Shell, plain: Path) -> None:
     assert ids(shell, "--model", plain, "Hello", "--max-tokens", "6") == wanted
     assert ids(shell, plain, "--max-tokens", "6", stdin="Hello") == wanted
     assert ids(shell, plain, "-", "--max-tokens", "6", stdin="Hello") == wanted
+    assert ids(shell, plain, "--max-tokens", "6", stdin="\ufeffHello") == wanted  # as PowerShell writes it
     assert ids(shell, "-m", plain, "--max-tokens", "6", stdin="Hello") == wanted
 
 

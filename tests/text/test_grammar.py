@@ -20,6 +20,7 @@ from test_tokenizer import KEY, metadata_of
 
 from tinyserve.checkpoints.gguf import open_gguf
 from tinyserve.errors import TinyserveError
+from tinyserve.json_schema import FORMATS
 from tinyserve.sampling_params import StructuredOutputs
 from tinyserve.text.grammar import Grammar, GrammarCompiler, MaskFiller, Matcher, fill_masks, words_of
 from tinyserve.text.tokenizer import Tokenizer
@@ -308,6 +309,21 @@ def test_grammars_are_compiled_once_from_any_thread(compiler_of: Callable[[str],
     assert len(compiler._grammars) == 64
 
 
+def test_the_formats_that_are_enforced_are_those_the_compiler_knows(
+    compiler_of: Callable[[str], GrammarCompiler],
+) -> None:
+    from llguidance import LLMatcher
+
+    compiler = compiler_of("smollm2")
+    compiler.compile(StructuredOutputs(json={"type": "string", "maxLength": 1}))
+    others = {"idn-email", "iri", "json-pointer", "regex", "uri-reference", "uri-template", "password", "int32"}
+    for name in FORMATS | others:
+        schema = {"type": "string", "format": name, "x-guidance": {"lenient": False}}
+        source = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        assert LLMatcher(compiler._vocabulary, source, log_level=0).is_error() == (name in others), name
+        compiler.compile(StructuredOutputs(json={"type": "string", "format": name}))
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
@@ -323,7 +339,6 @@ def test_grammars_are_compiled_once_from_any_thread(compiler_of: Callable[[str],
         ({"json": {"not": {"type": "string"}}}, 'json is refused: Unimplemented keys: ["not"].'),
         ({"json": {"if": {}, "then": {}}}, 'Unimplemented keys: ["if", "then"].'),
         ({"json": {"type": "array", "uniqueItems": True}}, 'Unimplemented keys: ["uniqueItems"].'),
-        ({"json": {"type": "string", "format": "foo"}}, "Unknown format: foo."),
         ({"json": {"x-guidance": {"lenient": True}, "uniqueItems": True}}, 'Unimplemented keys: ["uniqueItems"].'),
         ({"json": {"$ref": "#/$defs/a"}}, "Pointer '/$defs/a' does not exist."),
         ({"json": {"type": "integer", "minimum": 5, "maximum": 1}}, "minimum (5) is greater than maximum (1)."),

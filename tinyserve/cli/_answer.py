@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tinyserve.cli._backends import Backend
 
 DEFAULT_MAX_TOKENS = 256
+BYTE_ORDER_MARK = "\ufeff"  # editors on Windows, and PowerShell's pipes, begin a text with it
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def read_prompt(prompt: str | None, model: str) -> str:
             prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise UserError(f"Standard input is not UTF-8 text (at byte {error.start}): convert it first.") from None
+    prompt = prompt.removeprefix(BYTE_ORDER_MARK)
     check_text(prompt)
     if not prompt.strip():
         raise UserError("The prompt is empty: give some text to answer or to continue.")

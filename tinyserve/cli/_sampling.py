@@ -41,7 +41,7 @@ def structure(json_schema: str | None, regex: str | None) -> StructuredOutputs |
         return None
     if json_schema is not None and not json_schema.lstrip().startswith("{"):
         try:
-            json_schema = Path(json_schema).read_text(encoding="utf-8")
+            json_schema = Path(json_schema).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise UserError(f"--json-schema {json_schema}: this file cannot be read ({error}).") from None
     return StructuredOutputs(json=json_schema, regex=regex)

@@ -3,6 +3,7 @@
 Knows how to read a file and to print; the measuring is in evaluation/perplexity.py, the tasks in cli/_eval_tasks.py.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -161,7 +162,7 @@ def _read(text: Path | None) -> bytes:
             "kind that the model is for, or a task (--task list shows them)."
         )
     try:
-        content = text.read_bytes()
+        content = text.read_bytes().removeprefix(codecs.BOM_UTF8)
         if not content.decode().strip():
             raise UserError(f"{text} is empty: give a file with some text.")
     except OSError as error:

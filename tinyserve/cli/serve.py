@@ -135,7 +135,7 @@ def keys(file: Path | None) -> list[str]:
     found = [os.environ[API_KEY_VARIABLE]] if API_KEY_VARIABLE in os.environ else []
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', None) or error}."

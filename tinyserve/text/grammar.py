@@ -17,7 +17,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tinyserve.errors import RequestError, TinyserveError
-from tinyserve.sampling_params import StructuredOutputs, with_options
+from tinyserve.json_schema import with_options
+from tinyserve.sampling_params import StructuredOutputs
 from tinyserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyserve.errors import RequestError
-from tinyserve.sampling_params import StructuredOutputs, schema_of, with_options
+from tinyserve.json_schema import schema_of, with_options
+from tinyserve.sampling_params import StructuredOutputs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""JSON schemas, from whatever they are given as to what the grammar compiler (llguidance) reads.
+
+Knows JSON Schema's keywords; nothing of tokens, and not what an answer is for.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from tinyserve.errors import RequestError, did_you_mean
+
+logger = logging.getLogger("tinyserve")
+
+# One space, or a new line and its indentation. JSON allows any amount, which small models take as an invitation to
+# write blanks until their tokens are used up.
+WHITESPACE = r" |\n {0,24}"
+# Those that are enforced. JSON Schema takes any other one for an annotation (2020-12, Validation, 7.2.3), and pydantic
+# and OpenAPI write their own.
+FORMATS = frozenset({
+    "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid",
+})  # fmt: skip
+# Where in a schema there are schemas: under any name, or as themselves or in a list.
+_BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+_AS_THEY_ARE = frozenset({
+    "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not", "oneOf",
+    "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
+})  # fmt: skip
+
+
+def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
+    """A JSON schema as a dict of its own, from an object, its text, or a pydantic model's class."""
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        elif isinstance(schema, Mapping):
+            schema = json.loads(json.dumps(dict(schema), allow_nan=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{where} is no JSON: {error}.", param=where) from None
+    if not isinstance(schema, dict):
+        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
+    return schema
+
+
+def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
+    """The schema as llguidance is to read it: little white space, and nothing passed over that asserts anything.
+
+    A schema can ask for other white space with its own "x-guidance" (llguidance's docs/json_schema.md).
+    Raises RequestError with this `param` where that is no object.
+    """
+    own = schema.get("x-guidance") or {}
+    if not isinstance(own, Mapping):
+        raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
+    spaced = {} if "whitespace_flexible" in own else {"whitespace_pattern": WHITESPACE}
+    schema = _without_other_formats(schema)
+    return {**schema, "x-guidance": {**spaced, **own, "lenient": False}}
+
+
+def _without_other_formats(schema: Any) -> Any:
+    """The schema without formats that are no more than annotations; a name that looks like a slip is said."""
+    if isinstance(schema, list):
+        return [_without_other_formats(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key == "format" and isinstance(value, str) and value not in FORMATS:
+            if hint := did_you_mean(value, FORMATS, 0.75):
+                logger.warning("A JSON schema has the format %.40r, which is not enforced.%s", value, hint)
+        elif key in _BY_NAME and isinstance(value, Mapping):
+            kept[key] = {name: _without_other_formats(one) for name, one in value.items()}
+        else:
+            kept[key] = _without_other_formats(value) if key in _AS_THEY_ARE else value
+    return kept
