@@ -190,9 +190,9 @@ def test_http_bodies_have_its_fields_and_pass_them_on() -> None:
     for name, row in taken.items():
         value = examples.get(row.http, {"5": 1.0})
         wanted = getattr(SamplingParams(**{name: value}), name)
-        chat = protocol.parse(protocol.ChatBody, json.dumps({"messages": [], name: value}).encode())
+        chat = protocol.parse(protocol.ChatBody, json.dumps({"messages": [], name: value}).encode())[0]
         assert getattr(sampling.chat_params(chat, llm), name) == wanted
-        completion = protocol.parse(protocol.CompletionBody, json.dumps({"prompt": "a", name: value}).encode())
+        completion = protocol.parse(protocol.CompletionBody, json.dumps({"prompt": "a", name: value}).encode())[0]
         assert getattr(sampling.completion_params(completion, llm), name) == wanted
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tinyserve.errors import RequestError
-from tinyserve.json_schema import FORMATS, WHITESPACE, with_options
 from tinyserve.sampling_params import StructuredOutputs
+from tinyserve.text.json_schema import FORMATS, WHITESPACE, with_options
 
 pytestmark = pytest.mark.fast
 

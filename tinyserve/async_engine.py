@@ -17,13 +17,14 @@ from typing import Any, Self
 from tinyserve.engine import EngineStats, Update
 from tinyserve.errors import RequestError
 from tinyserve.llm import LLM, Message
-from tinyserve.sampling_params import BeamSearchParams, SamplingParams
+from tinyserve.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputs
 from tinyserve.scheduling.sequence import Sequence
 from tinyserve.text.beam_search import BeamSearch, BeamSearchOutput
 from tinyserve.text.pooling import EmbeddingOutput
 from tinyserve.text.request import RequestOutput, RequestState, StreamChunk, output
 from tinyserve.text.validation import Prompt
 
+_MAX_COMPILING = 4  # grammars at a time; others wait, and only those who bring new ones
 OnPrefill = Callable[[int, int], None]
 
 
@@ -39,6 +40,7 @@ class AsyncEngine:
         self._router: UpdateRouter | None = None
         # Texts are read one at a time: those that wait must not take the threads that make requests.
         self._readers = ThreadPoolExecutor(1, "tinyserve-texts")
+        self._compilers = ThreadPoolExecutor(_MAX_COMPILING, "tinyserve-grammars")
 
     async def __aenter__(self) -> Self:
         return self
@@ -150,6 +152,7 @@ class AsyncEngine:
         """End the engine; requests that are open fail with EngineDeadError."""
         self.llm.close()
         self._readers.shutdown(wait=False)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(
         self,
@@ -161,6 +164,9 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestState, None]:
         """Each answer to a prompt whenever there is more of it, and once when it has ended."""
         with self._job(request_id) as job:
+            structure = params.structured_outputs
+            if structure is not None and not self.llm.knows_grammar(structure):
+                await self._compile(structure)
             # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
             answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
             async with aclosing(self._run([answers], job, on_prefill)) as updated:
@@ -193,6 +199,15 @@ class AsyncEngine:
         finally:
             router.unsubscribe(list(requests))
             self._cancel(job)
+
+    async def _compile(self, spec: StructuredOutputs) -> None:
+        """Have a grammar compiled, in threads that nobody else waits for; whoever leaves ends the work on it."""
+        cancelled = Event()
+        compile_ = partial(self.llm.compile_grammar, spec, cancelled.is_set)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compilers, compile_)
+        finally:
+            cancelled.set()
 
     def _requests_of(self, search: BeamSearch) -> list[list[RequestState]]:
         return [self.llm.make_request(beam.tokens, search.step) for beam in search.beams]

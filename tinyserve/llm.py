@@ -17,7 +17,7 @@ from tinyserve.engine import EngineStats, EngineThread, Update
 from tinyserve.engine_options import EngineKeywords, EngineOptions, takes_engine_options
 from tinyserve.errors import RequestError, UserError
 from tinyserve.progress import Progress
-from tinyserve.sampling_params import BeamSearchParams, SamplingParams
+from tinyserve.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputs
 from tinyserve.text.answer_bar import AnswerBar
 from tinyserve.text.beam_search import BeamSearchOutput, beam_search
 from tinyserve.text.chat import ChatFormat, ChatRequest, ToolOptions
@@ -268,6 +268,14 @@ class LLM:
             text = prompt if isinstance(prompt, str) else None
             outputs.append(EmbeddingOutput(text, ids, mean_pool(sums, len(ids), normalize)))
         return outputs
+
+    def compile_grammar(self, spec: StructuredOutputs, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Compile what answers are to match ahead of the requests that do; raises RequestError for what cannot be."""
+        self._input_processor.compile(spec, is_cancelled)
+
+    def knows_grammar(self, spec: StructuredOutputs) -> bool:
+        """Whether this grammar is compiled, and nobody waits for it."""
+        return self._input_processor.knows(spec)
 
     def make_request(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
         """A RequestState for each answer to a prompt, not queued yet: `thread.submit` takes the first one's sequence.

@@ -16,7 +16,6 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from tinyserve.errors import RequestError, did_you_mean
-from tinyserve.json_schema import schema_of
 
 # --- a table of options: what a row says, and what follows from it ---------------------------------------------------
 
@@ -173,6 +172,22 @@ class StructuredOutputs(Options):
     def kind(self) -> str:
         """The name of the one field that is given."""
         return next(name for name in KINDS if getattr(self, name) not in (None, False))
+
+
+def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
+    """A JSON schema as a dict of its own, from an object, its text, or a pydantic model's class."""
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    try:
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        elif isinstance(schema, Mapping):
+            schema = json.loads(json.dumps(dict(schema), allow_nan=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{where} is no JSON: {error}.", param=where) from None
+    if not isinstance(schema, dict):
+        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
+    return schema
 
 
 def _choices(choice: Any) -> tuple[str, ...]:

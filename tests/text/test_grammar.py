@@ -20,9 +20,9 @@ from test_tokenizer import KEY, metadata_of
 
 from tinyserve.checkpoints.gguf import open_gguf
 from tinyserve.errors import TinyserveError
-from tinyserve.json_schema import FORMATS
 from tinyserve.sampling_params import StructuredOutputs
 from tinyserve.text.grammar import Grammar, GrammarCompiler, MaskFiller, Matcher, fill_masks, words_of
+from tinyserve.text.json_schema import FORMATS
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.gguf import TokenType
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tinyserve.text.tools import format_named
 logger = logging.getLogger("tinyserve.server")
 
 IDLE = 75  # seconds to keep an idle connection: more than nginx's 60, which may otherwise write to a closed one
+GRACE = 2.0  # seconds behind the drain timeout, in which what it has ended is put away
 
 
 def serve(options: ServeOptions) -> int:
@@ -66,7 +68,7 @@ def serve(options: ServeOptions) -> int:
         h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
-    server = _Server(config, app.state.server)
+    server = _Server(config, app.state.server, options.drain_timeout)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}"
     options.on_listen(url)
@@ -128,14 +130,20 @@ def _pool(options: ServeOptions) -> ModelPool:
     return ModelPool(options.models, engine, memory, options.max_queue)
 
 
+def _leave(code: int) -> None:
+    logger.warning("Threads are still at work after the drain timeout: the server leaves them.")
+    logging.shutdown()
+    os._exit(code)
+
+
 class _Server(uvicorn.Server):
     """Uvicorn without re-raising the signal after shutdown, which would change the exit code."""
 
     interrupted = False
 
-    def __init__(self, config: uvicorn.Config, state: State):
+    def __init__(self, config: uvicorn.Config, state: State, drain_timeout: float):
         super().__init__(config)
-        self._state = state
+        self._state, self._drain_timeout = state, drain_timeout
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,5 +159,9 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)  # threads included
         self.should_exit, self.interrupted = True, sig == signal.SIGINT
+        # Python waits for the threads of its pools; one that is at work on somebody's grammar keeps no promise of ours.
+        watch = threading.Timer(self._drain_timeout + GRACE, _leave, [128 + sig if self.interrupted else 0])
+        watch.daemon = True
+        watch.start()
         self._state.is_draining = True  # until its sockets are closed, a moment later
         logger.warning("Finishing what runs; once more stops at once.")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, lru_cache
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from functools import cache, cached_property, lru_cache
 from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from tinyserve.errors import RequestError, TinyserveError
-from tinyserve.json_schema import with_options
 from tinyserve.sampling_params import StructuredOutputs
+from tinyserve.text.grammar_probe import POLL, CancelledError, GrammarProbe, Vocabulary, compiled, vocabulary_of
+from tinyserve.text.json_schema import with_options
 from tinyserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,33 +62,83 @@ class GrammarCompiler:
                 param="structured_outputs",
             )
         self._tokenizer = tokenizer
-        self._vocabulary: llguidance.LLTokenizer | None = None
         self._grammars: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._compiling: dict[StructuredOutputs, Future[Grammar]] = {}
         self._lock = Lock()
 
-    def compile(self, spec: StructuredOutputs) -> Grammar:
-        """The grammar of a spec, compiled once; RequestError says what llguidance has against it."""
+    def knows(self, spec: StructuredOutputs) -> bool:
+        """Whether this grammar is compiled."""
         with self._lock:
-            grammar = self._grammars.pop(spec, None) or self._compile(spec)
+            return spec in self._grammars
+
+    def compile(self, spec: StructuredOutputs, is_cancelled: Callable[[], bool] = lambda: False) -> Grammar:
+        """The grammar of a spec, compiled once; who asks for another one does not wait for it.
+
+        Raises RequestError, which says what llguidance has against it, and CancelledError once `is_cancelled`.
+        """
+        while True:
+            with self._lock:
+                if (grammar := self._grammars.get(spec)) is not None:
+                    self._grammars.move_to_end(spec)
+                    return grammar
+                others = self._compiling.get(spec)
+                if others is None:
+                    mine = self._compiling[spec] = Future()
+            if others is None:
+                return self._compile(spec, mine, is_cancelled)
+            with suppress(CancelledError):  # who began does not wait any more: begin again
+                return _result(others, is_cancelled)
+            if is_cancelled():
+                raise CancelledError
+
+    def close(self) -> None:
+        """End the process in which grammars are tried."""
+        if "_probe" in vars(self):
+            self._probe.close()
+
+    def _compile(self, spec: StructuredOutputs, done: Future[Grammar], is_cancelled: Callable[[], bool]) -> Grammar:
+        try:
+            grammar = self._compiled(spec, is_cancelled)
+        except BaseException as error:
+            with self._lock:
+                del self._compiling[spec]
+            done.set_exception(error)
+            raise
+        with self._lock:
             self._grammars[spec] = grammar
             if len(self._grammars) > _KEPT:
                 self._grammars.popitem(last=False)
+            del self._compiling[spec]
+        done.set_result(grammar)
         return grammar
 
-    def _compile(self, spec: StructuredOutputs) -> Grammar:
-        import llguidance
-
-        if self._vocabulary is None:
-            self._vocabulary = _vocabulary(self._tokenizer, self.vocab_size, self.end_tokens)
-        limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=limits)
-        if matcher.is_error():
-            raise RequestError(f"{spec.kind} is refused: {_sentence(matcher.get_error())}.", param="structured_outputs")
+    def _compiled(self, spec: StructuredOutputs, is_cancelled: Callable[[], bool]) -> Grammar:
+        source = _source(spec)
+        if reason := self._probe.check(source, is_cancelled):
+            raise RequestError(f"{spec.kind} is refused: {_sentence(reason)}.", param="structured_outputs")
+        matcher = compiled(self._vocabulary, source)
         grammar = Grammar(matcher, self.vocab_size, self.end_tokens)
         # The first mask finds what the compiler does not: that no text matches, or none that these tokens spell.
-        if reason := grammar.first_error():
+        if matcher.is_error() or (reason := grammar.first_error()):
+            reason = _sentence(matcher.get_error()) if matcher.is_error() else reason
             raise RequestError(f"{spec.kind} is refused: {reason}.", param="structured_outputs")
         return grammar
+
+    @cached_property
+    def _probe(self) -> GrammarProbe:
+        return GrammarProbe(_bytes_of(self._tokenizer, self.vocab_size, self.end_tokens))
+
+    @cached_property
+    def _vocabulary(self) -> llguidance.LLTokenizer:
+        return _vocabulary(self._tokenizer, self.vocab_size, self.end_tokens)
+
+
+def _result(compiling: Future[Grammar], is_cancelled: Callable[[], bool]) -> Grammar:
+    """What another thread compiles; raises what it raises, and CancelledError once `is_cancelled`."""
+    while not is_cancelled():
+        with suppress(NotYet):
+            return compiling.result(POLL)
+    raise CancelledError
 
 
 class Grammar:
@@ -311,13 +364,18 @@ def _source(spec: StructuredOutputs) -> str:
             return str(LLMatcher.grammar_from_lark(str(spec.grammar)))
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> llguidance.LLTokenizer:
-    """The tokenizer as llguidance knows it: the bytes of each of the model's ids, none beyond the tokenizer's own."""
-    import llguidance
-
+def _bytes_of(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> Vocabulary:
+    """The bytes of each of the model's ids, none beyond the tokenizer's own."""
     pieces = [tokenizer.token_bytes(i, skip_special_tokens=False) for i in range(vocab_size)]
-    special = tokenizer.special_ids | end_tokens
-    plain = {i: piece for i, piece in enumerate(pieces) if piece and i not in special}
+    special = sorted(i for i in tokenizer.special_ids | end_tokens if i < vocab_size)
+    return Vocabulary(pieces, special, sorted(end_tokens))
+
+
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int]) -> llguidance.LLTokenizer:
+    """The tokenizer as llguidance knows it."""
+    vocabulary = _bytes_of(tokenizer, vocab_size, end_tokens)
+    special = frozenset(vocabulary.special)
+    plain = {i: piece for i, piece in enumerate(vocabulary.pieces) if piece and i not in special}
     by_bytes = {piece: i for i, piece in plain.items()}
     longest = max(map(len, by_bytes), default=0)
 
@@ -338,16 +396,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, end_tokens: frozenset[int
             at += size
         return ids
 
-    class Vocabulary:
-        eos_token_id = min(end_tokens)
-        bos_token_id = tokenizer.bos_token_id
-        tokens = pieces
-        special_token_ids = sorted(i for i in special if i < vocab_size)
-
-        def __call__(self, text: str | bytes) -> list[int]:
-            return spell(text if isinstance(text, str) else text.decode())
-
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()), eos_token=sorted(end_tokens))
+    return vocabulary_of(vocabulary, spell, tokenizer.bos_token_id)
 
 
 def _sentence(error: str) -> str:

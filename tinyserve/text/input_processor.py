@@ -3,11 +3,12 @@
 Knows text and ids both. What it makes is not queued: that is its caller's business.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import lru_cache, partial
 from operator import index
+from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 from tinyserve.engine import Engine
@@ -40,12 +41,13 @@ class InputProcessor:
         self._engine, self._runners, self._seed = engine, runners, seed
         self._text_of = lru_cache(1 << 14)(partial(_text_of, tokenizer)) if tokenizer else None
         self._grammars: GrammarCompiler | None = None
+        self._lock = Lock()
 
     def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
         """The answers to be of one prompt; raises RequestError for a prompt that cannot be served."""
         ids = self.token_ids(prompt)
         params.check_vocabulary(self._vocab_size)
-        grammar = self._compile(params.structured_outputs) if params.structured_outputs is not None else None
+        grammar = self.compile(params.structured_outputs) if params.structured_outputs is not None else None
         bad_words = self.spellings(params.bad_words) if params.bad_words else []
         if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
             params = replace(params, logprobs=params.logprobs or 0)
@@ -115,7 +117,12 @@ class InputProcessor:
             return None
         return self._tokenizer.detokenizer(params.skip_special_tokens, continuation=continuation, shown=shown)
 
-    def _compile(self, spec: StructuredOutputs) -> "Grammar":
+    def knows(self, spec: StructuredOutputs) -> bool:
+        """Whether this grammar is compiled: then `make` does not wait for it."""
+        return self._grammars is not None and self._grammars.knows(spec)
+
+    def compile(self, spec: StructuredOutputs, is_cancelled: Callable[[], bool] = lambda: False) -> "Grammar":
+        """The grammar of a spec, which is kept for those who ask again; raises as `GrammarCompiler.compile` does."""
         from tinyserve.text.grammar import GrammarCompiler, MaskFiller
 
         if self._tokenizer is None:
@@ -123,12 +130,13 @@ class InputProcessor:
                 f"{self._name} has synthetic weights and no tokenizer: it has no text to give a structure.",
                 param="structured_outputs",
             )
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
-            masks = MaskFiller(self._vocab_size)
-            for runner in self._runners:
-                runner.masks = masks
-        return self._grammars.compile(spec)
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
+                masks = MaskFiller(self._vocab_size)
+                for runner in self._runners:
+                    runner.masks = masks
+        return self._grammars.compile(spec, is_cancelled)
 
 
 def _text_of(tokenizer: Tokenizer, token: int) -> str:

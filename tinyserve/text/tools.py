@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyserve.errors import RequestError
-from tinyserve.json_schema import schema_of, with_options
-from tinyserve.sampling_params import StructuredOutputs
+from tinyserve.sampling_params import StructuredOutputs, schema_of
+from tinyserve.text.json_schema import with_options
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ _READS_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\btools\b", re.DOTALL)
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
+MAX_TOOLS = 1024  # OpenAI takes 128
+
+
 def tool_format(template: str | None) -> str | None:
     """The name of the format that a chat template teaches; None if it does not show tools to the model."""
     if not template or not _READS_TOOLS.search(template):
@@ -78,12 +81,15 @@ def checked_tools(tools: Any) -> list[dict[str, Any]]:
         raise RequestError(
             f"tools is {tools!r:.60}; it must be a list of at least one tool, or be left out.", param="tools"
         )
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"There are {len(tools)} tools, and {MAX_TOOLS} are the most.", param="tools")
     checked = [_checked(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
-    names = [tool["function"]["name"] for tool in checked]
-    for i, name in enumerate(names):
-        if name in names[:i]:
+    places: dict[str, int] = {}
+    for i, tool in enumerate(checked):
+        first = places.setdefault(name := tool["function"]["name"], i)
+        if first < i:
             raise RequestError(
-                f"tools[{i}].function.name is {name!r}, as is that of tools[{names.index(name)}].",
+                f"tools[{i}].function.name is {name!r}, as is that of tools[{first}].",
                 param=f"tools[{i}].function.name",
             )
     return checked

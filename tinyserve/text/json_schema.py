@@ -1,9 +1,8 @@
-"""JSON schemas, from whatever they are given as to what the grammar compiler (llguidance) reads.
+"""A JSON schema as the grammar compiler (llguidance) is to read it.
 
 Knows JSON Schema's keywords; nothing of tokens, and not what an answer is for.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -26,22 +25,6 @@ _AS_THEY_ARE = frozenset({
     "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not", "oneOf",
     "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
 })  # fmt: skip
-
-
-def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
-    """A JSON schema as a dict of its own, from an object, its text, or a pydantic model's class."""
-    if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
-    try:
-        if isinstance(schema, str):
-            schema = json.loads(schema)
-        elif isinstance(schema, Mapping):
-            schema = json.loads(json.dumps(dict(schema), allow_nan=False))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{where} is no JSON: {error}.", param=where) from None
-    if not isinstance(schema, dict):
-        raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
-    return schema
 
 
 def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
