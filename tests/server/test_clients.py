@@ -181,6 +181,20 @@ def test_a_long_prompt_of_ids_is_one_prompt(folder_of: Callable[[str], Path]) ->
         assert answer.json()["usage"]["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {f"k{i}": 1 for i in range(300_000)}),
+        (CHAT, {"messages": QUESTION * 140_000}),
+        (TEXT, {"prompt": "a", "logit_bias": {str(i): 1 for i in range(300_000)}}),
+        ("/detokenize", {"tokens": [1] * 300_000}),
+    ],
+)
+def test_more_values_than_a_loop_has_time_for_are_refused(server: Running, path: str, body: dict[str, Any]) -> None:
+    error = server.post(path, body).json()["error"]
+    assert error["code"] == "body_too_large" and "262144" in error["message"]
+
+
 # --- paths, origins and lines -----------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.engine_options import EngineOptions
 from tinyserve.server.app import create_app
+from tinyserve.server.connections import limit_connections
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
@@ -62,6 +63,7 @@ def running(
     max_queue: int = 64,
     memory: int = 8 << 30,
     app: Mapping[str, Any] | None = None,
+    connections: int = 1000,
     **options: Any,
 ) -> Iterator[Running]:
     """Serve models with these options of LLM; `app` has those of `create_app`."""
@@ -69,8 +71,9 @@ def running(
         {name: str(source) for name, source in models.items()}, EngineOptions.of(options), memory, max_queue
     )
     application = create_app(pool, **(app or {}))
+    protocol = limit_connections(connections)
     config = uvicorn.Config(
-        application, host="127.0.0.1", port=0, http="h11", ws="none", log_config=None, lifespan="on",
+        application, host="127.0.0.1", port=0, http=protocol, ws="none", log_config=None, lifespan="on",
         h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
+from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.options import ServeOptions
@@ -91,6 +92,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        tell_once_of_no_files(asyncio.get_running_loop())
         first = asyncio.create_task(_load_first(state, on_failure))  # requests meanwhile wait for the same load
         try:
             yield

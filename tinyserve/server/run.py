@@ -19,6 +19,7 @@ import uvicorn
 from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import create_app
+from tinyserve.server.connections import limit_connections, most_connections
 from tinyserve.server.guards import MAX_HEADERS
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import ModelPool
@@ -63,9 +64,10 @@ def serve(options: ServeOptions) -> int:
         strict=options.strict,
         on_failure=fail,
     )
+    protocol = limit_connections(most_connections())
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="on", access_log=False, log_config=None, server_header=False,
-        h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
+        app, http=protocol, ws="none", lifespan="on", access_log=False, log_config=None, server_header=False,
+        backlog=64, h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
     server = _Server(config, app.state.server, options.drain_timeout)
