@@ -3,13 +3,16 @@
 import ast
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tinyserve
-from tinyserve.errors import RequestError
+from tinyserve.checkpoints.hub import failures  # noqa: F401  # has an error of its own
+from tinyserve.errors import ContextLengthError, IncompleteError, RequestError, TinyserveError
+from tinyserve.server.errors import ApiError
 
 pytestmark = pytest.mark.fast
 
@@ -37,8 +40,22 @@ def test_a_request_error_without_a_param_is_a_mistake() -> None:
         RequestError("a sentence")  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("param", ["messages[0].content", None])
-def test_a_request_error_survives_a_copy(param: str | None) -> None:
-    error = RequestError("A sentence.", param=param)
-    for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
-        assert type(other) is RequestError and (str(other), other.param) == ("A sentence.", param)
+def kinds(base: type[BaseException]) -> list[type[BaseException]]:
+    return [base, *(kind for one in base.__subclasses__() for kind in kinds(one))]
+
+
+EXAMPLES: dict[str, BaseException] = {
+    "RequestError": RequestError("A sentence.", param="messages[0].content"),
+    "ContextLengthError": ContextLengthError("A sentence.", param=None),
+    "IncompleteError": IncompleteError("A sentence.", [1, "two"]),
+    "ApiError": ApiError(429, "A sentence.", param="n", code="queue_full", retry_after=3),
+}
+
+
+@pytest.mark.parametrize("kind", [*kinds(TinyserveError), ApiError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_every_error_survives_a_trip_to_another_process(kind: Any, copied: Callable[[Any], Any]) -> None:
+    """A pool of processes waits for ever for an exception that cannot be read."""
+    error = EXAMPLES[kind.__name__] if kind.__name__ in EXAMPLES else kind("A sentence.")
+    other = copied(error)
+    assert type(other) is kind and str(other) == "A sentence." and vars(other) == vars(error)

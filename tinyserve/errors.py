@@ -13,6 +13,17 @@ class TinyserveError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> "tuple[Any, ...]":
+        """Pickled by what it holds: pickle itself would call the class with the message alone."""
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(state)
+    return error
+
 
 class UserError(TinyserveError, ValueError):
     """Something the user can change is wrong: a name, an option, a prompt, a file."""
@@ -42,9 +53,6 @@ class RequestError(UserError):
     def __init__(self, message: str, param: str | None):
         super().__init__(message)
         self.param = param
-
-    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str | None]]:
-        return type(self), (str(self), self.param)  # an exception is pickled with its message alone
 
 
 class ContextLengthError(RequestError):

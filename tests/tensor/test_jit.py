@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tinyserve.tensor import _jit
+from tinyserve.tensor import _jit, cgroups
 
 
 def python(code: str, **environment: str) -> str:
@@ -221,29 +221,11 @@ print(len(llm.generate("a", SamplingParams(temperature=0, max_tokens=2, ignore_e
     assert done.stderr.count("TINYSERVE_CACHE") == 1
 
 
-@pytest.mark.parametrize(
-    "files, cores",
-    [
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu.max": "max 100000"}, float("inf")),
-        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
-        ({"cpu.max": "nonsense"}, float("inf")),
-        ({}, float("inf")),
-    ],
-)
-def test_the_containers_quota(tmp_path: Path, files: dict[str, str], cores: float) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert _jit._cgroup_quota(tmp_path) == cores
-
-
 @pytest.mark.parametrize("quota, expected", [(0.5, 1), (1.9, 1), (1e9, None)])
 def test_quotas_are_rounded_down_to_at_least_one(
     monkeypatch: pytest.MonkeyPatch, quota: float, expected: int | None
 ) -> None:
-    monkeypatch.setattr(_jit, "_cgroup_quota", lambda: quota)
+    monkeypatch.setattr(cgroups, "processor_quota", lambda: quota)
     assert _jit.usable_cores() == (expected or len(os.sched_getaffinity(0)))
 
 

@@ -12,6 +12,7 @@ from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.progress import size
+from tinyserve.tensor import cgroups
 
 MAX_SNAPSHOTS = 64
 _EXACT = 1e5  # bytes below which a refusal tells each: what is needed may be one more than there is
@@ -195,15 +196,4 @@ def available_memory() -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
-    for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            # Files that were read count as used, the model's own among them; they go when memory is needed.
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free = min(free, left + int(counts.get("inactive_file", 0)))
-        except (OSError, ValueError):
-            continue
-    return max(0, free)
+    return max(0, int(min(free, cgroups.memory_left())))

@@ -35,6 +35,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
+    __reduce__ = TinyserveError.__reduce__
+
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""

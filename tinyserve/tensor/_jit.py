@@ -26,6 +26,8 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.runtime.nrt import rtsys
 from numba.core.types import unliteral  # type: ignore[attr-defined]
 
+from tinyserve.tensor import cgroups
+
 # A function's symbol has its name, its argument types and a number, which Numba counts from 1 in each process. Of two
 # closures of one function, such as tiles of one row and of four, one that this process compiles and one that it loads,
 # compiled by another, then had one symbol, and the linker kept either: wrong numbers, and kept (numba#10486, #5128).
@@ -241,27 +243,12 @@ def usable_cores() -> int:
 
     More threads than that are slower: at every barrier some wait for one that has no core.
     """
-    return max(1, int(min(cores(), _cgroup_quota())))
+    return max(1, int(min(cores(), cgroups.processor_quota())))
 
 
 def cores() -> int:
     """Cores this process may be on, whatever its quota."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """The container's processor quota in cores; infinite outside of one (cgroup v2, then v1)."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return float("inf") if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-        period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return float("inf") if int(quota) <= 0 else int(quota) / int(period)
-    except (OSError, ValueError):
-        return float("inf")
 
 
 MAX_THREADS = 256  # that a pool has room for
