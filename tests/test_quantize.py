@@ -1,9 +1,15 @@
 """Packed checkpoints: what `tinyserve quantize` writes is what --dtype makes of the original, bit for bit."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier, get_ident
 
 import checkpoints
 import numpy as np
@@ -110,10 +116,53 @@ def test_nothing_is_left_of_what_fails(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
+    source = str(folder_of("llama"))  # written before there is no space left
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(OSError, match="No space"):
-        quantize.write(str(folder_of("llama")), tmp_path / "packed", "int8")
+        quantize.write(source, tmp_path / "packed", "int8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_a_time_leave_one_whole_folder(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whoever is slower hears of it; neither takes the other's files away."""
+    source, out = str(folder_of("llama")), tmp_path / "out"
+    start = Barrier(4)
+
+    def write() -> str:
+        start.wait()
+        try:
+            quantize.write(source, out, "int8")
+        except UserError as error:
+            return str(error)
+        return "written"
+
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool, patched_pids():
+            said = [one.result() for one in [pool.submit(write) for _ in range(4)]]
+        assert said.count("written") == 1
+        assert all(words == "written" or "exists already" in words or "meanwhile" in words for words in said)
+        assert {path.name for path in tmp_path.iterdir()} == {"out"}
+        assert (out / "model.safetensors").is_file() and (out / "config.json").is_file()
+        shutil.rmtree(out)
+
+
+@contextmanager
+def patched_pids() -> Iterator[None]:
+    """Threads that are told apart as processes are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize.os, "getpid", get_ident)
+        patch.setattr(quantize, "_clear_away", lambda out: None)
+        yield
+
+
+def test_what_a_killed_process_left_is_deleted(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = {pid: tmp_path / f"out.{pid}.partial" for pid in (dead.pid, os.getppid(), "x")}
+    for folder in left.values():
+        folder.mkdir()
+    quantize.write(str(folder_of("llama")), tmp_path / "out", "int8")
+    assert not left[dead.pid].exists() and left[os.getppid()].exists() and left["x"].exists()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

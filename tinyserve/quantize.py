@@ -3,7 +3,9 @@
 Knows which files make a checkpoint; what packing means is told by quantize.py, and how it is read by models/base.py.
 """
 
+import glob
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +45,8 @@ def write(model: str, out: Path, dtype: str, progress: Progress | None = None) -
         raise UserError(f"{model} is packed already, as {files.packed_dtype}: quantize the original.")
     built: dict[str, Any] = {}
     build_model(files.config, files.checkpoint, dtype, files.config.max_position_embeddings, progress, built)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear_away(out)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         nbytes, count = _write_weights(partial, built)
@@ -59,11 +61,24 @@ def write(model: str, out: Path, dtype: str, progress: Progress | None = None) -
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for weights in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
             shutil.copymode(partial / "config.json", weights)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if out.exists():  # another process was faster, and wrote all of it
+                raise UserError(f"{out} was written by another process meanwhile: give another folder.") from None
+            raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return nbytes, count
+
+
+def _clear_away(out: Path) -> None:
+    """Delete what processes that were killed have left beside `out`."""
+    for old in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):
+        pid = old.name.removesuffix(".partial").rpartition(".")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(built: dict[str, Any]) -> "Iterator[tuple[str, np.ndarray]]":

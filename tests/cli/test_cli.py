@@ -273,6 +273,25 @@ def test_too_little_memory_is_a_sentence(error: Exception, shell: Shell, monkeyp
     assert result.sentence == "there is not enough memory: take a smaller model, or --dtype int4."
 
 
+def test_an_error_that_names_no_file_blames_none(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(hub, "resolve", refused)
+    result = shell("pull", "gpt2")
+    assert (result.code, result.sentence) == (1, "the system refuses: Too many open files.")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "tinyserve", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (
+        done.returncode == 1 and done.stderr.endswith(": No space left on device.\n") and done.stderr.count("\n") == 1
+    )
+
+
 # --- the other commands ---------------------------------------------------------------------------------------------
 
 
@@ -324,7 +343,7 @@ def test_the_first_run_says_that_it_compiles(folder_of: FolderOf, tmp_path: Path
     start, end = first.err.splitlines()
     assert start == "tinyserve: compiling kernels for this processor (the first time, up to a minute)"
     assert re.fullmatch(r"tinyserve: compiled \d+ kernels in \d+ s", end)
-    assert any(tmp_path.rglob("*.nbc"))
+    assert any(tmp_path.rglob("*.kernel"))
     second = run(*command, TINYSERVE_CACHE=str(tmp_path))
     assert (second.code, second.out, second.err) == (0, first.out, "")
     drawn = run(*command, "--temp", "1", "--repetition-penalty", "1.1", TINYSERVE_CACHE=str(tmp_path))

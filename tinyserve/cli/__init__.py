@@ -128,7 +128,7 @@ def main() -> None:
     except OSError as error:
         if error.errno == errno.ENOMEM:
             _end(NO_MEMORY, 1)
-        _end(f"tinyserve: {error.filename or 'standard output'}: {error.strerror or error}.", 1)
+        _end(f"tinyserve: {error.filename or _what_failed(error)}: {error.strerror or error}.", 1)
     except Exception as error:
         if os.environ.get("TINYSERVE_DEBUG"):
             raise
@@ -137,6 +137,12 @@ def main() -> None:
             f"traceback that TINYSERVE_DEBUG=1 shows.",
             1,
         )
+
+
+def _what_failed(error: OSError) -> str:
+    """What an error is about that names no file: a write, to standard output or elsewhere, or anything."""
+    writing = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return "what was to be written cannot be" if error.errno in writing else "the system refuses"
 
 
 def run(arguments: list[str]) -> int:
