@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyserve.text.tokenizer import Tokenizer
-from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer, alphabet_of, byte_of_character
+from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer, alphabet_of, byte_of_character, spm_added
 
 pytestmark = pytest.mark.fast
 
@@ -19,12 +19,12 @@ CASES = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").rea
 ADDED = {"<note: no space>": 4, "🦊": 4, "<|eot|>": 3}
 
 
-def build(name: str) -> Tokenizer:
-    """A golden vocabulary with a few more tokens: text that is never cut, and one special."""
+def build(name: str, added: Mapping[str, int] = ADDED) -> Tokenizer:
+    """A golden vocabulary with a few more tokens: text that is never cut (4), and special ones (3)."""
     metadata: dict[str, Any] = copy.deepcopy(CASES[name]["metadata"])
-    metadata["tokenizer.ggml.tokens"] += ADDED
-    metadata["tokenizer.ggml.token_type"] += ADDED.values()
-    metadata.setdefault("tokenizer.ggml.scores", []).extend([0.0] * len(ADDED))
+    metadata["tokenizer.ggml.tokens"] += added
+    metadata["tokenizer.ggml.token_type"] += added.values()
+    metadata.setdefault("tokenizer.ggml.scores", []).extend([0.0] * len(added))
     return Tokenizer.from_gguf(metadata, name)
 
 
@@ -204,3 +204,18 @@ def test_another_decoder_streams_through_the_tokenizers_library(ids: list[int]) 
     assert isinstance(tokenizer.detokenizer(), StreamDetokenizer)
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
     assert tokenizer.token_bytes(4) == b"" and b"world" in tokenizer.token_bytes(1)
+
+
+@either
+@pytest.mark.parametrize("kind", [4, 3])
+def test_an_added_token_is_its_own_letters_in_every_alphabet(name: str, kind: int) -> None:
+    words = ["đem", "Größe", "Ġ!", "a▁b", "▁x"]
+    tokenizer = build(name, dict.fromkeys(words, kind))
+    for word in words:
+        [token] = tokenizer.encode(word, add_special_tokens=False)
+        assert tokenizer.decode([token, token], skip_special_tokens=False) == 2 * word
+        assert "".join(stream(tokenizer, [token, token], skip_special_tokens=False)) == 2 * word
+
+
+def test_runs_of_spaces_that_sentencepiece_adds_are_spaces() -> None:
+    assert spm_added("▁▁▁") == b"   " and spm_added("<0x0A>") == b"\n" and spm_added("▁a") == "▁a".encode()

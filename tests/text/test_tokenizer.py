@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -310,9 +311,83 @@ def test_tokens_that_only_tokenizer_config_knows_are_added(tmp_path: Path) -> No
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.encode("<new><e>") == [size, size + 1] and tokenizer.eos_token_ids == {size + 1}
     assert tokenizer.decode([size, size + 1]) == "<new>"
-    write(tmp_path, tokenizer_config__json={"added_tokens_decoder": {str(size + 5): {"content": "<new>"}}})
-    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json.*'<new>' the id {size + 5}"):
+
+
+@pytest.mark.parametrize(
+    ("decoder", "sentence"),
+    [
+        ({"5": {"content": "<new>"}}, "gives '<new>' the id 5, but in the tokenizer that is"),
+        ({"5000": {"content": "<|im_end|>"}}, "gives '<|im_end|>' the id 5000, but in the tokenizer it is"),
+        ({"x": {"content": "<new>"}}, "added_tokens_decoder must have an object with content for each id"),
+        ({"5000": {}}, "added_tokens_decoder must have an object with content for each id"),
+        ([1], "added_tokens_decoder must have an object with content for each id"),
+    ],
+)
+def test_an_added_token_that_contradicts_the_tokenizer_names_the_file(
+    tmp_path: Path, decoder: Any, sentence: str
+) -> None:
+    folder = write(tmp_path, tokenizer__json=tokenizer_json(), tokenizer_config__json={"added_tokens_decoder": decoder})
+    with pytest.raises(CheckpointError, match=re.escape(sentence)) as error:
         Tokenizer.from_folder(folder)
+    assert "tokenizer_config.json" in str(error.value)
+
+
+def test_added_tokens_keep_their_ids_behind_a_hole(tmp_path: Path) -> None:
+    saved = json.loads(tokenizer_json())
+    size = len(CASES["smollm"]["metadata"][KEY + "tokens"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    saved["added_tokens"].append({"id": size + 3, "content": "<far>", **flags})
+    added = {str(size + 7): {"content": "<farther>", "special": True}}
+    folder = write(tmp_path, tokenizer__json=saved, tokenizer_config__json={"added_tokens_decoder": added})
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = [size + 3, size + 7, size + 3]
+    assert tokenizer.encode("<far><farther><far>", False) == ids
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=False) == "<far><farther><far>"
+        and tokenizer.decode(ids) == 2 * "<far>"
+    )
+    assert tokenizer.decode([size + 1, size + 4, 1 << 40, -1]) == ""
+    stream = tokenizer.detokenizer()
+    assert [stream.push(token) for token in (size + 1, size + 3)] == ["", "<far>"]
+
+
+def test_a_hole_inside_of_the_vocabulary_hides_no_token(tmp_path: Path) -> None:
+    letters = {chr(ord("a") + i): 3 * i for i in range(20)}
+    tokenizer = Tokenizer.from_folder(
+        write(tmp_path, vocab__json=letters | {"ab": 99}, merges__txt="#version: 0.2\na b\n")
+    )
+    assert tokenizer.encode("abt") == [99, 57] and tokenizer.decode([99, 57, 58]) == "abt"
+
+
+def test_added_tokens_json_is_read_beside_a_vocabulary_with_merges(tmp_path: Path) -> None:
+    pieces = {chr(ord("a") + i): i for i in range(26)}
+    folder = write(
+        tmp_path,
+        vocab__json=pieces | {"ab": 26},
+        merges__txt="#version: 0.2\na b\n",
+        added_tokens__json={"<|user|>": 27, "<|end|>": 30, "<call>": 28},
+        tokenizer_config__json={"eos_token": "<|end|>", "additional_special_tokens": ["<|user|>"]},
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("<|user|>ab<call>c<|end|>") == [27, 26, 28, 2, 30]
+    assert tokenizer.decode([27, 26, 28, 2, 30]) == "ab<call>c" and tokenizer.eos_token_ids == {30}
+    write(folder, added_tokens__json={"<|user|>": 3})
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json gives '<\|user\|>' the id 3, .* that is 'd'"):
+        Tokenizer.from_folder(folder)
+    write(folder, added_tokens__json={"<|user|>": "27"})
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json gives '<\|user\|>' the id '27'"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_chat_template_that_is_no_text_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, tokenizer__json=tokenizer_json())
+    for declared in (5, {"a": 1}, [1], [{"name": "default"}]):
+        write(folder, tokenizer_config__json={"chat_template": declared})
+        assert Tokenizer.from_folder(folder).chat_templates == {}
+        assert "which is no text" in caplog.text
+        caplog.clear()
+    (folder / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}\xff")
+    assert Tokenizer.from_folder(folder).chat_template == "{{ messages }}\ufffd"
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])

@@ -28,10 +28,13 @@ class Detokenizer(Protocol):
 
 
 class Alphabet:
-    """How a vocabulary spells bytes, and whether its decoder drops the space before the first word."""
+    """How a vocabulary spells bytes, its pieces and its added tokens, and whether the first word loses its space."""
 
-    def __init__(self, piece_bytes: Callable[[str], bytes], strips_leading_space: bool) -> None:
+    def __init__(
+        self, piece_bytes: Callable[[str], bytes], added_bytes: Callable[[str], bytes], strips_leading_space: bool
+    ) -> None:
         self.piece_bytes = piece_bytes
+        self.added_bytes = added_bytes
         self.strips_leading_space = strips_leading_space
 
 
@@ -39,7 +42,7 @@ def alphabet_of(decoder: Mapping[str, Any] | None) -> Alphabet | None:
     """Recognise the decoder of a tokenizer.json, or return None if it is neither byte-level nor SPM."""
     match decoder:
         case {"type": "ByteLevel"} | {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]}:
-            return Alphabet(byte_level_piece, strips_leading_space=False)
+            return Alphabet(byte_level_piece, str.encode, strips_leading_space=False)
         case {
             "type": "Sequence",
             "decoders": [
@@ -49,7 +52,7 @@ def alphabet_of(decoder: Mapping[str, Any] | None) -> Alphabet | None:
                 *strip,
             ],
         } if strip in ([], [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]):
-            return Alphabet(spm_piece, strips_leading_space=bool(strip))
+            return Alphabet(spm_piece, spm_added, strips_leading_space=bool(strip))
     return None
 
 
@@ -66,7 +69,7 @@ def byte_of_character() -> Mapping[str, int]:
 
 
 def byte_level_piece(piece: str) -> bytes:
-    """Spell a byte-level piece; one with a character outside the alphabet (an added token) is literal."""
+    """Spell a byte-level piece; one with a character outside the alphabet is literal."""
     table = byte_of_character()
     try:
         return bytes([table[character] for character in piece])
@@ -78,6 +81,12 @@ def spm_piece(piece: str) -> bytes:
     """Spell a SentencePiece piece: ▁ is a space, <0xAB> is one byte."""
     byte = BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def spm_added(content: str) -> bytes:
+    """Spell an added token: as it is written, unless it is a byte or a run of spaces, which Gemma's are."""
+    is_piece = BYTE_TOKEN.fullmatch(content) or not content.strip("▁")
+    return spm_piece(content) if is_piece else content.encode()
 
 
 class ByteDetokenizer:

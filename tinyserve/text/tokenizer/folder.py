@@ -5,6 +5,9 @@ Knows which file says what, and which one wins; nothing about downloading them.
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+logger = logging.getLogger("tinyserve")
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
@@ -24,6 +30,9 @@ def load_folder(folder: Path) -> dict[str, Any]:
     config = _read_optional(folder / "tokenizer_config.json")
     named = _read_optional(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
+    others = [
+        token for each in _listed(named.get("additional_special_tokens")) if (token := _content(each)) is not None
+    ]
     if (folder / "tokenizer.json").is_file():
         backend = _from_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -32,9 +41,12 @@ def load_folder(folder: Path) -> dict[str, Any]:
             special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | special
     else:
         raise CheckpointError(_missing(folder))
-    _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder)
+    backend = _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder / "tokenizer_config.json")
+    if not (folder / "tokenizer.json").is_file():  # which has them all
+        path = folder / "added_tokens.json"
+        backend = _add_tokens(backend, _by_id(_read_optional(path), path), path)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
-    _mark_special(backend, special.values())
+    _mark_special(backend, [*special.values(), *(token for token in others if backend.token_to_id(token) is not None)])
     if not (folder / "tokenizer.json").is_file():  # which has its own way to add them, and wins
         bos, eos = (
             special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
@@ -72,9 +84,36 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+        backend = Tokenizer.from_str(text)
+        declared = {token["content"]: token["id"] for token in _added_tokens(text)}
+        if any(backend.token_to_id(content) != token_id for content, token_id in declared.items()):
+            backend = _renumbered(backend, declared)
+        return backend
     except Exception as error:  # the library raises bare exceptions
         raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from None
+
+
+def _added_tokens(text: str) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, without reading the rest of it, which is long."""
+    found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(text, found.end())[0] if found else []
+    return tokens
+
+
+def _renumbered(backend: tokenizers.Tokenizer, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """The same tokenizer with these ids for added tokens.
+
+    The library numbers them one after the other behind the vocabulary, whatever a file says, but for those that the
+    vocabulary has itself: so they are put there.
+    """
+    from tokenizers import Tokenizer
+
+    data = json.loads(backend.to_str())
+    data["model"]["vocab"] |= ids
+    for token in data["added_tokens"]:
+        token["id"] = ids.get(token["content"], token["id"])
+    return Tokenizer.from_str(json.dumps(data))
 
 
 def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
@@ -95,21 +134,41 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, decoder: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Add what tokenizer_config.json knows and tokenizer.json does not, under the same ids."""
+def _listed(tokens: Any) -> list[Any]:
+    return tokens if isinstance(tokens, list) else []
+
+
+def _by_id(tokens: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """What an added_tokens.json says, as an added_tokens_decoder has it; raises CheckpointError for what is no id."""
+    for content, token_id in tokens.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise CheckpointError(f"{path} gives {content!r} the id {token_id!r:.60}; it must be a whole number.")
+    return {str(token_id): {"content": content, "normalized": False} for content, token_id in tokens.items()}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, decoder: Any, path: Path) -> tokenizers.Tokenizer:
+    """Add what a file knows and the tokenizer does not, under the same ids, holes or not.
+
+    Raises CheckpointError where an id or a token has another one already.
+    """
     from tokenizers import AddedToken
 
     known = backend.get_added_tokens_decoder()
-    for token_id, token in sorted((int(i), token) for i, token in decoder.items()):
-        if token_id in known:
-            continue
-        flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in token}
-        backend.add_tokens([AddedToken(token["content"], **flags)])
-        if (actual := backend.token_to_id(token["content"])) != token_id:
-            raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {token['content']!r} the id "
-                f"{token_id}, but in the tokenizer it is {actual}."
-            )
+    try:
+        tokens = {int(i): (str(token["content"]), token) for i, token in decoder.items() if int(i) not in known}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: added_tokens_decoder must have an object with content for each id.") from None
+    for token_id, (content, _) in tokens.items():
+        there, other = backend.token_to_id(content), backend.id_to_token(token_id)
+        if there not in (None, token_id) or other not in (None, content):
+            has = f"it is {there}" if there is not None else f"that is {other!r}"
+            raise CheckpointError(f"{path} gives {content!r} the id {token_id}, but in the tokenizer {has}.")
+    for _, (content, token) in sorted(tokens.items()):
+        backend.add_tokens([AddedToken(content, **{flag: token[flag] for flag in _FLAGS if flag in token})])
+    ids = {content: token_id for token_id, (content, _) in tokens.items()}
+    if any(backend.token_to_id(content) != token_id for content, token_id in ids.items()):
+        return _renumbered(backend, ids)
+    return backend
 
 
 def _mark_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
@@ -131,16 +190,28 @@ def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Map
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json."""
+    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json.
+
+    One that is no text is passed over with a warning: nobody may ask for it.
+    """
     declared = config.get("chat_template")
+    templates: dict[Any, Any] = {"default": declared} if declared else {}
     if isinstance(declared, list):
-        templates = {entry["name"]: entry["template"] for entry in declared}
-    else:
-        templates = {"default": declared} if declared else {}
+        entries = [entry if isinstance(entry, dict) else {} for entry in declared]
+        templates = {entry.get("name"): entry.get("template") for entry in entries}
     if template := _read_optional(folder / "chat_template.json").get("chat_template"):
         templates["default"] = template
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = _template_text(path)
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return templates
+        templates["default"] = _template_text(folder / "chat_template.jinja")
+    texts = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str)}
+    for name in templates.keys() - texts.keys():
+        logger.warning(
+            "%s: the chat template %r is %.60r, which is no text: it is left out", folder, name, templates[name]
+        )
+    return texts
+
+
+def _template_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="replace")

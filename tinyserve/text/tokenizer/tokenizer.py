@@ -143,12 +143,14 @@ class Tokenizer:
         return data
 
     def _spell(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size:
+        # A vocabulary may have holes: its size says nothing about its ids.
+        piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        if piece is None:
             return b""
         if self._alphabet is None:
             return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
-        piece: str | None = self._backend.id_to_token(token_id)
-        return b"" if piece is None else self._alphabet.piece_bytes(piece)
+        # The letters of an added token are letters, also where the alphabet has bytes of that name.
+        return self._alphabet.added_bytes(piece) if token_id in self._added else self._alphabet.piece_bytes(piece)
 
     def end_tokens(self) -> frozenset[int]:
         """The ids that end a turn: every EOS of the checkpoint, and the end tokens of its chat template.
