@@ -4,7 +4,7 @@ Knows text and the updates of one sequence, which the engine may be ahead of; it
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tinyserve.engine import Update
@@ -86,12 +86,17 @@ class RequestState:
         index: int = 0,
         text_of: Callable[[int], str] | None = None,
         parser: OutputParser | None = None,
+        hidden: Mapping[int, str] | None = None,
     ):
-        """`text_of` is the text of one token, for those that log-probabilities are of; `parser` finds tool calls."""
+        """`text_of` is the text of one token, for those that log-probabilities are of; `parser` finds tool calls.
+
+        `hidden` are special tokens that are left out of the text, and that a stop string may name.
+        """
         self.sequence, self.prompt, self.index = sequence, prompt, index
         self._parser = parser
         self._detokenizer, self._text_of = detokenizer, text_of
-        self._stops = StopFilter(tuple(sequence.params.stop))
+        self._hidden = hidden or {}
+        self._stops = StopFilter(tuple(sequence.params.stop), tuple(self._hidden.values()))
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
@@ -142,16 +147,18 @@ class RequestState:
             self.logprobs.append(self._spelled(update.logprobs))
         if update.finish_reason != "stop":  # the text of an end token is no part of the answer
             if self._detokenizer is not None:
-                self._push(self._detokenizer.push(token))
+                self._push(self._detokenizer.push(token), self._hidden.get(token, ""))
         elif token in self.sequence.params.stop_token_ids:
             self.stop_reason = token
 
-    def _push(self, piece: str) -> None:
-        """Go on with the text; a stop string counts from `min_tokens` on."""
+    def _push(self, piece: str, hidden: str = "") -> None:
+        """Go on with the text, and with what is left out of it; a stop string counts from `min_tokens` on."""
         if len(self.token_ids) < self.sequence.params.min_tokens:
             self._show(piece)
             return
         self._show(self._stops.push(piece))
+        if hidden:
+            self._show(self._stops.push_hidden(hidden))
         if self._stops.matched is not None and self.sequence.params.include_stop_str_in_output:
             self._show(self._stops.matched)
 
