@@ -22,7 +22,7 @@ from damage import damaged_by
 from hold import hold
 from refusals import refused
 
-from tinyserve import LLM, RequestOutput, SamplingParams
+from tinyserve import LLM, RequestOutput, SamplingParams, StructuredOutputs
 from tinyserve.engine import Update
 from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
@@ -185,6 +185,29 @@ def test_the_beginning_of_a_stop_string_is_not_lost(llm: LLM) -> None:
     [output] = llm.generate(TEXTS[0], greedy(10, stop=stop))
     assert output.outputs[0].text == full and output.outputs[0].finish_reason == "length"
     assert "".join(map(str, llm.stream(TEXTS[0], greedy(10, stop=stop)))) == full
+
+
+def test_a_stop_string_that_names_a_special_token_ends_the_answer_at_it(llm: LLM) -> None:
+    """The text leaves special tokens out, and the stop string is found all the same; alone or within more text."""
+    for stop, pattern in (("<|user|>", "<[260]>"), ("a<|user|>", '"a" <[260]>'), ("<|user|>ab", '<[260]> "ab"')):
+        grammar = StructuredOutputs(grammar=f'start: "th" {pattern} "th" "th"')
+        for include in (False, True):
+            params = greedy(20, stop=stop, structured_outputs=grammar, include_stop_str_in_output=include)
+            answer = llm.generate("x", params)[0].outputs[0]
+            assert (answer.text, answer.finish_reason) == ("th" + include * stop, "stop") and answer.stop_reason == stop
+            assert "".join(map(str, llm.stream("x", params))) == answer.text
+        params = greedy(20, stop=stop, structured_outputs=grammar, skip_special_tokens=False)
+        assert llm.generate("x", params)[0].outputs[0].text == "th"
+    forced = greedy(6, stop="<|user|>", allowed_token_ids=[USER])
+    assert llm.generate("x", forced)[0].outputs[0].token_ids == [USER]
+    assert (
+        len(
+            llm.generate("x", greedy(6, stop="<|user|>", min_tokens=3, allowed_token_ids=[USER]))[0]
+            .outputs[0]
+            .token_ids
+        )
+        == 3
+    )
 
 
 def test_stop_token_ids(llm: LLM) -> None:
@@ -686,6 +709,9 @@ def test_prompts_as_vllm_writes_them(llm_of: Callable[..., LLM]) -> None:
         outputs = [llm.generate(p, greedy(3))[0] for p in (prompt, same)]
         assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids
         assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+        assert outputs[0].prompt == outputs[1].prompt
+    with refused("add_special_tokens", "add_special_tokens is 'no'; it must be True or False"):
+        llm.generate({"prompt": text, "add_special_tokens": "no"})
     for wrong in ({"a", "b"}, {"text": "a"}, b"ab"):
         with refused("prompt", "A prompt is"):
             llm.generate(wrong)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
+from inspect import signature
 from os import PathLike
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
@@ -192,6 +193,8 @@ class LLM:
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
         tool_format: str | None = None,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
     ) -> ChatRequest:
         """What a conversation becomes, for `generate`, `stream` and those of an `AsyncEngine`; any thread may ask.
@@ -200,17 +203,44 @@ class LLM:
         tool_choice: "auto" (also None), "none", "required", or an object that names a function, as OpenAI has it.
         parallel_tool_calls: an answer may have several calls; else it ends behind the first.
         tool_format: how calls are written, where the chat template does not tell (`tools.FORMATS`).
+        add_special_tokens: add the model's BOS, if it has one, to a template that does not write it.
+        chat_template_kwargs: what else the template reads, such as enable_thinking; keywords that are not among these
+            are the same, and add_generation_prompt (by default True) and continue_final_message (the model goes on with
+            the last message) among them.
 
         Raises RequestError for a malformed message, tool or choice, and for a model that has no chat template.
         """
         for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
             raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).", param=name)
         options = ToolOptions(tools, tool_choice, parallel_tool_calls, tool_format)
-        return self._chats.request(messages, self.resolve(sampling_params), options, template_variables)
+        variables = _template_variables(chat_template_kwargs, template_variables)
+        return self._chats.request(messages, self.resolve(sampling_params), options, variables, add_special_tokens)
 
-    def chat_prompt(self, messages: SequenceOf[Message], **template_variables: Any) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: SequenceOf[Message],
+        *,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template_variables: Any,
+    ) -> list[int]:
         """The token ids that a conversation becomes: the template's text, with no second BOS."""
-        return self._chats.prompt(messages, template_variables)
+        variables = _template_variables(chat_template_kwargs, template_variables)
+        return self._chats.prompt(messages, variables, add_special_tokens)
+
+    def chat_text(
+        self,
+        messages: SequenceOf[Message],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template_variables: Any,
+    ) -> str:
+        """The text that a conversation becomes."""
+        return self._chats.text(messages, _template_variables(chat_template_kwargs, template_variables))
+
+    def new_call_id(self) -> str:
+        """An id for a tool call, for a client that sends it back: one that the model's own template takes."""
+        return self._chats.new_call_id()
 
     @cached_property
     def _chats(self) -> ChatFormat:
@@ -303,6 +333,28 @@ class LLM:
             self.thread.finish(request.sequence, "stop")
         if request.is_reading:
             self._progress("prefill", request.num_computed, request.metrics.prompt_tokens)
+
+
+# What is said beside `chat_template_kwargs`, and by other means.
+_RESERVED = (
+    signature(LLM.chat_request).parameters.keys() - {"template_variables"}
+    | {"add_generation_prompt", "continue_final_message"}
+    | SamplingParams.__dataclass_fields__.keys()
+)
+
+
+def _template_variables(kwargs: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a chat template; raises RequestError for `chat_template_kwargs` that other fields set."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise RequestError(
+            f"chat_template_kwargs is {kwargs!r:.60}; it must be an object with the template's variables.",
+            param="chat_template_kwargs",
+        )
+    for name in kwargs or ():
+        if not isinstance(name, str) or name in _RESERVED:
+            field = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{field} is given, and it is no variable for the template: leave it out.", param=field)
+    return {**others, **(kwargs or {})}
 
 
 class Stream:

@@ -11,6 +11,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import tokenizers
 from checkpoints import VOCAB
 from refusals import refused
 from test_chat_template import SPECIAL
@@ -21,6 +22,7 @@ from tinyserve import LLM, AsyncEngine, SamplingParams, StructuredOutputs
 from tinyserve.text.chat import AnswerFormat, ChatFormat, OutputParser
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.request import CompletionOutput, StreamChunk
+from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer
 from tinyserve.text.tool_parser import ToolCall
 
@@ -102,6 +104,70 @@ def test_tools_are_shown_as_the_template_shows_them(chatty: Callable[..., LLM]) 
             assert prompt.token_ids == llm.tokenizer.encode_chat(shown)
     assert llm.chat_request(QUESTION).prompt.token_ids == llm.chat_prompt(QUESTION)
     assert llm.chat_request(QUESTION, tool_choice="none").prompt.answer_format is None
+
+
+COLLISIONS = [
+    "messages", "sampling_params", "tools", "tool_choice", "tool_format", "parallel_tool_calls", "chat_template_kwargs",
+    "add_generation_prompt", "continue_final_message", "add_special_tokens", "temperature", "stop", "self",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLLISIONS)
+def test_a_template_variable_that_is_said_elsewhere_is_refused(chatty: Callable[..., LLM], name: str) -> None:
+    llm = chatty(PLAIN)
+    for use in (llm.chat, llm.chat_request, llm.chat_prompt, llm.chat_text, llm.stream_chat):
+        with refused(f"chat_template_kwargs.{name}", f"chat_template_kwargs.{name} is given"):
+            use(QUESTION, chat_template_kwargs={name: 1})
+
+
+def test_template_variables_may_have_any_other_name(chatty: Callable[..., LLM]) -> None:
+    llm = chatty("{{ name }}{{ params }}{{ options }}{{ context }}{{ source }}{{ documents }}")
+    names = dict.fromkeys(["name", "params", "options", "context", "source", "documents"], "x")
+    assert llm.chat_text(QUESTION, chat_template_kwargs=names) == llm.chat_text(QUESTION, **names) == "xxxxxx"
+    for wrong in ([1], "x", 3):
+        with refused("chat_template_kwargs", "it must be an object"):
+            llm.chat(QUESTION, chat_template_kwargs=wrong)
+    with refused("chat_template_kwargs.1"):
+        llm.chat(QUESTION, chat_template_kwargs={1: 2})
+
+
+def test_the_last_message_goes_on(chatty: Callable[..., LLM]) -> None:
+    template = PLAIN.replace("{% endfor %}", "<|eos|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}")
+    llm = chatty(template)
+    messages = [*QUESTION, {"role": "assistant", "content": "It is "}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    text = llm.chat_text(messages, **options)
+    assert text == f"<|bos|><|user|>{QUESTION[0]['content']}\n<|eos|><|user|>It is "
+    ids = llm.tokenizer.encode(text, add_special_tokens=False)
+    assert llm.chat_prompt(messages, **options) == llm.chat_request(messages, **options).prompt.token_ids == ids
+    [output] = llm.chat(messages, sampled(4), **options)
+    assert output.prompt_token_ids == ids
+    with refused("continue_final_message", "both true"):
+        llm.chat(messages, continue_final_message=True)
+
+
+def test_bos_is_added_to_a_template_that_does_not_write_it(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    folder = checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"])
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", checkpoints.BOS)])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    for source, counts in ((PLAIN, (1, 1)), ("{{ messages[0].content }}", (0, 1))):
+        chats = ChatFormat("m", tokenizer, ChatTemplate(source, SPECIAL | {"bos_token": "<|bos|>"}, "m"))
+        for add, count in zip((False, True), counts, strict=True):
+            assert chats.prompt(QUESTION, {}, add_special_tokens=add).count(checkpoints.BOS) == count
+    with refused("add_special_tokens"):
+        chats.prompt(QUESTION, {}, add_special_tokens=1)  # type: ignore[arg-type]
+
+
+def test_a_model_with_a_broken_template_continues_text(chatty: Callable[..., LLM]) -> None:
+    llm = chatty("{% for m in messages %}{% audio m %}{% endfor %}")
+    assert llm.generate("Once", sampled(3))[0].outputs[0].token_ids
+    for use in (llm.chat, llm.chat_prompt, llm.stream_chat):
+        with refused("messages", "Encountered unknown tag 'audio'"):
+            use(QUESTION)
 
 
 def test_a_template_for_tools_is_taken_where_there_is_one(chatty: Callable[..., LLM]) -> None:

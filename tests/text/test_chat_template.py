@@ -8,7 +8,6 @@ import pytest
 from oracles import Oracle
 from refusals import refused
 
-from tinyserve.errors import UserError
 from tinyserve.text.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.fast
@@ -252,9 +251,185 @@ def test_a_template_that_fails_says_where_and_why(source: str, param: str | None
         render(source)
 
 
-def test_invalid_jinja_names_the_template_and_the_line() -> None:
-    with pytest.raises(UserError, match=r"chat template of org/model is no valid Jinja at line 2: .*endfor"):
-        ChatTemplate("{% for m in messages %}\n{% endif %}", SPECIAL, "org/model")
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("{% for m in messages %}\n{% endif %}", " at line 2: "),
+        ("\n{% audio m %}", " at line 2: Encountered unknown tag 'audio'"),
+        ("{{ messages | speak }}", " at line 1: No filter named 'speak'"),
+        ("{% if " + "(" * 10000, ": "),
+    ],
+)
+def test_what_is_no_template_is_told_when_somebody_chats(source: str, sentence: str) -> None:
+    template = ChatTemplate(source, SPECIAL, "org/model")
+    for use in (template.compile, lambda: template.render(CONVERSATIONS["one"])):
+        with refused("messages", f"The chat template of org/model is no valid Jinja{sentence}"):
+            use()
+
+
+# --- what clients send back, and what templates want -----------------------------------------------------------------
+
+PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}|"
+    "{% endif %}{% endfor %};{% endfor %}"
+)
+FIRST_PART = "{% for m in messages %}{{ m.role }}:{{ m.content[0].text }};{% endfor %}"
+EITHER = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}|{% endfor %}{% endif %};{% endfor %}"
+)
+SYSTEM_AS_TEXT = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'system' %}{{ m.content + '!' }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}|{% endfor %}{% endif %};{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+TWO_PARTS = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (PARTS, "system:a|;user:b|c|;"),
+        (FIRST_PART, "system:a;user:b\nc;"),
+        (EITHER, "system:a;user:b|c|;"),
+        (SYSTEM_AS_TEXT, "system:a!;user:b|c|;"),
+        (PLAIN, "system:a;user:b\nc;"),
+        ("{% for m in messages %}{{ m.role }}:{{ m.content | tojson }};{% endfor %}", 'system:"a";user:"b\\nc";'),
+        ("{{ messages[0].role }}", "system"),
+    ],
+)
+def test_contents_are_text_or_parts_as_the_template_reads_them(source: str, expected: str) -> None:
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": TWO_PARTS}]
+    assert render(source, messages) == expected
+
+
+def test_a_role_that_the_template_refuses_to_try_is_read_as_the_users() -> None:
+    source = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + PARTS
+    messages = [{"role": "user", "content": "a"}, {"role": "critic", "content": "b"}]
+    assert render(source, messages) == "user:a|;critic:b|;"
+
+
+NO_CALLS = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ 'CALLS' if 'tool_calls' in m }};{% endfor %}"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}, {"content": ""}])
+@pytest.mark.parametrize("calls", [{}, {"tool_calls": None}, {"tool_calls": []}])
+def test_nulls_and_empty_lists_of_an_earlier_answer_are_as_left_out(
+    content: dict[str, Any], calls: dict[str, Any]
+) -> None:
+    answer = {"role": "assistant", **content, **calls, "refusal": None, "name": None}
+    assert render(NO_CALLS, [*CONVERSATIONS["one"], answer]).endswith("assistant:;")
+    assert render("{{ 'name' in messages[0] }}", [answer]) == "False"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}])
+@pytest.mark.parametrize("source", [PARTS, PLAIN, EITHER])
+def test_a_tool_may_have_said_nothing(source: str, content: dict[str, Any]) -> None:
+    tool = {"role": "tool", "tool_call_id": "a", **content}
+    assert render(source, [*CONVERSATIONS["one"], tool]).rstrip("|;").endswith("tool:")
+
+
+@pytest.mark.parametrize("given", [{"arguments": text} for text in ("", " \n", "null", "{}", None, {})] + [{}])
+def test_a_call_without_parameters_has_an_empty_object(given: dict[str, Any]) -> None:
+    call = {"id": None, "type": "function", "function": {"name": "now", **given}}
+    source = "{% for c in messages[0].tool_calls %}{{ c.function.arguments | tojson }}{{ 'id' in c }}{% endfor %}"
+    assert render(source, [{"role": "assistant", "content": None, "tool_calls": [call]}]) == "{}False"
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert render(PLAIN, messages) == "system:Be brief.;user:Hi;"
+    knows = "{% if messages[0].role == 'developer' %}!{% endif %}" + PLAIN
+    assert render(knows, messages) == "!developer:Be brief.;user:Hi;"
+
+
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls is defined %}"
+    "{% for c in m.tool_calls %}{% if c.id is not defined or c.id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}{{ c.id }} "
+    "{% endfor %}{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('id') }}{% endif %}"
+    "{{ m.tool_call_id }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def called(call_id: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"id": call_id, "function": {"name": "f"}}]},
+        {"role": "tool", "tool_call_id": call_id, "content": "b"},
+    ]
+
+
+def test_ids_of_calls_are_such_as_the_template_takes() -> None:
+    template = ChatTemplate(MISTRAL, SPECIAL, "m")
+    ids = [template.new_call_id() for _ in range(3)]
+    assert all(len(call_id) == 9 and call_id.isalnum() for call_id in ids) and len(set(ids)) == 3
+    for call_id in ids:
+        assert template.render(called(call_id)) == f"[INST]a[/INST]{call_id} {call_id}"
+    for source in (PLAIN, PARTS, TEMPLATES["llama-2"]):
+        assert ChatTemplate(source, SPECIAL, "m").new_call_id().startswith("call_")
+
+
+def test_ids_that_another_model_gave_are_made_such() -> None:
+    asked, answered = render(MISTRAL, called("call_0123456789")).removeprefix("[INST]a[/INST]").split(" ")
+    assert asked == answered and len(asked) == 9 and asked.isalnum()
+    assert asked != render(MISTRAL, called("call_0123456788")).split(" ")[1]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def continued(source: str, content: Any, **options: Any) -> str:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True} | options
+    return render(source, messages, **options)
+
+
+@pytest.mark.parametrize("content", ["Hello", "", "Hello ", " Hi\n", "Hi", "a<|im_end|>b"])
+def test_the_last_message_is_continued_where_its_text_ends(content: str) -> None:
+    assert continued(CHATML, content) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{content}"
+
+
+def test_a_continued_message_may_be_in_parts_or_trimmed_or_null() -> None:
+    assert continued(PARTS, TWO_PARTS) == "user:Hi|;assistant:b|c"
+    assert continued(CHATML.replace("m.content", "m.content | trim"), " a ").endswith("assistant\na ")
+    assert continued(CHATML, None).endswith("assistant\n") and continued(CHATML, []).endswith("assistant\n")
+
+
+def test_continuing_as_transformers_does(oracle: Oracle) -> None:
+    utils = oracle("transformers.utils.chat_template_utils")
+    for name in ("smollm2", "zephyr", "granite", "llama-2"):
+        messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is"}]
+        [expected], _ = utils.render_jinja_template(
+            [messages], chat_template=TEMPLATES[name], continue_final_message=True, **SPECIAL
+        )
+        ours = render(TEMPLATES[name], messages, add_generation_prompt=False, continue_final_message=True)
+        assert ours == expected
+
+
+def test_what_cannot_be_continued_says_why() -> None:
+    with refused("continue_final_message", "Set add_generation_prompt to false"):
+        continued(CHATML, "a", add_generation_prompt=True)
+    with refused("continue_final_message", "continue_final_message is 1; it must be True or False"):
+        continued(CHATML, "a", continue_final_message=1)
+    with refused("continue_final_message", "does not show the last message as it is"):
+        continued("{{ messages[0].content }}", "a")
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+    with refused("messages[0].content", "has no text that could be continued"):
+        render(CHATML, call, add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c"])
+def test_only_line_feeds_end_lines(separator: str) -> None:
+    text = f" a{separator} b"
+    assert render(f"x{separator}{{{{ messages[0].content }}}}", [{"role": "user", "content": text}]) == (
+        f"x{separator}{text}"
+    )
+    with refused(None, "at line 2: "):
+        render(f"a{separator}b\n{{{{ 1 + 'a' }}}}")
 
 
 def test_roles_that_do_not_alternate_are_the_users_mistake() -> None:

@@ -149,6 +149,29 @@ def test_a_rendered_chat_has_the_one_bos_it_was_written_with() -> None:
     assert tokenizer.encode_chat("<s>the").count(1) == 1
 
 
+@pytest.mark.parametrize("form", ["sentencepiece", "gguf", "folder"])
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(form: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_gguf(CASES["sentencepiece"]["metadata"], "f")
+    if form == "gguf":
+        tokenizer = Tokenizer.from_gguf(chatty(add_bos_token=True, add_eos_token=True), "f")
+    if form == "folder":
+        folder = write(tmp_path, tokenizer__json=tokenizer_json(add_bos_token=True))
+        tokenizer = Tokenizer.from_folder(write(folder, tokenizer_config__json={"bos_token": "<|im_end|>"}))
+    bos, plain = tokenizer.special_tokens["bos_token"], tokenizer.encode("the", add_special_tokens=False)
+    first = tokenizer.bos_token_id
+    assert tokenizer.encode_prompt("the") == tokenizer.encode("the")
+    assert tokenizer.encode_prompt(f"{bos}the") == tokenizer.encode(f"{bos}the")[1:]
+    for text, count in (("the", 1), (f"{bos}the", 1), (bos, 1), (2 * bos, 2)):
+        assert tokenizer.encode_prompt(text).count(first) == count
+    assert tokenizer.encode_prompt("the", add_special_tokens=False) == plain
+    assert tokenizer.encode_prompt(f"{bos}the", add_special_tokens=False).count(first) == 1
+
+
+def test_a_bos_that_nobody_adds_is_left_where_it_is_written_twice() -> None:
+    tokenizer = Tokenizer.from_gguf(chatty(add_bos_token=False), "f")
+    assert tokenizer.encode_prompt("<|im_end|><|im_end|>a").count(tokenizer.bos_token_id) == 2
+
+
 def test_add_space_prefix_is_honoured() -> None:
     for case, text in (("sentencepiece", "the"), ("gpt-2", "world")):
         with_prefix, without = (

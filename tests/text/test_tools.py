@@ -116,7 +116,7 @@ def test_a_template_may_refuse_two_calls() -> None:
             "[0].function.arguments",
             "it must be a JSON object, or the text of one.",
         ),
-        ([{"function": {"arguments": None}}], "[0].function.arguments", "is None; it must be a JSON object"),
+        ([{"function": {"arguments": "0"}}], "[0].function.arguments", "is '0'; it must be a JSON object"),
     ],
 )
 def test_a_malformed_earlier_call_says_which_and_how(calls: Any, where: str, sentence: str) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import time
 import uuid
 from contextlib import AbstractAsyncContextManager, aclosing
-from inspect import signature
 from typing import Any
 
 from starlette.requests import Request
@@ -14,8 +13,7 @@ from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
 from tinyserve.progress import Progress
 from tinyserve.server.answers import UsageCounter, chat_logprobs, usage
-from tinyserve.server.errors import ApiError
-from tinyserve.server.protocol import ChatBody, TemplateBody
+from tinyserve.server.protocol import ChatBody, TemplateBody, TokenizeBody
 from tinyserve.server.sampling import chat_params
 from tinyserve.server.sse import EventStream, SSEWriter
 from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
@@ -32,18 +30,14 @@ async def chat_completions(request: Request) -> Response:
     return Json(await cancel_on_disconnect(request, chat.whole()))
 
 
-# What a call of `chat_request` is given by other fields.
-_RESERVED = frozenset(signature(LLM.chat_request).parameters) - {"template_variables"} | {"add_generation_prompt"}
-
-
-def template_variables(body: ChatBody | TemplateBody) -> dict[str, Any]:
-    """`chat_template_kwargs`; raises ApiError for a name that another field sets."""
-    given = body.chat_template_kwargs or {}
-    for name in given:
-        if name in _RESERVED:
-            field = f"chat_template_kwargs.{name}"
-            raise ApiError(400, f"{field} is given, and it is no variable for the template: leave it out.", param=field)
-    return given
+def template_options(body: ChatBody | TemplateBody | TokenizeBody) -> dict[str, Any]:
+    """What a request tells the chat template, beside its messages, as `LLM.chat_request` takes it."""
+    return {
+        "tools": body.tools or None,  # some clients send an empty list for none
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": body.continue_final_message is True,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
 
 
 class _Chat:
@@ -51,7 +45,7 @@ class _Chat:
 
     def __init__(self, state: State, body: ChatBody):
         self._state, self._body = state, body
-        self._model, self._variables = state.pool.find(body.model), template_variables(body)
+        self._model = state.pool.find(body.model)
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._answers = body.best_of or body.n or 1
 
@@ -94,12 +88,11 @@ class _Chat:
         return llm.chat_request(
             body.messages,
             chat_params(body, llm),
-            tools=body.tools or None,  # some clients send an empty list for none
             tool_choice=body.tool_choice,
             tool_format=self._state.tool_format if body.tools else None,
             parallel_tool_calls=body.parallel_tool_calls is not False,
-            add_generation_prompt=body.add_generation_prompt,
-            **self._variables,
+            add_special_tokens=body.add_special_tokens is True,
+            **template_options(body),
         )
 
     def _send_chunk(self, events: SSEWriter, llm: LLM, chunk: StreamChunk, counter: UsageCounter) -> None:
@@ -107,7 +100,7 @@ class _Chat:
         delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
         if chunk.tool_calls:
             first = counter.calls(chunk)
-            delta["tool_calls"] = [{"index": first + i, **_call(call)} for i, call in enumerate(chunk.tool_calls)]
+            delta["tool_calls"] = [{"index": first + i, **_call(llm, call)} for i, call in enumerate(chunk.tool_calls)]
         choice = {"index": chunk.index, "delta": delta}
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs(llm, chunk)
@@ -124,7 +117,7 @@ class _Chat:
     def _choice(self, llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.tool_calls:
-            message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.tool_calls]}
+            message |= {"content": answer.text or None, "tool_calls": [_call(llm, call) for call in answer.tool_calls]}
         return {
             "index": answer.index,
             "message": message,
@@ -141,6 +134,6 @@ class _Chat:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
+def _call(llm: LLM, call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": llm.new_call_id(), "type": "function", "function": function}

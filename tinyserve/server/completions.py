@@ -23,6 +23,7 @@ from tinyserve.server.sampling import completion_params
 from tinyserve.server.sse import EventStream, SSEWriter
 from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
 from tinyserve.text.request import RequestOutput
+from tinyserve.text.validation import Prompt
 
 MOST_PROMPTS = 1024
 
@@ -87,7 +88,7 @@ class _Completion:
 
     async def _complete(self, engine: AsyncEngine, prompt: TextOrIds, params: SamplingParams) -> RequestOutput:
         with self._state.metrics.watch(self._model.name, self._n) as watch:
-            output = await engine.complete(prompt, params, priority=self._body.priority)
+            output = await engine.complete(self._tokenized(prompt), params, priority=self._body.priority)
             for answer in output.outputs:
                 watch.ended(answer.metrics, answer.finish_reason)
             return output
@@ -109,7 +110,9 @@ class _Completion:
     ) -> UsageCounter:
         counter, offsets = UsageCounter(), [self._offsets(engine.llm, prompt) for _ in range(self._n)]
         with self._state.metrics.watch(self._model.name, self._n) as watch:
-            stream = engine.generate(prompt, params, self._name(p), self._body.priority, events.prefill)
+            stream = engine.generate(
+                self._tokenized(prompt), params, self._name(p), self._body.priority, events.prefill
+            )
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
                     first = counter.is_first(chunk)
@@ -126,6 +129,12 @@ class _Completion:
                     if chunk.finish_reason is not None:
                         watch.ended(chunk.metrics, chunk.finish_reason)
         return counter
+
+    def _tokenized(self, prompt: TextOrIds) -> Prompt:
+        """A prompt with what the request says of its tokens."""
+        if isinstance(prompt, str) and self._body.add_special_tokens is not None:
+            return {"prompt": prompt, "add_special_tokens": self._body.add_special_tokens}
+        return prompt
 
     def _engine(self, progress: Progress | None = None) -> AbstractAsyncContextManager[AsyncEngine]:
         return self._state.engine(self._model, self._body, self._answers, progress)

@@ -123,6 +123,8 @@ class ChatBody(Decoding):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -132,6 +134,7 @@ class CompletionBody(Decoding):
     """POST /v1/completions."""
 
     prompt: Any
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -151,8 +154,10 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Any = None
     tools: Any = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # of a prompt they are, of a chat its template's
     add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 
@@ -169,6 +174,7 @@ class TemplateBody(Body):
     messages: Any
     tools: Any = None
     add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

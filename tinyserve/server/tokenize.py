@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyserve.llm import LLM
-from tinyserve.server.chat import template_variables
+from tinyserve.server.chat import template_options
 from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import DetokenizeBody, TemplateBody, TokenizeBody
 from tinyserve.server.state import Json, read, state_of
@@ -22,10 +22,12 @@ async def tokenize(request: Request) -> Response:
     async with state.engine(state.pool.find(body.model), body) as engine:
         llm, tokenizer = engine.llm, _tokenizer(engine.llm)
         if body.prompt is not None:
-            ids = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens)
+            add = body.add_special_tokens is not False
+            ids = await asyncio.to_thread(tokenizer.encode_prompt, body.prompt, add)
         else:
+            add = body.add_special_tokens is True
             ids = await asyncio.to_thread(
-                llm.chat_prompt, body.messages, tools=body.tools, add_generation_prompt=body.add_generation_prompt
+                llm.chat_prompt, body.messages, add_special_tokens=add, **template_options(body)
             )
         names = [tokenizer.decode([i], skip_special_tokens=False, continuation=True) for i in ids]
         result = {"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids}
@@ -60,16 +62,10 @@ async def tokenizer_info(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The text that a conversation becomes."""
     body = await read(request, TemplateBody)
-    variables, state = template_variables(body), state_of(request)
+    state = state_of(request)
     async with state.engine(state.pool.find(body.model), body) as engine:
-        ids = await asyncio.to_thread(
-            engine.llm.chat_prompt,
-            body.messages,
-            tools=body.tools,
-            add_generation_prompt=body.add_generation_prompt,
-            **variables,
-        )
-        return Json({"prompt": _tokenizer(engine.llm).decode(ids, skip_special_tokens=False)})
+        text = await asyncio.to_thread(engine.llm.chat_text, body.messages, **template_options(body))
+        return Json({"prompt": text})
 
 
 def _tokenizer(llm: LLM) -> Tokenizer:

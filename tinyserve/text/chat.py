@@ -53,10 +53,14 @@ class AnswerFormat:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation in tokens, and how calls are read out of its answers; with no format they are text only."""
+    """A conversation in tokens, and how calls are read out of its answers; with no format they are text only.
+
+    continues: the answer goes on with the last message.
+    """
 
     token_ids: list[int]
     answer_format: AnswerFormat | None = None
+    continues: bool = False
 
 
 class ChatRequest(NamedTuple):
@@ -115,10 +119,31 @@ class ChatFormat:
             return self._template
         return ChatTemplate(source, self._tokenizer.special_tokens, self._name)
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """The tokens of a conversation, with no second BOS; raises RequestError as templates do."""
+    def new_call_id(self) -> str:
+        """An id for a call in an answer, such as the template takes when the call is sent back."""
+        return self._tool_template.new_call_id()
+
+    def text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        """A conversation as the template writes it; raises RequestError as templates do."""
         template = self._template if variables.get("tools") is None else self._tool_template
-        return self._tokenizer.encode_chat(template.render(messages, **variables))
+        return template.render(messages, **variables)
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The tokens of a conversation, with no second BOS; raises RequestError as templates do.
+
+        With `add_special_tokens` a BOS that the template does not write is added, if the model's texts have one.
+        """
+        if not isinstance(add_special_tokens, bool):
+            raise RequestError(
+                f"add_special_tokens is {add_special_tokens!r:.60}; it must be True or False.",
+                param="add_special_tokens",
+            )
+        return self._tokenizer.encode_prompt(self.text(messages, variables), add_special_tokens)
 
     def request(
         self,
@@ -126,15 +151,18 @@ class ChatFormat:
         params: SamplingParams,
         options: ToolOptions,
         variables: Mapping[str, Any],
+        add_special_tokens: bool = False,
     ) -> ChatRequest:
         """A conversation with tools or without. Raises RequestError for tools that cannot be shown, or forced."""
+        continues = bool(variables.get("continue_final_message"))
         if options.tools is None:
             if options.tool_choice not in (None, "none"):
                 raise RequestError(
                     f"tool_choice is {options.tool_choice!r:.80}, and there are no tools to choose from.",
                     param="tool_choice",
                 )
-            return ChatRequest(ChatPrompt(self.prompt(messages, variables)), params)
+            token_ids = self.prompt(messages, variables, add_special_tokens)
+            return ChatRequest(ChatPrompt(token_ids, continues=continues), params)
         tools, format = checked_tools(options.tools), self._tool_format(options.tool_format)
         grammar = tool_grammar(
             tools,
@@ -159,7 +187,8 @@ class ChatFormat:
                 only_one=not options.parallel_tool_calls,
                 is_named=isinstance(options.tool_choice, Mapping),
             )
-        return ChatRequest(ChatPrompt(self.prompt(messages, {**variables, "tools": tools}), answers), params)
+        token_ids = self.prompt(messages, {**variables, "tools": tools}, add_special_tokens)
+        return ChatRequest(ChatPrompt(token_ids, answers, continues), params)
 
     def _tool_format(self, given: str | None) -> str:
         format = given if given is not None else tool_format(self._tool_template.source)

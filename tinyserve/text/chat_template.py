@@ -1,68 +1,109 @@
 """Conversations to text, by the checkpoint's own chat template, run in a sandbox.
 
 Knows roles, messages and Jinja; nothing about tokens. Its text already has the BOS, if the model wants one:
-encode it with `Tokenizer.encode_chat`, which adds none.
+encode it with `Tokenizer.encode_chat`, which adds none. What a template takes (contents as text or as parts, ids of
+calls) is found by trial: it renders a conversation of our own, and what comes out tells.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from tinyserve.errors import RequestError, UserError
+from tinyserve.errors import RequestError
 
 if TYPE_CHECKING:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+_END = "\ufdd0end\ufdd0"  # where a message that is continued ends; no character of any text
+_SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+class ContentForm(NamedTuple):
+    """What of a message's content comes out of a template: of a text, of one typed part, of several."""
+
+    text: bool
+    part: bool
+    parts: bool
+
 
 class ChatTemplate:
-    """One Jinja chat template, compiled; `name` says in errors whose it is."""
+    """One Jinja chat template, compiled when it is first asked for; `name` says in errors whose it is."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
-        import jinja2
-
         self.source = source
         self.name = name
         self._special_tokens = dict(special_tokens)
+        self._forms: dict[str, ContentForm] = {}
+
+    def compile(self) -> None:
+        """Raise RequestError, with the line, for what is no template; a model that does not chat needs none."""
+        assert self._template
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"The chat template of {name} is no valid Jinja at line {error.lineno}: {_reason(error)}."
+            return _environment().from_string(self.source)
+        except Exception as error:  # mostly TemplateSyntaxError, but Python's compiler and recursion have their limits
+            line = getattr(error, "lineno", None)
+            where = f" at line {line}" if line else ""
+            raise RequestError(
+                f"The chat template of {self.name} is no valid Jinja{where}: {_reason(error)}. Give another one by "
+                "chat_template (--chat-template FILE), or let the model continue a text.",
+                param="messages",
             ) from None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """Render a conversation as the model was trained to read it.
 
+        With `continue_final_message` the text ends where the last message's does, for the model to go on with it.
         `tools` are OpenAI's; `variables` are whatever else the template reads, such as `enable_thinking`.
-        Raises RequestError for a malformed message, and when the template refuses or fails.
+        Raises RequestError for a malformed message, and when the template is broken, refuses or fails.
         """
-        import jinja2
-
+        given = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        for name, value in given.items():
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} is {value!r:.60}; it must be True or False.", param=name)
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt are both true: the last message goes on, or a new "
+                "one begins. Set add_generation_prompt to false.",
+                param="continue_final_message",
+            )
+        template = self._template
+        plain = [self._adapted(message) for message in checked_messages(messages)]
+        if continue_final_message:
+            _mark_end(plain[-1], f"messages[{len(plain) - 1}]")
         context = {
-            **self._special_tokens,
             "documents": None,
             **{name: _plain(value, name, "the template variables.") for name, value in variables.items()},
-            "messages": checked_messages(messages),
-            "tools": _plain(tools, "tools"),
             "add_generation_prompt": add_generation_prompt,
+            "tools": _plain(tools, "tools"),
         }
         try:
-            return self._template.render(context)
+            text = str(template.render(self._special_tokens | context | {"messages": plain}))
         except Exception as error:
             # A template is the checkpoint's code, and may raise anything: TemplateError itself comes from
             # raise_exception, a message of the template's author; subclasses of it are Jinja's own.
+            import jinja2
+
             refuses = type(error) is jinja2.TemplateError
             verb = "refuses these messages" if refuses else "fails"
             line = _line(error.__traceback__)
@@ -71,10 +112,117 @@ class ChatTemplate:
                 f"The chat template of {self.name} {verb}{where}: {_reason(error)}.",
                 param="messages" if refuses else None,
             ) from None
+        if not continue_final_message:
+            return text
+        end = text.rfind(_END)
+        if end < 0:
+            raise RequestError(
+                f"The chat template of {self.name} does not show the last message as it is, so it cannot be continued: "
+                "leave out continue_final_message.",
+                param="continue_final_message",
+            )
+        return text[:end]
+
+    def new_call_id(self) -> str:
+        """An id for a call of a tool that the template takes when the call is sent back."""
+        return uuid.uuid4().hex[:9] if self._wants_short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
+    # --- what this template takes
+
+    def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A checked message in the form in which this template reads it."""
+        if message["role"] == "developer" and "developer" not in self.source:
+            message["role"] = "system"  # OpenAI's newer name for it
+        message["content"] = self._content(message["role"], message["content"])
+        for holder, key in ((message, "tool_call_id"), *((call, "id") for call in message.get("tool_calls", ()))):
+            if isinstance(holder.get(key), str) and self._wants_short_ids:
+                holder[key] = _short_id(holder[key])
+        return message
+
+    def _content(self, role: str, content: str | list[dict[str, str]] | None) -> Any:
+        """What was sent as it was sent, if the template reads that, else the other form: text or typed parts."""
+        form = self._form(role)
+        if isinstance(content, list) and form.parts:
+            return content
+        reads_text = form.text or not form.part
+        if content is None:
+            return None if reads_text else []
+        text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+        return text if reads_text else [{"type": "text", "text": text}]
+
+    def _form(self, role: str) -> ContentForm:
+        """What a content may be in messages of this role; where none comes out, as in those of the user."""
+        if role not in self._forms:
+            form = self._tried_form(role)
+            self._forms[role] = form if any(form) or role == "user" else self._form("user")
+        return self._forms[role]
+
+    def _tried_form(self, role: str) -> ContentForm:
+        def shown(content: Any) -> str:
+            user = {"role": "user", "content": "a" if role == "user" else self._content("user", "a")}
+            before = {"user": [], "tool": [user, _call_message("a" * 9)]}.get(role, [user])
+            message = {"role": role, "content": content, "tool_call_id": "a" * 9, "name": "f"}
+            return self._trial([*before, message]) or self._trial([message, user]) or ""
+
+        # A part has a key that no template reads: where it comes out, the list was written as it is.
+        one = {"type": "text", "text": "qxone", "qxkey": "qxkey"}
+        text, part, parts = shown("qxone"), shown([one]), shown([one, {"type": "text", "text": "qxtwo"}])
+        return ContentForm(
+            "qxone" in text,
+            "qxone" in part and "qxkey" not in part,
+            "qxone" in parts and "qxtwo" in parts and "qxkey" not in parts,
+        )
+
+    @cached_property
+    def _wants_short_ids(self) -> bool:
+        """Whether ids of calls must be nine letters and digits, as in Mistral's templates."""
+
+        def takes(call_id: str) -> bool:
+            user = {"role": "user", "content": self._content("user", "a")}
+            result = {"role": "tool", "content": self._content("tool", "a"), "tool_call_id": call_id, "name": "f"}
+            tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+            return self._trial([user, _call_message(call_id), result], tools=[tool]) is not None
+
+        return not takes("call_" + "0" * 24) and takes("0" * 9)
+
+    def _trial(self, messages: list[dict[str, Any]], tools: Any = None) -> str | None:
+        """What the template writes for messages of our own; None where it takes no such conversation."""
+        context = {"documents": None, "messages": messages, "tools": tools, "add_generation_prompt": False}
+        try:
+            return str(self._template.render(self._special_tokens | context))
+        except Exception:
+            return None
+
+
+def _call_message(call_id: str) -> dict[str, Any]:
+    call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _short_id(call_id: str) -> str:
+    """An id of another model's call as nine letters and digits, the same for the same id."""
+    if _SHORT_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+
+
+def _mark_end(message: dict[str, Any], where: str) -> None:
+    """Put a mark behind the text of a message."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _END
+    elif content:
+        content[-1]["text"] += _END
+    else:
+        raise RequestError(f"{where} has no text that could be continued.", param=f"{where}.content")
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copy messages as plain data with text content; RequestError says which one is malformed, and how."""
+    """Copy messages as plain data; RequestError says which one is malformed, and how.
+
+    A content is text, a list of typed parts, or None beside calls. Null is as left out, as clients send back what SDKs
+    have made of an answer.
+    """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
             f"Messages must be a list of objects with role and content, but this is {_kind(messages)}.",
@@ -92,20 +240,27 @@ def _checked(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise RequestError(f"{where} must have a role, such as system, user or assistant.", param=f"{where}.role")
-    plain: dict[str, Any] = _plain(message, where)
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        plain["content"] = "\n".join(_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    elif content is None and message.get("tool_calls"):
-        plain["content"] = None
-    elif not isinstance(content, str):
-        raise RequestError(
-            f"{where}.content must be text or a list of text parts, but this is {_kind(content)}.",
-            param=f"{where}.content",
-        )
-    if plain.get("tool_calls"):
+    plain: dict[str, Any] = {key: value for key, value in _plain(message, where).items() if value is not None}
+    if not plain.get("tool_calls", True):
+        del plain["tool_calls"]
+    plain["content"] = _checked_content(plain, message.get("content"), where)
+    if "tool_calls" in plain:
         plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{where}.tool_calls")
     return plain
+
+
+def _checked_content(message: Mapping[str, Any], content: Any, where: str) -> str | list[dict[str, str]] | None:
+    where += ".content"
+    if isinstance(content, str):
+        return str(content)
+    if isinstance(content, list | tuple):
+        parts = [{"type": "text", "text": _text(part, f"{where}[{i}]")} for i, part in enumerate(content)]
+        return parts or ""
+    if content is None and "tool_calls" in message:
+        return None
+    if content is None and message["role"] in ("assistant", "tool", "function"):
+        return ""
+    raise RequestError(f"{where} must be text or a list of text parts, but this is {_kind(content)}.", param=where)
 
 
 def _tool_calls(calls: Any, where: str) -> list[Any]:
@@ -117,19 +272,25 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
             raise RequestError(
                 f"{where}[{i}] must be an object with a function, but this is {_kind(call)}.", param=f"{where}[{i}]"
             )
-        function = call["function"]
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                function["arguments"] = json.loads(arguments)
-            except ValueError:
-                function["arguments"] = None
-        if not isinstance(function.get("arguments", {}), dict):
-            raise RequestError(
-                f"{where}[{i}].function.arguments is {arguments!r:.60}; it must be a JSON object, or the text of one.",
-                param=f"{where}[{i}].function.arguments",
-            )
-    return calls
+        call["function"]["arguments"] = _arguments(
+            call["function"].get("arguments"), f"{where}[{i}].function.arguments"
+        )
+    return [{key: value for key, value in call.items() if value is not None} for call in calls]
+
+
+def _arguments(given: Any, where: str) -> dict[str, Any]:
+    """The arguments of a call; a function without parameters may have none, or empty text, or null."""
+    arguments = given
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given) if given.strip() else None
+        except (ValueError, RecursionError):
+            arguments = given
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{where} is {given!r:.60}; it must be a JSON object, or the text of one.", param=where)
+    return arguments
 
 
 def _text(part: Any, where: str) -> str:

@@ -51,8 +51,10 @@ class InputProcessor:
         bad_words = self.spellings(params.bad_words) if params.bad_words else []
         if params.best_of is not None and params.best_of > params.n:  # what is likeliest is told by log-probabilities
             params = replace(params, logprobs=params.logprobs or 0)
-        text = prompt if isinstance(prompt, str) else None
-        calls = prompt.answer_format if isinstance(prompt, ChatPrompt) else None
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        text = text if isinstance(text, str) else None
+        chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt([])
+        calls = chat.answer_format
         first = self._engine.make(ids, params, priority)
         answers = []
         for i, sequence in enumerate((first, *first.siblings)):
@@ -60,19 +62,27 @@ class InputProcessor:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
             sequence.matcher, sequence.bad_words = grammar and grammar.matcher(), bad_words
-            # An answer to a template begins a text; a completion goes on with the prompt's.
-            # A grammar has a say in the first space, too.
-            continues = text is not None or grammar is not None
-            detokenizer = self._detokenizer(params, continues, calls.shown_ids if calls else frozenset())
+            # An answer to a template begins a text, unless it goes on with a message, as a completion does with the
+            # prompt's. A grammar has a say in the first space, too.
+            continues = text is not None or chat.continues or grammar is not None
+            shown = calls.shown_ids if calls else frozenset[int]()
+            detokenizer, hidden = self._detokenizer(params, continues, shown), self._hidden(params, shown)
             parser = OutputParser(calls) if calls else None
-            answers.append(RequestState(sequence, text, detokenizer, i, self._text_of, parser))
+            answers.append(RequestState(sequence, text, detokenizer, i, self._text_of, parser, hidden))
         return answers
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """A prompt in tokens; raises RequestError for what is none, and for an id that the model does not have."""
         if isinstance(prompt, ChatPrompt):
             prompt = prompt.token_ids
+        add_special_tokens = True
         if isinstance(prompt, Mapping):  # vLLM's TextPrompt and TokensPrompt
+            add_special_tokens = prompt.get("add_special_tokens", True)
+            if not isinstance(add_special_tokens, bool):
+                raise RequestError(
+                    f"add_special_tokens is {add_special_tokens!r:.60}; it must be True or False.",
+                    param="add_special_tokens",
+                )
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
             if self._tokenizer is None:
@@ -80,7 +90,7 @@ class InputProcessor:
                     f"{self._name} has synthetic weights and no tokenizer: give token ids instead of text.",
                     param="prompt",
                 )
-            ids = self._tokenizer.encode(prompt)
+            ids = self._tokenizer.encode_prompt(prompt, add_special_tokens)
         else:
             try:
                 if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):
@@ -116,6 +126,13 @@ class InputProcessor:
         if self._tokenizer is None:
             return None
         return self._tokenizer.detokenizer(params.skip_special_tokens, continuation=continuation, shown=shown)
+
+    def _hidden(self, params: SamplingParams, shown: frozenset[int]) -> dict[int, str]:
+        """The special tokens that are left out of the text, and that a stop string names."""
+        if self._tokenizer is None or not params.skip_special_tokens or not params.stop:
+            return {}
+        specials = self._tokenizer.specials.items()
+        return {i: name for name, i in specials if i not in shown and any(name in stop for stop in params.stop)}
 
     def knows(self, spec: StructuredOutputs) -> bool:
         """Whether this grammar is compiled: then `make` does not wait for it."""

@@ -45,7 +45,8 @@ class Task(ABC):
 
     def items(self, limit: int | None = None) -> list[Item]:
         """The questions, or the first `limit` of them."""
-        return [json.loads(line) for line in self.content.decode().splitlines()[:limit]]
+        lines = self.content.rstrip().split(b"\n")  # and not at the other ends of lines that Unicode knows
+        return [json.loads(line) for line in lines[:limit]]
 
     @abstractmethod
     def outcomes(self, llm: "LLM", items: Sequence[Item], progress: Progress = silent) -> Outcomes:

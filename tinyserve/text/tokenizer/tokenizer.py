@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,19 @@ class Tokenizer:
             ) from None
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Encode what a model is to continue: the same, but a text that begins with BOS gets no second one."""
+        if not add_special_tokens:
+            return self.encode(text, add_special_tokens=False)
+        ids = self.encode(text)
+        return ids[1:] if self._added_first is not None and ids[:2] == 2 * [self._added_first] else ids
+
+    @cached_property
+    def _added_first(self) -> int | None:
+        """The token, BOS, that the tokenizer puts before a text."""
+        plain, whole = (self._backend.encode("a", add_special_tokens=added).ids[:1] for added in (False, True))
+        return whole[0] if plain != whole else None
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Encode a rendered chat template: it writes its own BOS, none is added, so there are never two."""
