@@ -567,6 +567,12 @@ def test_an_unknown_option(option: str, nearest: str | None, folder_of: Callable
         ({"dtype": None}, ["None", "float32"]),
         ({"max_model_len": 100, "kv_cache_memory": 100_000}, ["kv_cache_memory", "100"]),
         ({"load_format": "pickle"}, ["pickle", "auto", "dummy"]),
+        ({"chat_template": 5}, ["chat_template", "5", "Jinja"]),
+        ({"chat_template": ""}, ["chat_template", "''", "Jinja"]),
+        ({"chat_template": "/nowhere/x.jinja"}, ["/nowhere/x.jinja", "cannot be read", "No such file"]),
+        ({"chat_template": "a\0b"}, ["cannot be read"]),
+        ({"chat_template": "\n"}, ["the option chat_template is empty"]),
+        ({"chat_template": "{% audio %}"}, ["the option chat_template is no valid Jinja at line 1", "audio"]),
         ({"enable_prefix_caching": "yes"}, ["enable_prefix_caching", "yes", "True or False"]),
     ],
 )
@@ -577,6 +583,27 @@ def test_an_option_outside_its_range(
         LLM(folder_of("llama"), **options)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("as_gguf", [False, True])
+def test_a_chat_template_of_ones_own(folder_of: Callable[[str], Path], tmp_path: Path, as_gguf: bool) -> None:
+    """In place of the checkpoint's, and of the one it has for tools; its end tokens are those of the answer."""
+    model = folder_of("llama")
+    if as_gguf:
+        model = checkpoints.write_model_gguf(tmp_path / "model.gguf", checkpoints.CONFIGS["llama"])
+    source = "{{ messages[0].content }} {{ tools[0].function.name if tools }}:"
+    file = tmp_path / "own.jinja"
+    file.write_bytes(b"\xef\xbb\xbf" + source.encode())
+    question, tools = [{"role": "user", "content": "a"}], [{"type": "function", "function": {"name": "f"}}]
+    for given in (source, file, str(file)):
+        llm = LLM(model, num_threads=1, max_model_len=64, chat_template=given)
+        assert llm.chat_text(question) == "a :" and llm.chat_text(question, tools=tools) == "a f:"
+        assert llm.chat_template is not None and llm.chat_template.source == source
+        with refused(None, f"The chat template of {'the option chat_template' if given == source else file} fails"):
+            llm.chat_text(question, tools=[{"type": "function"}])
+    file.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8 text \(at byte 0\)"):
+        LLM(model, chat_template=file)
 
 
 def test_a_small_cache_shortens_the_context(folder_of: Callable[[str], Path]) -> None:

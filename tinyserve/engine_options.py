@@ -7,6 +7,7 @@ fields. Plain data: nothing here loads a model.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from os import PathLike
 from typing import Any, Final, Self, TypedDict, TypeVar
 
 from tinyserve.errors import UserError, did_you_mean
@@ -15,6 +16,7 @@ from tinyserve.models.dtypes import KV_CACHE_DTYPES, resolve_dtype, resolve_kv_c
 from tinyserve.scheduling.speculative import SpeculativeConfig
 
 LOAD_FORMATS: Final = ("auto", "dummy")
+CHAT_TEMPLATE_HELP: Final = "Chat by the Jinja template in this file.  [default: the model's own]"
 Check = Callable[[str, Any], None]
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -60,15 +62,24 @@ def _speculative_config(name: str, value: Any) -> None:
         weight_dtype(config.dtype)
 
 
+def _chat_template(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, str | PathLike) or not str(value)):
+        raise UserError(f"{name} is {value!r:.60}; it must be a file with a Jinja template, or the template itself.")
+
+
 @dataclass(frozen=True)
 class Flag:
-    """How a command shows an option: in `unit`s of its own, such as GB, and between two bounds where it says so."""
+    """How a command shows an option: in `unit`s of its own, such as GB, and between two bounds where it says so.
+
+    `kind` is what it takes, where that is less than Python does.
+    """
 
     name: str
     metavar: str
     help: str
     unit: float = 1
     bounds: tuple[float, float] | None = None
+    kind: Any = None
 
 
 def _option(default: Any, check: Check, help: str, flag: Flag | None = None) -> Any:
@@ -145,6 +156,12 @@ class EngineOptions:
         '"auto", or "dummy" for synthetic weights of the right shapes without a download.',
         Flag("--load-format", "FORMAT", "auto, or dummy: synthetic weights, token ids only, no download."),
     )
+    chat_template: str | PathLike[str] | None = _option(  # noqa: RUF009  # it makes a field
+        None,
+        _chat_template,
+        "a file with a Jinja template, or the template itself, to chat by in place of the checkpoint's own.",
+        Flag("--chat-template", "FILE", CHAT_TEMPLATE_HELP, kind=str | None),
+    )
 
     def __post_init__(self) -> None:
         for row in fields(self):
@@ -197,6 +214,7 @@ class EngineKeywords(TypedDict, total=False):
     num_threads: int | None
     seed: int | None
     load_format: str
+    chat_template: str | PathLike[str] | None
 
 
 def describe_options() -> str:

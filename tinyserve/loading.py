@@ -29,7 +29,7 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, S
 from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.tensor import _jit
-from tinyserve.text.chat_template import ChatTemplate
+from tinyserve.text.chat_template import ChatTemplate, read_template
 from tinyserve.text.tokenizer import Tokenizer
 
 DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the draft tokens, and while it reads a prompt
@@ -60,20 +60,27 @@ class ModelFiles:
         return (self.raw_config.get("quantization_config") or {}).get("dtype")
 
 
-def open_model(model: str | PathLike[str], load_format: str = "auto", progress: Progress | None = None) -> ModelFiles:
+def open_model(
+    model: str | PathLike[str],
+    load_format: str = "auto",
+    progress: Progress | None = None,
+    chat_template: str | PathLike[str] | None = None,
+) -> ModelFiles:
     """Find a model, downloading it if need be, and open its files; raises the errors of hub, config and checkpoint.
 
     `load_format="dummy"` makes synthetic weights from the config alone: no download. `progress` is that of
-    `hub.resolve`.
+    `hub.resolve`. `chat_template`, a file or a text, takes the place of the checkpoint's; UserError where it is none.
     """
     check_load_format("load_format", load_format)
     ref = ModelRef.parse(model)
+    given = read_template(chat_template) if chat_template is not None else None
     if ref.preset is not None:
         check_supported(preset_config(ref.preset.name))  # before gigabytes are downloaded for nothing
     if load_format == "dummy":
         return _synthetic(ref)
     path = hub.resolve(ref, progress=progress)
-    return _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
+    files = _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
+    return files if given is None else _with_chat_template(files, *given)
 
 
 def _synthetic(ref: ModelRef) -> ModelFiles:
@@ -131,6 +138,24 @@ def _assemble(
 ) -> ModelFiles:
     source = tokenizer.chat_template
     template = ChatTemplate(source, tokenizer.special_tokens, name) if source else None
+    ends = _end_tokens(path, config, tokenizer, generation)
+    return ModelFiles(name, path, config, checkpoint, tokenizer, template, generation, ends, raw)
+
+
+def _with_chat_template(files: ModelFiles, source: str, name: str) -> ModelFiles:
+    """The same model with this chat template alone, and the tokens with which it ends turns."""
+    tokenizer, path = files.tokenizer, files.path
+    assert tokenizer is not None and path is not None  # weights are not synthetic
+    template = ChatTemplate(source, tokenizer.special_tokens, name)
+    tokenizer.chat_templates = {"default": source}
+    ends = _end_tokens(path, files.config, tokenizer, files.generation)
+    return replace(files, chat_template=template, end_tokens=ends)
+
+
+def _end_tokens(
+    path: Path, config: ModelConfig, tokenizer: Tokenizer, generation: GenerationConfig
+) -> dict[int, list[str]]:
+    """The ids that end an answer, and where each is said to."""
     said: dict[str, Iterable[int]] = {
         "config.json": config.eos_token_ids,
         "generation_config.json": generation.eos_token_ids,
@@ -144,7 +169,7 @@ def _assemble(
     for origin, tokens in said.items():
         for token in sorted(tokens):
             ends.setdefault(token, []).append(origin)
-    return ModelFiles(name, path, config, checkpoint, tokenizer, template, generation, ends, raw)
+    return ends
 
 
 # --- from files to an engine ------------------------------------------------------------------------------------------
@@ -178,7 +203,7 @@ def load_engine(
     `reserve` is called with the bytes that weights and cache will take, before they take any. Raises UserError,
     HubError, and what `reserve` raises.
     """
-    files = open_model(model, options.load_format, progress)
+    files = open_model(model, options.load_format, progress, options.chat_template)
     given, options = options, options.resolved(files.packed_dtype)
     speculative = options.speculative
     draft = None

@@ -130,6 +130,7 @@ def test_which_words_are_models(word: str, expected: bool) -> None:
         (("gpt2", "hi", "--dtype", "int9"), "Did you mean 'int8'?"),
         (("gpt2", "hi", "--dtype", "flaot32"), "Did you mean 'float32'?"),
         (("gpt2", "hi", "--threads", "0"), "--threads is 0; it must be at least 1."),
+        (("gpt2", "hi", "--raw", "--chat-template", "x.jinja"), "leave out --raw, or --chat-template"),
         (("gpt2", ""), "The prompt is empty"),
         (("gpt2", " \n"), "The prompt is empty"),
         (("gpt2",), "The prompt is empty"),  # standard input is
@@ -228,6 +229,28 @@ def test_templates_system_and_raw(shell: Shell, chatty: Path) -> None:
     both = shell("ask", chatty, "Hi", "--raw", "--system", "Be brief.")
     assert both.code == 2
     assert "--raw" in both.sentence
+
+
+def test_a_chat_template_of_ones_own(shell: Shell, plain: Path, chatty: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[-1].content }}!")
+    expected = LLM(plain).generate("Hi!", SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].token_ids
+    assert ids(shell, plain, "Hi", "--max-tokens", "6", "--chat-template", file) == expected
+    assert shell("chat", plain, "--max-tokens", "2", "--chat-template", file, stdin="Hi\n").code == 0
+    file.write_text("\n{{ messages[")
+    for command in (("ask", chatty, "Hi"), ("chat", chatty)):
+        result = shell(*command, "--chat-template", file)
+        assert result.code == 2
+        assert result.sentence.startswith(f"The chat template of {file} is no valid Jinja at line 2: ")
+
+
+def test_a_model_with_a_broken_template_continues_text(shell: Shell, tmp_path: Path) -> None:
+    folder = checkpoints.write_folder(tmp_path / "model", checkpoints.CONFIGS["llama"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% audio %}"}))
+    for command in ("ask", "chat"):
+        result = shell(command, folder, stdin="Hi\n")
+        assert "no valid Jinja at line 1: Encountered unknown tag 'audio'" in result.err and "ask --raw" in result.err
+    assert shell("ask", folder, "Hi", "--raw", "--max-tokens", "2").code == 0
 
 
 def test_a_seed_makes_chance_repeatable(shell: Shell, plain: Path) -> None:

@@ -143,6 +143,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     assert code == 2 and f"tinyserve: {tmp_path}/config.json is not JSON" in errors
 
 
+def test_a_chat_template_may_be_the_servers_own(arguments: list[str], tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0].content }}, at length:")
+    with serving(*arguments, "--chat-template", str(template)) as server:
+        body = {"messages": [{"role": "user", "content": "Tell"}]}
+        assert server.client.post("/apply-template", json=body).json() == {"prompt": "Tell, at length:"}
+
+
 def test_keys_come_from_the_environment(arguments: list[str]) -> None:
     with serving(*arguments, TINYSERVE_API_KEY="secret") as server:
         assert server.client.get("/v1/models").status_code == 401
@@ -162,6 +170,8 @@ def test_keys_come_from_the_environment(arguments: list[str]) -> None:
         (["--memory", "0"], "--memory is 0"),
         (["--dtype", "int3"], "int3"),
         (["--tool-format", "xml"], "hermes"),
+        (["--chat-template", "/nowhere/x.jinja"], "The chat template /nowhere/x.jinja cannot be read"),
+        (["--chat-template", "{% audio %}"], "The chat template of the option chat_template is no valid Jinja"),
         (["--kv-cache-dtype", "int3"], "int3"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["smolm2"], "smollm2-135m"),

@@ -126,6 +126,7 @@ def test_keys(shell: Shell, server: FakeOpenAI, monkeypatch: pytest.MonkeyPatch)
     [
         (("--dtype", "int8"), "--dtype is the server's to decide"),
         (("--threads", "1"), "--threads is the server's to decide"),
+        (("--chat-template", "x.jinja"), "--chat-template is the server's to decide"),
         (("--temp", "-1"), "temperature is -1.0; it must be"),
         (("--json-schema", "{"), "json is no JSON"),
         (("--server", "ftp://x"), "begins with ftp://"),

@@ -47,14 +47,25 @@ class Backend(Protocol):
 
 
 def find_backend(
-    model: str | None, *, dtype: str, threads: int | None, server: str | None, api_key: str | None
+    model: str | None,
+    *,
+    dtype: str,
+    threads: int | None,
+    chat_template: str | None,
+    server: str | None,
+    api_key: str | None,
 ) -> Backend:
     """The model, by default the preset; with a server, the server's model of this name, by default its first."""
     if server is None:
         if api_key is not None:
             raise UserError("--api-key is for a server, and none is given: add --server URL.")
-        return LocalBackend(model or presets.DEFAULT, dtype, threads)
-    for option, said in (("--dtype", dtype != "auto"), ("--threads", threads is not None)):
+        return LocalBackend(model or presets.DEFAULT, dtype, threads, chat_template)
+    decided = {
+        "--dtype": dtype != "auto",
+        "--threads": threads is not None,
+        "--chat-template": chat_template is not None,
+    }
+    for option, said in decided.items():
         if said:
             raise UserError(f"{option} is the server's to decide: leave it out, or leave out --server.")
     return RemoteBackend(server, api_key or os.environ.get(API_KEY_VARIABLE), model)
@@ -66,10 +77,10 @@ def find_backend(
 class LocalBackend:
     """A model that is loaded here."""
 
-    def __init__(self, model: str, dtype: str, threads: int | None):
+    def __init__(self, model: str, dtype: str, threads: int | None, chat_template: str | None = None):
         from tinyserve.cli._load import load
 
-        self.llm, self.line = load(model, dtype, threads, max_num_seqs=1)
+        self.llm, self.line = load(model, dtype, threads, max_num_seqs=1, chat_template=chat_template)
         self.name = self.llm.name
         self.introduction = f"{self.name}, loaded in {self.line.seconds:.1f} s."
         self.chats = self.llm.chat_template is not None

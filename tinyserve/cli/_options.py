@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve.cli import _names
-from tinyserve.engine_options import EngineOptions, Flag
+from tinyserve.engine_options import CHAT_TEMPLATE_HELP, EngineOptions, Flag
 from tinyserve.errors import UserError
 from tinyserve.models import dtypes
 from tinyserve.sampling_params import Param, SamplingParams
@@ -34,6 +34,7 @@ Verbose = Annotated[
     typer.Option("--verbose", "-v", help="Tell on stderr how it is decoded, who has decided it, and where it ends."),
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, for models that chat.")]
+ChatTemplateFile = Annotated[str | None, typer.Option("--chat-template", metavar="FILE", help=CHAT_TEMPLATE_HELP)]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -124,7 +125,7 @@ def engine_options() -> Group:
 
 def _engine_option(word: str, name: str, flag: Flag) -> inspect.Parameter:
     row = EngineOptions.__dataclass_fields__[name]
-    kind = float | None if flag.unit != 1 else row.type
+    kind = float | None if flag.unit != 1 else flag.kind or row.type
     completion = _names.dtypes if name == "dtype" else None
     option = typer.Option(flag.name, metavar=flag.metavar, help=flag.help, autocompletion=completion)
     return inspect.Parameter(

@@ -17,6 +17,7 @@ from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_pro
 from tinyserve.cli._backends import find_backend
 from tinyserve.cli._options import (
     ApiKey,
+    ChatTemplateFile,
     Dtype,
     JsonSchema,
     Regex,
@@ -99,6 +100,7 @@ class AskOptions:
     json_schema: JsonSchema = None
     regex: Regex = None
     system: System = None
+    chat_template: ChatTemplateFile = None
     raw: Raw = False
     dtype: Dtype = "auto"
     threads: Threads = None
@@ -119,6 +121,8 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
     """Build the question and have it answered."""
     sampling = {**sampling, "structured_outputs": structure(options.json_schema, options.regex)}
     given(**sampling)
+    if options.raw and options.chat_template is not None:
+        raise UserError("--raw continues the text without a chat template: leave out --raw, or --chat-template.")
     default = f"--server {options.server}" if options.server else presets.DEFAULT
     question = Question(
         read_prompt(prompt, model or default),
@@ -130,7 +134,12 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
         verbose=options.verbose,
     )
     backend = find_backend(
-        model, dtype=options.dtype, threads=options.threads, server=options.server, api_key=options.api_key
+        model,
+        dtype=options.dtype,
+        threads=options.threads,
+        chat_template=options.chat_template,
+        server=options.server,
+        api_key=options.api_key,
     )
     answer(question, backend)
 

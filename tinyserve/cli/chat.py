@@ -13,7 +13,17 @@ import typer
 from tinyserve.checkpoints import presets
 from tinyserve.cli import _names
 from tinyserve.cli._backends import Backend, find_backend
-from tinyserve.cli._options import ApiKey, Dtype, Server, System, Threads, Verbose, sampling_options, with_options
+from tinyserve.cli._options import (
+    ApiKey,
+    ChatTemplateFile,
+    Dtype,
+    Server,
+    System,
+    Threads,
+    Verbose,
+    sampling_options,
+    with_options,
+)
 from tinyserve.cli._sampling import given
 from tinyserve.errors import TinyserveError, UserError
 
@@ -39,6 +49,7 @@ def chat(
     system: System = None,
     *,
     sampling: dict[str, Any],
+    chat_template: ChatTemplateFile = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     server: Server = None,
@@ -57,7 +68,9 @@ def chat(
       tinyserve chat --server http://127.0.0.1:8000
     """
     given(**sampling)
-    backend = find_backend(model, dtype=dtype, threads=threads, server=server, api_key=api_key)
+    backend = find_backend(
+        model, dtype=dtype, threads=threads, chat_template=chat_template, server=server, api_key=api_key
+    )
     if not backend.chats:
         command = f"tinyserve ask {model or backend.name}" + (f" --server {server}" if server else "")
         raise UserError(f"{backend.name} has no chat template: let it continue a text with `{command}`.")

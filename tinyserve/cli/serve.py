@@ -93,6 +93,10 @@ def serve(
         raise UserError(f"serve needs the extra of that name ({error}): pip install 'tinyserve[serve]'.") from None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("tinyserve").setLevel(logging.WARNING if quiet else logging.INFO)
+    if engine.chat_template is not None:
+        from tinyserve.text.chat_template import read_template
+
+        read_template(engine.chat_template)  # what is wrong with it is said before anything listens
     if ngram:
         engine = replace(engine, speculative_config={"method": "ngram"})
     options = ServeOptions(

@@ -14,10 +14,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from tinyserve.errors import RequestError
+from tinyserve.errors import RequestError, UserError
 
 if TYPE_CHECKING:
     import jinja2
@@ -57,7 +59,7 @@ class ChatTemplate:
             where = f" at line {line}" if line else ""
             raise RequestError(
                 f"The chat template of {self.name} is no valid Jinja{where}: {_reason(error)}. Give another one by "
-                "chat_template (--chat-template FILE), or let the model continue a text.",
+                "chat_template (--chat-template FILE), or let the model continue a text (ask --raw).",
                 param="messages",
             ) from None
 
@@ -192,6 +194,29 @@ class ChatTemplate:
             return str(self._template.render(self._special_tokens | context))
         except Exception:
             return None
+
+
+def read_template(given: str | PathLike[str]) -> tuple[str, str]:
+    """A template that is given as a file or as text, and what to call it in errors.
+
+    Raises UserError for a file that cannot be read, and for what is no template.
+    """
+    text, name = str(given), "the option chat_template"
+    if not isinstance(given, str) or not re.search(r"[{}\n]", given):  # vLLM's way to tell the two
+        name = str(given)
+        try:
+            text = Path(given).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The chat template {name} is not UTF-8 text (at byte {error.start}).") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"The chat template {name} cannot be read: {reason}. Name a file with a Jinja template."
+            ) from None
+    if not text.strip():
+        raise UserError(f"The chat template of {name} is empty: it would show no message to the model.")
+    ChatTemplate(text, {}, name).compile()
+    return text, name
 
 
 def _call_message(call_id: str) -> dict[str, Any]:
