@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import checkpoints
 import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
+import tokenizers
 from hold import hold
 from pydantic import BaseModel
 from servers import Running, running
+from tokenizers.processors import TemplateProcessing
 from tool_templates import HERMES
 
 from tinyserve import LLM, SamplingParams
@@ -190,6 +193,27 @@ def test_tools_are_called(tool_client: openai.OpenAI) -> None:
     assert refused.value.param == "tool_choice"
 
 
+def test_calls_have_ids_that_the_template_takes_back(tmp_path: Path) -> None:
+    raw = checkpoints.CONFIGS["llama"] | {"max_position_embeddings": 2048}
+    folder = checkpoints.write_folder(tmp_path, raw)
+    template = (
+        "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}"
+        "[TOOL_CALLS] {% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('9 letters') }}"
+        "{% endif %}{{ c.function | tojson }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>", "chat_template": template}))
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    named = {"type": "function", "function": {"name": "now"}}
+    with running({"tiny": folder}, dtype="float32", num_threads=1, max_num_seqs=2) as tiny:
+        body = {"messages": QUESTION, "tools": [tool], "temperature": 0, "max_tokens": 200}
+        message = tiny.post(CHAT, {**body, "tool_choice": named}).json()["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert len(call["id"]) == 9 and call["id"].isalnum()
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "noon"}
+        again = tiny.post(CHAT, {**body, "messages": [*QUESTION, message, result], "max_tokens": 2})
+        assert again.status_code == 200, again.text
+
+
 def test_a_template_that_shows_no_tools_needs_a_format(folder_of: Callable[[str], Path]) -> None:
     unit = {"type": "object", "properties": {"unit": {"enum": ["c", "f"]}}, "required": ["unit"]}
     tools = [{"type": "function", "function": {"name": "heat", "parameters": unit}}]
@@ -298,6 +322,55 @@ def test_models_tokens_and_templates(server: Running) -> None:
     assert as_chat == server.engine.llm.chat_prompt(QUESTION)
 
 
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "It is Par"}]
+
+
+def test_a_last_message_is_continued(server: Running) -> None:
+    options = {"messages": ANSWERED, "add_generation_prompt": False, "continue_final_message": True}
+    prompt = server.post("/apply-template", options).json()["prompt"]
+    assert prompt.endswith("<|im_start|>assistant\nIt is Par")
+    tokens = server.post("/tokenize", options).json()["tokens"]
+    assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == prompt
+    answer = server.post(CHAT, {**options, "max_tokens": 2, "temperature": 0}).json()
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+    same = server.post(TEXT, {"prompt": prompt, "max_tokens": 2, "temperature": 0}).json()
+    assert answer["choices"][0]["message"]["content"] == same["choices"][0]["text"]
+    for extra in ({"add_generation_prompt": True}, {"continue_final_message": None}):
+        status = server.post(CHAT, {**options, **extra, "max_tokens": 1}).status_code
+        assert status == (400 if "add_generation_prompt" in extra else 200)
+
+
+def test_template_variables_reach_every_path(server: Running) -> None:
+    extra = {"messages": QUESTION, "chat_template_kwargs": {"bos_token": "<x>"}}
+    for path in ("/apply-template", "/tokenize", CHAT):
+        assert server.post(path, extra).status_code == 200
+
+
+def test_a_prompt_has_one_bos_and_none_where_none_is_wanted(tmp_path: Path) -> None:
+    folder = checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"])
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", checkpoints.BOS)])
+    backend.save(str(folder / "tokenizer.json"))
+    with running({"tiny": folder}, dtype="float32", num_threads=1, max_num_seqs=2) as tiny:
+
+        def count(path: str, **body: Any) -> int:
+            answer = tiny.post(path, body | ({} if path == "/tokenize" else {"max_tokens": 1})).json()
+            return answer["count"] if path == "/tokenize" else answer["usage"]["prompt_tokens"]
+
+        rendered = tiny.post("/apply-template", {"messages": QUESTION}).json()["prompt"]
+        assert rendered.startswith("<|bos|>")
+        wanted = count(CHAT, messages=QUESTION)
+        for path in (TEXT, "/tokenize"):
+            for add in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}, {"add_special_tokens": None}):
+                assert count(path, prompt=rendered, **add) == wanted
+                assert count(path, prompt="abc", **add) == 4 - (add.get("add_special_tokens") is False)
+        for path in (CHAT, "/tokenize"):
+            for add in (True, False, None):
+                assert count(path, messages=QUESTION, add_special_tokens=add) == wanted
+        streamed = tiny.post(TEXT, {"prompt": rendered, "add_special_tokens": False, "stream": True, "max_tokens": 1})
+        assert streamed.status_code == 200
+
+
 def test_health_stats_and_layers(server: Running) -> None:
     assert server.get("/health").status_code == server.get("/ready").status_code == 200
     stats = server.get("/stats").json()["models"]["smollm2-135m"]
@@ -388,6 +461,17 @@ BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"ty
             {"messages": QUESTION, "chat_template_kwargs": {"messages": []}},
             "chat_template_kwargs.messages",
             "leave it out",
+        ),
+        (CHAT, {"messages": QUESTION, "continue_final_message": True}, "continue_final_message", "both true"),
+        *(
+            (
+                path,
+                {"messages": QUESTION, "chat_template_kwargs": {name: value}},
+                f"chat_template_kwargs.{name}",
+                "given",
+            )
+            for path in (CHAT, "/apply-template", "/tokenize")
+            for name, value in {"self": 1, "sampling_params": 1, "add_generation_prompt": False, "stop": "a"}.items()
         ),
         (TEXT, {"prompt": "a", "suffix": "b"}, "suffix", "leave it out"),
         (TEXT, {"prompt": {"a": 1}}, "prompt", "list of token ids"),
