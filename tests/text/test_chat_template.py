@@ -415,6 +415,7 @@ def test_what_cannot_be_continued_says_why() -> None:
         continued(CHATML, "a", add_generation_prompt=True)
     with refused("continue_final_message", "continue_final_message is 1; it must be True or False"):
         continued(CHATML, "a", continue_final_message=1)
+    assert continued("{{ messages[1].content }}|{{ messages[1].content }}.", "a") == "a|a"
     with refused("continue_final_message", "does not show the last message as it is"):
         continued("{{ messages[0].content }}", "a")
     call = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
@@ -430,6 +431,10 @@ def test_only_line_feeds_end_lines(separator: str) -> None:
     )
     with refused(None, "at line 2: "):
         render(f"a{separator}b\n{{{{ 1 + 'a' }}}}")
+
+
+DEEP: list[Any] = []
+DEEP.append(DEEP)
 
 
 def test_roles_that_do_not_alternate_are_the_users_mistake() -> None:
@@ -464,6 +469,11 @@ def test_roles_that_do_not_alternate_are_the_users_mistake() -> None:
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "must be text"),
         ([{"role": "user", "content": [7]}], "messages[0].content[0]", "is of type 'int'"),
+        (
+            [{"role": "user", "content": "a", "x": DEEP}],
+            ("messages[0].x" + 20 * "[0]")[:60],
+            "nested more than 100 levels",
+        ),
         ([{"role": "user", "content": "a", "x": {1, 2}}], "messages[0].x", "must be JSON data, but this is set."),
     ],
 )

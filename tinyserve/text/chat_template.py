@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _END = "\ufdd0end\ufdd0"  # where a message that is continued ends; no character of any text
+_MOST_LEVELS = 100  # of lists and objects in one another
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -123,7 +124,7 @@ class ChatTemplate:
                 "leave out continue_final_message.",
                 param="continue_final_message",
             )
-        return text[:end]
+        return text[:end].replace(_END, "")  # a template may have shown it before
 
     def new_call_id(self) -> str:
         """An id for a call of a tool that the template takes when the call is sent back."""
@@ -335,14 +336,16 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _plain(value: Any, where: str, of: str = "") -> Any:
+def _plain(value: Any, where: str, of: str = "", depth: int = 0) -> Any:
     """Copy as JSON types: of those the sandbox knows which methods are safe. Errors say `of` before `where`."""
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if depth > _MOST_LEVELS:
+        raise RequestError(f"{of}{where:.60} is nested more than {_MOST_LEVELS} levels deep.", param=where[:60])
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}", of) for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}.{key}", of, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]", of) for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", of, depth + 1) for i, item in enumerate(value)]
     for base in (str, int, float):  # an enum, say: only what it is as JSON
         if isinstance(value, base):
             return json.loads(json.dumps(value))
