@@ -79,6 +79,7 @@ class Case:
     def __init__(self, seed: str):
         self.seed = seed
         self._random = random.Random(seed)
+        self._wild = self._random.random() < 0.3  # what is no conversation at all, among others
         self.template = self._template()
         self.messages = self._messages()
         self.variables = self._variables()
@@ -131,7 +132,7 @@ class Case:
 
     def _messages(self) -> Any:
         pick = self._random
-        if pick.random() < 0.03:
+        if self._wild and pick.random() < 0.1:
             return self._anything()
         messages: list[Any] = []
         for i in range(pick.randint(1, 5)):
@@ -142,11 +143,11 @@ class Case:
             if role == "tool" or pick.random() < 0.1:
                 message["tool_call_id"] = pick.choice(["abcdefghi", "call_1", "", "\ud800", None, 3])
             for name in ("content", "role", "name", "refusal"):
-                if pick.random() < 0.05:
+                if self._wild and pick.random() < 0.05:
                     message[name] = self._anything()
                 elif pick.random() < 0.02:
                     message.pop(name, None)
-            messages.append(message if pick.random() < 0.98 else self._anything())
+            messages.append(self._anything() if self._wild and pick.random() < 0.05 else message)
         return messages
 
     def _content(self) -> Any:
@@ -154,7 +155,7 @@ class Case:
         if pick.random() < 0.7:
             return pick.choice(WORDS)
         parts = [{"type": "text", "text": pick.choice(WORDS)} for _ in range(pick.randint(0, 3))]
-        return parts if pick.random() < 0.8 else [*parts, self._anything()]
+        return [*parts, self._anything()] if self._wild and pick.random() < 0.2 else parts
 
     def _calls(self) -> Any:
         pick = self._random
@@ -170,11 +171,14 @@ class Case:
         variables: dict[str, Any] = {}
         for name in ("add_generation_prompt", "continue_final_message"):
             if pick.random() < 0.5:
-                variables[name] = pick.choice([True, False, False, False, self._anything()])
+                variables[name] = pick.choice([True, False, False, False, *self._wildly()])
         for name in ("enable_thinking", "messages", "self", "bos_token", "documents", "loop", "m"):
-            if pick.random() < 0.1:
+            if self._wild and pick.random() < 0.1:
                 variables[name] = self._anything()
         return variables
+
+    def _wildly(self) -> list[Any]:
+        return [self._anything()] if self._wild else []
 
     def _anything(self) -> Any:
         pick = self._random
