@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import checkpoints
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
+from tokenizers.processors import TemplateProcessing
 
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.evaluation.likelihood import Pair, encode, encode_pair, loglikelihoods, prefix_token, rolling_pairs
 from tinyserve.evaluation.perplexity import perplexity_of
+from tinyserve.text.tokenizer import Tokenizer
 
 PAIRS = [
     Pair([1, 2, 3], [4]),
@@ -129,16 +132,13 @@ def test_a_continuation_that_melts_into_the_context(llm_of):
         encode_pair(llm_of("llama"), "th", "e")
 
 
-def test_a_template_that_writes_its_bos_gets_no_second_one():
-    said = []
-    tokenizer = SimpleNamespace(
-        special_tokens={"bos_token": "<s>"},
-        encode=lambda text, add_special_tokens: said.append((text, add_special_tokens)),
-    )
-    llm = SimpleNamespace(tokenizer=tokenizer)
-    encode(llm, "Hi")
-    encode(llm, "<s>Hi")
-    assert said == [("Hi", True), ("<s>Hi", False)]
+def test_a_template_that_writes_its_bos_gets_no_second_one(tmp_path):
+    folder = checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["llama"])
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", checkpoints.BOS)])
+    backend.save(str(folder / "tokenizer.json"))
+    llm = SimpleNamespace(tokenizer=Tokenizer.from_folder(folder))
+    assert encode(llm, "Hi") == encode(llm, "<|bos|>Hi") and encode(llm, "Hi").count(checkpoints.BOS) == 1
 
 
 def test_the_token_before_a_text():

@@ -53,7 +53,7 @@ def decide(llm: "LLM", options: Mapping[str, Any], prompt: str | list[int], max_
     The prompt and the answer together never come to more than the context.
     """
     assert llm.tokenizer is not None  # only synthetic weights have none
-    prompt_tokens = len(llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    prompt_tokens = len(llm.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt)
     model = llm.generation_config
     fallback = {**_DEFAULTS, "temperature": 1.0 if model.do_sample else 0.0, "max_tokens": max_tokens}
     file = Path(model.source).name

@@ -53,9 +53,7 @@ def prefix_token(llm: "LLM") -> int:
 
 def encode(llm: "LLM", text: str) -> list[int]:
     """A text's tokens, with what the checkpoint puts before it, once: a chat template has written its BOS itself."""
-    tokenizer = tokenizer_of(llm)
-    bos = tokenizer.special_tokens.get("bos_token")
-    return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+    return tokenizer_of(llm).encode_prompt(text)
 
 
 def encode_pair(llm: "LLM", context: str, continuation: str) -> Pair:

@@ -80,11 +80,11 @@ class TinyserveLM(LM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without a generation prompt it ends with the last message, to be gone on with."""
-        text = self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+            return self._template().render(chat_history)
+        last = chat_history[-1]
+        history = [*chat_history[:-1], {**last, "content": last["content"].strip()}]
+        return self._template().render(history, add_generation_prompt=False, continue_final_message=True)
 
     def _template(self) -> ChatTemplate:
         if self.llm.chat_template is None:

@@ -6,7 +6,6 @@ Knows which file says what, and which one wins; nothing about downloading them.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-logger = logging.getLogger("tinyserve")
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
@@ -189,28 +186,20 @@ def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Map
     return ids
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json.
-
-    One that is no text is passed over with a warning: nobody may ask for it.
-    """
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json."""
     declared = config.get("chat_template")
-    templates: dict[Any, Any] = {"default": declared} if declared else {}
+    templates: dict[str, Any] = {"default": declared} if declared else {}
     if isinstance(declared, list):
         entries = [entry if isinstance(entry, dict) else {} for entry in declared]
-        templates = {entry.get("name"): entry.get("template") for entry in entries}
+        templates = {str(entry.get("name")): entry.get("template") for entry in entries}
     if template := _read_optional(folder / "chat_template.json").get("chat_template"):
         templates["default"] = template
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = _template_text(path)
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = _template_text(folder / "chat_template.jinja")
-    texts = {name: text for name, text in templates.items() if isinstance(name, str) and isinstance(text, str)}
-    for name in templates.keys() - texts.keys():
-        logger.warning(
-            "%s: the chat template %r is %.60r, which is no text: it is left out", folder, name, templates[name]
-        )
-    return texts
+    return templates
 
 
 def _template_text(path: Path) -> str:

@@ -187,7 +187,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Ite
     backend.add_tokens(added)
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
     key = "tokenizer.chat_template"
     named = {k.removeprefix(key + "."): v for k, v in metadata.items() if k.startswith(key + ".")}
     return ({"default": metadata[key]} if metadata.get(key) else {}) | named

@@ -6,6 +6,7 @@ Knows nothing about how its files were read; `folder` and `gguf` do.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,6 +18,8 @@ from tinyserve.text.tokenizer.detokenizer import ByteDetokenizer, Detokenizer, S
 
 if TYPE_CHECKING:
     import tokenizers
+
+logger = logging.getLogger("tinyserve")
 
 # The names of tokens that end a turn or a text, without their brackets. Names are compared whole:
 # <|end_of_role|>, <|end_header_id|>, </think> and <|im_start|> belong inside a turn, and are not here.
@@ -39,7 +42,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         bos_token_id: int | None,
         eos_token_ids: frozenset[int],
-        chat_templates: Mapping[str, str],
+        chat_templates: Mapping[str, Any],
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -48,7 +51,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
-        self.chat_templates = dict(chat_templates)
+        # One that is no text is left out: nobody may ask for it.
+        self.chat_templates = {name: text for name, text in chat_templates.items() if isinstance(text, str)}
+        for name in chat_templates.keys() - self.chat_templates.keys():
+            logger.warning(
+                "%s: chat template %r is %.60r, which is no text: left out", source, name, chat_templates[name]
+            )
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self._added = {i: str(token.content) for i, token in backend.get_added_tokens_decoder().items()}
         self.specials = {str(t.content): i for i, t in backend.get_added_tokens_decoder().items() if t.special}
