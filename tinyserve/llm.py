@@ -350,6 +350,8 @@ def _template_variables(kwargs: Any, others: Mapping[str, Any]) -> dict[str, Any
             f"chat_template_kwargs is {kwargs!r:.60}; it must be an object with the template's variables.",
             param="chat_template_kwargs",
         )
+    for name in others.keys() & EngineOptions.__dataclass_fields__.keys():
+        raise RequestError(f"{name} is an option of the model: give it as LLM(..., {name}=...).", param=name)
     for name in kwargs or ():
         if not isinstance(name, str) or name in _RESERVED:
             field = f"chat_template_kwargs.{name}"

@@ -127,6 +127,8 @@ def test_template_variables_may_have_any_other_name(chatty: Callable[..., LLM]) 
     for wrong in ([1], "x", 3):
         with refused("chat_template_kwargs", "it must be an object"):
             llm.chat(QUESTION, chat_template_kwargs=wrong)
+    with refused("chat_template", r"LLM(..., chat_template=...)"):
+        llm.chat(QUESTION, chat_template=PLAIN)
     with refused("chat_template_kwargs.1"):
         llm.chat(QUESTION, chat_template_kwargs={1: 2})
 

@@ -402,6 +402,17 @@ def test_added_tokens_json_is_read_beside_a_vocabulary_with_merges(tmp_path: Pat
         Tokenizer.from_folder(folder)
 
 
+def test_a_token_that_tokenizer_json_calls_text_is_text(tmp_path: Path) -> None:
+    """As with transformers, also where a list of special tokens names it: a tag of tool calls, say."""
+    saved = json.loads(tokenizer_json())
+    size = len(CASES["smollm"]["metadata"][KEY + "tokens"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    saved["added_tokens"].append({"id": size, "content": "<tool_call>", **flags})
+    config = {"additional_special_tokens": ["<tool_call>"]}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer__json=saved, tokenizer_config__json=config))
+    assert tokenizer.decode([size]) == "<tool_call>"
+
+
 def test_a_chat_template_that_is_no_text_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, tokenizer__json=tokenizer_json())
     for declared in (5, {"a": 1}, [1], [{"name": "default"}]):

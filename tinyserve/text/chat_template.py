@@ -49,7 +49,7 @@ class ChatTemplate:
 
     def compile(self) -> None:
         """Raise RequestError, with the line, for what is no template; a model that does not chat needs none."""
-        assert self._template
+        _ = self._template
 
     @cached_property
     def _template(self) -> jinja2.Template:

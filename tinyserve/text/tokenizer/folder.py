@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,6 @@ def load_folder(folder: Path) -> dict[str, Any]:
     config = _read_optional(folder / "tokenizer_config.json")
     named = _read_optional(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
-    others = [
-        token for each in _listed(named.get("additional_special_tokens")) if (token := _content(each)) is not None
-    ]
     if (folder / "tokenizer.json").is_file():
         backend = _from_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -41,9 +38,12 @@ def load_folder(folder: Path) -> dict[str, Any]:
     backend = _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder / "tokenizer_config.json")
     if not (folder / "tokenizer.json").is_file():  # which has them all
         path = folder / "added_tokens.json"
-        backend = _add_tokens(backend, _by_id(_read_optional(path), path), path)
+        more = named.get("additional_special_tokens")
+        others = [_content(token) for token in more] if isinstance(more, list) else []
+        are_special = [*special.values(), *others]
+        backend = _add_tokens(backend, _by_id(_read_optional(path), path, are_special), path)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
-    _mark_special(backend, [*special.values(), *(token for token in others if backend.token_to_id(token) is not None)])
+    _mark_special(backend, special.values())
     if not (folder / "tokenizer.json").is_file():  # which has its own way to add them, and wins
         bos, eos = (
             special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
@@ -131,16 +131,18 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _listed(tokens: Any) -> list[Any]:
-    return tokens if isinstance(tokens, list) else []
+def _by_id(tokens: Mapping[str, Any], path: Path, special: Collection[Any]) -> dict[str, dict[str, Any]]:
+    """What an added_tokens.json says, as an added_tokens_decoder has it; raises CheckpointError for what is no id.
 
-
-def _by_id(tokens: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """What an added_tokens.json says, as an added_tokens_decoder has it; raises CheckpointError for what is no id."""
+    Which of them are `special` it does not say itself.
+    """
     for content, token_id in tokens.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise CheckpointError(f"{path} gives {content!r} the id {token_id!r:.60}; it must be a whole number.")
-    return {str(token_id): {"content": content, "normalized": False} for content, token_id in tokens.items()}
+    return {
+        str(token_id): {"content": content, "normalized": False, "special": content in special}
+        for content, token_id in tokens.items()
+    }
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, decoder: Any, path: Path) -> tokenizers.Tokenizer:
