@@ -479,6 +479,20 @@ def test_chat_templates_come_from_every_place_and_the_jinja_file_wins(tmp_path: 
     assert Tokenizer.from_folder(folder).chat_templates == templates
 
 
+@pytest.mark.parametrize("name", ["smollm", "sentencepiece"])
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.CONTROL, TokenType.UNUSED])
+def test_empty_pieces_of_a_gguf_are_holes(name: str, kind: TokenType) -> None:
+    metadata = metadata_of(name)
+    size = len(metadata[KEY + "tokens"])
+    metadata[KEY + "tokens"] += ["", "", "<far>"]
+    metadata[KEY + "token_type"] += [kind, kind, TokenType.USER_DEFINED]
+    metadata.setdefault(KEY + "scores", []).extend([0.0] * 3)
+    tokenizer, whole = Tokenizer.from_gguf(metadata, "f"), Tokenizer.from_gguf(metadata_of(name), "f")
+    assert tokenizer.encode("<far>", False) == [size + 2] and tokenizer.decode([size, size + 2, size + 1]) == "<far>"
+    for text in CASES[name]["texts"]:
+        assert tokenizer.encode(text) == whole.encode(text)
+
+
 def test_chat_templates_of_a_gguf() -> None:
     metadata = chatty() | {"tokenizer.chat_template": "a", "tokenizer.chat_template.rag": "b"}
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.chat_templates": ["rag"]}, "f")

@@ -38,33 +38,34 @@ def load_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: {_KEY}model is {model!r}, which is not supported; supported: {', '.join(builders)}."
         )
-    pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(_required(metadata, "tokens", source))]
+    pieces: list[str] = list(_required(metadata, "tokens", source))
     types = metadata.get(_KEY + "token_type") or [TokenType.NORMAL] * len(pieces)
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    if len(vocab) != len(pieces):
-        raise CheckpointError(f"{source}: {_KEY}tokens has {len(pieces) - len(vocab)} tokens more than once.")
+    vocab = {piece: i for i, piece in enumerate(pieces) if piece}  # an empty piece is a hole
+    if repeated := len(pieces) - pieces.count("") - len(vocab):
+        raise CheckpointError(f"{source}: {_KEY}tokens has {repeated} tokens more than once.")
     if len(types) != len(pieces):
         raise CheckpointError(f"{source}: {_KEY}token_type has {len(types)} entries for {len(pieces)} {_KEY}tokens.")
     # SentencePiece vocabularies have ids that files may leave unsaid; byte-level ones have none.
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
     ids = {name: _token_id(metadata, name, len(pieces), source, defaults.get(name)) for name in _NAMED}
     try:
-        backend, add_bos = builders[model](metadata, source, vocab, types, ids)
+        backend, add_bos = builders[model](metadata, source, pieces, vocab, types, ids)
     except CheckpointError:
         raise
     except Exception as error:
         # The library raises bare exceptions, for example for a merge whose parts are not tokens.
         raise CheckpointError(f"{source}: the tokenizer in {_KEY}* cannot be built: {error}.") from None
     _add_tokens(backend, pieces, types)
+    named = {name: pieces[i] for name, i in ids.items() if i is not None and pieces[i]}
     add_bos_and_eos(
         backend,
-        pieces[ids["bos"]] if _flag(metadata, "add_bos_token", add_bos) and ids["bos"] is not None else None,
-        pieces[ids["eos"]] if _flag(metadata, "add_eos_token") and ids["eos"] is not None else None,
+        named.get("bos") if _flag(metadata, "add_bos_token", add_bos) else None,
+        named.get("eos") if _flag(metadata, "add_eos_token") else None,
     )
     return {
         "backend": backend,
         "source": source,
-        "special_tokens": {_NAMED[name]: pieces[i] for name, i in ids.items() if i is not None and _NAMED[name]},
+        "special_tokens": {_NAMED[name]: piece for name, piece in named.items() if _NAMED[name]},
         "bos_token_id": ids["bos"],
         "eos_token_ids": frozenset(i for name in ("eos", "eot", "eom") if (i := ids[name]) is not None),
         "chat_templates": _chat_templates(metadata),
@@ -107,6 +108,7 @@ def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int, source: s
 def _byte_level_bpe(
     metadata: Mapping[str, Any],
     source: str,
+    pieces: Sequence[str],
     vocab: dict[str, int],
     types: Sequence[int],
     ids: Mapping[str, int | None],
@@ -138,6 +140,7 @@ def _byte_level_bpe(
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any],
     source: str,
+    pieces: Sequence[str],
     vocab: dict[str, int],
     types: Sequence[int],
     ids: Mapping[str, int | None],
@@ -145,11 +148,9 @@ def _sentencepiece_bpe(
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _required(metadata, "scores", source)
-    pieces = list(vocab)
-    merges = _merges_from_scores(
-        {piece: score for piece, score, kind in zip(pieces, scores, types, strict=True) if kind == TokenType.NORMAL}
-    )
-    unk = pieces[ids["unknown"]] if ids["unknown"] is not None else None
+    kinds = zip(pieces, scores, types, strict=True)
+    merges = _merges_from_scores({piece: score for piece, score, kind in kinds if piece and kind == TokenType.NORMAL})
+    unk = pieces[ids["unknown"]] or None if ids["unknown"] is not None else None
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = _flag(metadata, "add_space_prefix", True)
     replace = normalizers.Replace(" ", "▁")
@@ -182,7 +183,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Ite
     added = [
         AddedToken(piece, normalized=False, special=kind in special)
         for piece, kind in zip(pieces, types, strict=True)
-        if kind in special or kind == TokenType.USER_DEFINED
+        if piece and (kind in special or kind == TokenType.USER_DEFINED)
     ]
     backend.add_tokens(added)
 
