@@ -402,6 +402,14 @@ def test_chat_remembers_and_forgets(chatty: Path) -> None:
     assert unknown.startswith("There is no /nothing: /reset ")
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_only_a_line_feed_ends_a_line(shell: Shell, chatty: Path, separator: str) -> None:
+    llm, text = LLM(chatty), f"a{separator}b"
+    [output] = llm.chat([{"role": "user", "content": text}], SamplingParams(temperature=0, max_tokens=5))
+    assert ids(shell, chatty, text, "--max-tokens", "5") == output.outputs[0].token_ids
+    assert shell("chat", chatty, "--max-tokens", "5", stdin=f"{text}\n").out == output.outputs[0].text + "\n"
+
+
 def test_chat_goes_on_when_the_context_is_full(shell: Shell, chatty: Path) -> None:
     result = shell("chat", chatty, "--max-tokens", "5", stdin="x" * 200 + "\nHi\n")
     assert result.code == 0

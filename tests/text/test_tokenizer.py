@@ -372,6 +372,9 @@ def test_added_tokens_keep_their_ids_behind_a_hole(tmp_path: Path) -> None:
     assert tokenizer.decode([size + 1, size + 4, 1 << 40, -1]) == ""
     stream = tokenizer.detokenizer()
     assert [stream.push(token) for token in (size + 1, size + 3)] == ["", "<far>"]
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").encode("<far><farther>a") == tokenizer.encode("<far><farther>a")
 
 
 def test_a_hole_inside_of_the_vocabulary_hides_no_token(tmp_path: Path) -> None:
