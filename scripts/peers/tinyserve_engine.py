@@ -114,14 +114,14 @@ class Engine:
         runner, queued, waits, goes_on, together = self.llm.engine.runner, Event(), Event(), Event(), 0
         forward = runner.forward
 
-        def wait(work: Any, rows: Any) -> Any:
+        def wait(work: Any, rows: Any, all_hidden: bool = False) -> Any:
             nonlocal together
             queued.wait()
             together += len(work) == len(prompts) == sum(len(token_ids) for token_ids, _ in work)
             if together > lead and not waits.is_set():
                 waits.set()
                 goes_on.wait()
-            return forward(work, rows)
+            return forward(work, rows, all_hidden)
 
         runner.forward = wait
         try:
