@@ -5,13 +5,15 @@ warm `resolve` in a millisecond, where importing the library costs 200.
 """
 
 import glob
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tinyserve.checkpoints.shard_index import INDEX, WHOLE, read_index
+from tinyserve.errors import CheckpointError
 
 SMALL_FILES = (
     "config.json",
@@ -26,8 +28,6 @@ SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -105,23 +105,19 @@ def has_weights(folder: Path) -> bool:
     """Whether a folder holds config.json and every safetensors shard its index names."""
     if not (folder / "config.json").is_file():
         return False
-    if (folder / WEIGHTS).is_file():
+    if (folder / WHOLE).is_file():
         return True
     if (folder / INDEX).is_file():
         try:
             return all((folder / shard).is_file() for shard in shards_of(folder / INDEX))
-        except ValueError:
+        except CheckpointError:
             return False
     return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
 def shards_of(index: Path) -> list[str]:
-    """The shards a model.safetensors.index.json names; ValueError if it is no index."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors shards: {error!r}") from error
+    """The shards a model.safetensors.index.json names; raises CheckpointError if it is no index."""
+    return sorted(set(read_index(index).values()))
 
 
 def models_from_hub() -> Iterator[CachedModel]:

@@ -29,7 +29,8 @@ from tinyserve.checkpoints.hub.failures import (
     unreachable,
 )
 from tinyserve.checkpoints.hub.transfer import Transfer
-from tinyserve.errors import HubError
+from tinyserve.checkpoints.shard_index import INDEX, WHOLE
+from tinyserve.errors import CheckpointError, HubError
 from tinyserve.progress import Progress, silent, size
 
 T = TypeVar("T")
@@ -121,16 +122,16 @@ def choose_weights(listing: Listing, index: Path | None) -> list[str]:
     `index` is the downloaded model.safetensors.index.json, if there is one. Raises HubError if nothing here
     loads.
     """
-    if cache.WEIGHTS in listing.files:
-        return [cache.WEIGHTS]
+    if WHOLE in listing.files:
+        return [WHOLE]
     if index is not None:
         try:
             shards = cache.shards_of(index)
-        except ValueError as error:
-            raise HubError(f"{error}: tell the authors of {listing.repo}, or try another revision.") from error
+        except CheckpointError as error:
+            raise HubError(f"{error} Tell the authors of {listing.repo}, or try another revision.") from error
         if missing := [shard for shard in shards if shard not in listing.files]:
             raise HubError(
-                f"{listing.repo} has no {missing[0]}, which its {cache.INDEX} names: tell its authors, or "
+                f"{listing.repo} has no {missing[0]}, which its {INDEX} names: tell its authors, or "
                 "try another revision."
             )
         return shards
@@ -170,9 +171,9 @@ def _fetch_files(listing: Listing, file: str | None, progress: Progress) -> Path
         _download(listing, [file], progress)
         return folder / file
     index = None
-    if cache.INDEX in listing.files and cache.WEIGHTS not in listing.files:
-        _download(listing, [cache.INDEX], silent)
-        index = folder / cache.INDEX
+    if INDEX in listing.files and WHOLE not in listing.files:
+        _download(listing, [INDEX], silent)
+        index = folder / INDEX
     _download(listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), progress)
     return folder
 
@@ -300,7 +301,7 @@ def _check(path: Path, file: RemoteFile, *, whole: bool) -> None:
                 tensors = json.loads(stream.read(min(length, file.size or 0)))
                 ends = (tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
                 expected = 8 + length + max(ends, default=0)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 raise HubError(f"{file.name} has no safetensors header: {again}") from error
         if expected != file.size:
             raise HubError(f"{file.name} has {file.size} bytes and its header promises {expected}: {again}")

@@ -9,7 +9,7 @@ from typing import Any
 from tinyserve.checkpoints import presets
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
-from tinyserve.models.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
+from tinyserve.models.config.base import ATTENTION, MAMBA, ConfigFields, ModelConfig, RopeParameters
 from tinyserve.models.config.generation import GenerationConfig
 
 __all__ = [
@@ -32,7 +32,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     """Read a config.json in either dialect; raises ConfigError naming `source`, key and value."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{source}: a config is one JSON object, but this is a {type(raw).__name__}.")
-    fields = Fields(raw, source)
+    fields = ConfigFields(raw, source)
     families = registry.by_model_type()
     model_type = fields.choice("model_type", tuple(families))
     _refuse_unsupported(fields)
@@ -45,7 +45,7 @@ def preset_config(name: str) -> ModelConfig:
     return parse_config(preset.raw_config, preset.source)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse what no architecture here can load: quantized checkpoints, encoders, classifiers, stretched positions."""
     for key in ("quantization_config", "compression_config"):
         quantization = fields.raw.get(key)

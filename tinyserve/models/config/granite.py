@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tinyserve.checkpoints.fields import as_float, shown
 from tinyserve.errors import ConfigError
 from tinyserve.models.config.base import (
     ATTENTION,
     MAMBA,
+    MAX_LAYERS,
+    ConfigFields,
     Description,
-    Fields,
     ModelConfig,
     RopeParameters,
-    as_float,
     common_fields,
 )
 from tinyserve.models.config.description import plural, rope_words
@@ -85,12 +86,12 @@ class GraniteConfig(ModelConfig):
         return window, (self.mamba_n_heads, self.mamba_d_state, self.mamba_d_head)
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a config.json of any Granite; defaults are those of transformers' three classes."""
         hybrid = model_type == "granitemoehybrid"
         known: dict[str, Any] = {}
         if hybrid:
-            known["layer_types"] = _layer_types(fields, fields.integer("num_hidden_layers"))
+            known["layer_types"] = _layer_types(fields, fields.integer("num_hidden_layers", maximum=MAX_LAYERS))
         defaults = {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
         common = common_fields(fields, model_type, spellings={}, defaults=defaults, **known)
         rotates = _rotates(fields, ("rope", "nope") if hybrid else ("rope",))
@@ -241,12 +242,12 @@ def _mamba_from_gguf(file: GGUFMetadata) -> dict[str, Any]:
     }
 
 
-def _rotates(fields: Fields, kinds: tuple[str, ...]) -> bool:
+def _rotates(fields: ConfigFields, kinds: tuple[str, ...]) -> bool:
     """Whether attention has RoPE; where there is a choice, only if `position_embedding_type` says so."""
     return fields.choice("position_embedding_type", kinds, default=kinds[-1]) == "rope"
 
 
-def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
+def _layer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     """Read `layer_types` in either dialect; absent, every layer is Mamba, as in transformers."""
     key = "layer_types" if fields.has("layer_types") else "layers_block_type"
     written = fields.names(key) or (MAMBA,) * layers
@@ -258,7 +259,7 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
     return tuple(LAYER_TYPES[name] for name in written)
 
 
-def _experts(fields: Fields, minimum: int) -> dict[str, Any]:
+def _experts(fields: ConfigFields, minimum: int) -> dict[str, Any]:
     """Read the mixture of experts; `num_local_experts: 0` is a dense model although the key is there."""
     experts = fields.integer("num_local_experts", default=8, minimum=minimum)
     if experts == 0:
@@ -269,7 +270,7 @@ def _experts(fields: Fields, minimum: int) -> dict[str, Any]:
     return {"num_local_experts": experts, "num_experts_per_tok": per_token}
 
 
-def _mamba(fields: Fields, hidden_size: int) -> dict[str, Any]:
+def _mamba(fields: ConfigFields, hidden_size: int) -> dict[str, Any]:
     """Read the Mamba2 keys and check that heads, width and groups agree."""
     heads, expand = fields.integer("mamba_n_heads"), fields.integer("mamba_expand", default=2)
     width, groups = expand * hidden_size, fields.integer("mamba_n_groups", default=1)
@@ -296,12 +297,12 @@ def _mamba(fields: Fields, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _time_step_limit(fields: Fields) -> tuple[float, float]:
+def _time_step_limit(fields: ConfigFields) -> tuple[float, float]:
     """Read the clamp of dt, whose upper end is usually infinity in one of JSON's spellings."""
     written = fields.raw.get("time_step_limit")
     if written is None:
         return 0.0, math.inf
     ends = [as_float(end) for end in written] if isinstance(written, list | tuple) else []
     if len(ends) != 2 or ends[0] is None or ends[1] is None or not ends[0] <= ends[1]:
-        fields.refuse(f"'time_step_limit' must be two numbers in ascending order, but it is {written!r}.")
+        fields.refuse(f"'time_step_limit' must be two numbers in ascending order, but it is {shown(written)}.")
     return ends[0], ends[1]
