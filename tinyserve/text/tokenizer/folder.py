@@ -5,39 +5,45 @@ Knows which file says what, and which one wins; nothing about downloading them.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.checkpoints.json_file import read_json
+from tinyserve.checkpoints.fields import Fields
+from tinyserve.checkpoints.json_file import read_json, read_text
 from tinyserve.errors import CheckpointError
+from tinyserve.text.tokenizer.library import library_errors
 from tinyserve.text.tokenizer.processors import add_bos_and_eos
 
 if TYPE_CHECKING:
     import tokenizers
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
     """Build the arguments of `Tokenizer` from a folder; CheckpointError names the file at fault."""
     config = _read_optional(folder / "tokenizer_config.json")
-    named = _read_optional(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
-    special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
+    special = _special_tokens(_read_optional(folder / "special_tokens_map.json")) | _special_tokens(config)
+    declared: dict[int, str] = {}
     if (folder / "tokenizer.json").is_file():
-        backend = _from_tokenizer_json(folder / "tokenizer.json")
+        backend, declared = _from_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_vocab_and_merges(folder)
         if backend.token_to_id("<|endoftext|>") is not None:  # GPT-2's files do not say so: its code did
             special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | special
     else:
         raise CheckpointError(_missing(folder))
-    _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder)
+    backend = _with_added_tokens(backend, config, declared)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
     _mark_special(backend, special.values())
     if not (folder / "tokenizer.json").is_file():  # which has its own way to add them, and wins
         bos, eos = (
-            special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+            special.get(f"{name}_token") if config.boolean(f"add_{name}_token", default=False) else None
+            for name in ("bos", "eos")
         )
         add_bos_and_eos(backend, bos, eos)
     bos_ids, eos_ids = (_ids_of(name, folder, backend, special) for name in ("bos_token", "eos_token"))
@@ -64,52 +70,115 @@ def _missing(folder: Path) -> str:
     )
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path, CheckpointError) if path.exists() else {}
+def _read_optional(path: Path) -> Fields:
+    return Fields(read_json(path, CheckpointError) if path.exists() else {}, str(path), CheckpointError)
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[int, str]]:
+    """The tokenizer, and its added tokens by the ids that they have in the file."""
     from tokenizers import Tokenizer
 
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from None
+    text = read_text(path, CheckpointError)
+    with library_errors(f"{path} is not a tokenizer that can be read"):
+        backend = Tokenizer.from_str(text)
+    # The rest, 100,000s of pieces, is not parsed twice.
+    at = re.search(r'(?<!\\)"added_tokens"\s*:\s*(?=\[)', text)
+    added = json.JSONDecoder().raw_decode(text, at.end())[0] if at else []
+    return backend, {token["id"]: token["content"] for token in added}
 
 
 def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{folder}: vocab.json with merges.txt is no tokenizer: {error}.") from None
-    backend = Tokenizer(model)
+    vocab = _read_optional(folder / "vocab.json")
+    ids = {piece: vocab.integer(piece, minimum=0) for piece in vocab.raw}
+    merges = []
+    for line in read_text(folder / "merges.txt", CheckpointError).split("\n"):
+        if line.strip() and not line.startswith("#version"):
+            first, _, second = line.rstrip("\r").partition(" ")
+            if not ids.keys() >= {first, second, first + second}:
+                raise CheckpointError(
+                    f"{folder / 'merges.txt'}: {line!r:.80} is no merge of two tokens of vocab.json to a third: take "
+                    "both files from the model's repository."
+                )
+            merges.append((first, second))
+    with library_errors(f"{folder}: vocab.json with merges.txt is no tokenizer"):
+        backend = Tokenizer(models.BPE(ids, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
+def _special_tokens(fields: Fields) -> dict[str, str]:
+    """The named special tokens of a file; each is written as a string or as an object with its flags."""
+    tokens = {}
+    for name in _NAMES:
+        value = fields.raw.get(name)
+        content = fields.inside(name, value).text("content", default=None) if isinstance(value, dict) else None
+        if content is None and not isinstance(value, dict):
+            content = fields.text(name, default=None)
+        if content is not None:
+            tokens[name] = content
+    return tokens
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, decoder: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Add what tokenizer_config.json knows and tokenizer.json does not, under the same ids."""
+def _with_added_tokens(backend: tokenizers.Tokenizer, config: Fields, declared: dict[int, str]) -> tokenizers.Tokenizer:
+    """Add what tokenizer_config.json knows and tokenizer.json, with what it `declared`, does not; each under its id."""
     from tokenizers import AddedToken
 
-    known = backend.get_added_tokens_decoder()
-    for token_id, token in sorted((int(i), token) for i, token in decoder.items()):
-        if token_id in known:
+    entries = config.inside("added_tokens_decoder", config.objects("added_tokens_decoder"))
+    tokens = {}
+    for written in entries.raw:
+        if not (written.isascii() and written.isdecimal()) or len(written) > 9:
+            entries.refuse(f"{written!r:.80} is no token id.")
+        tokens[int(written)] = entries.inside(written, entries.objects(written))
+    for token_id, token in sorted(tokens.items()):
+        if token_id in declared:
             continue
-        flags = {k: token[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in token}
-        backend.add_tokens([AddedToken(token["content"], **flags)])
-        if (actual := backend.token_to_id(token["content"])) != token_id:
-            raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {token['content']!r} the id "
-                f"{token_id}, but in the tokenizer it is {actual}."
+        content = token.text("content")
+        flags = {name: token.boolean(name, default=False) for name in _FLAGS if token.has(name)}
+        is_new = backend.token_to_id(content) is None
+        with library_errors(f"{token.source}: {content!r:.80} cannot be added"):
+            backend.add_tokens([AddedToken(content, **flags)])
+        actual = backend.token_to_id(content)
+        if actual != token_id and not (is_new and token_id <= 1 + max((*_model_ids(backend), *declared), default=-1)):
+            config.refuse(
+                f"added_tokens_decoder gives {content!r:.80} the id {token_id}, but in the tokenizer it is {actual}."
             )
+        declared[token_id] = content
+    moved = {content: i for i, content in declared.items() if backend.token_to_id(content) != i}
+    return _with_ids(backend, config.source, moved) if moved else backend
+
+
+def _model_ids(backend: tokenizers.Tokenizer) -> Iterable[int]:
+    return backend.get_vocab(with_added_tokens=False).values()
+
+
+def _with_ids(backend: tokenizers.Tokenizer, source: str, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """The tokenizer with added tokens under these ids; raises CheckpointError where other tokens have them.
+
+    The library counts tokens where it should look for the largest id, and so puts added ones into the holes of a
+    vocabulary, or onto its tokens. What is in the model's own vocabulary keeps its id.
+    """
+    state = json.loads(backend.to_str())
+    vocab = state["model"]["vocab"]
+    ids = {content: token_id for content, token_id in ids.items() if content not in vocab}
+    taken = set(_model_ids(backend))
+    for content, token_id in ids.items():
+        if not isinstance(vocab, dict) or token_id in taken:
+            raise CheckpointError(
+                f"{source}: the added token {content!r:.80} has the id {token_id}, which another token has, or which "
+                "lies behind a hole in a vocabulary that can have none: take the files from the model's repository."
+            )
+        taken.add(token_id)
+    if not ids:
+        return backend
+    vocab |= ids
+    for token in state["added_tokens"]:
+        token["id"] = ids.get(token["content"], token["id"])
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    with library_errors(f"{source}: its added tokens cannot have their ids"):
+        return type(backend).from_str(json.dumps(state))
 
 
 def _mark_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
@@ -125,22 +194,23 @@ def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Map
     own = backend.token_to_id(special[name]) if name in special else None
     ids = [] if own is None else [own]
     for file in ("config.json", "generation_config.json"):
-        value = _read_optional(folder / file).get(f"{name}_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
+        ids += _read_optional(folder / file).token_ids(f"{name}_id")
     return ids
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(folder: Path, config: Fields) -> dict[str, str]:
     """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json."""
-    declared = config.get("chat_template")
-    if isinstance(declared, list):
-        templates = {entry["name"]: entry["template"] for entry in declared}
-    else:
-        templates = {"default": declared} if declared else {}
-    if template := _read_optional(folder / "chat_template.json").get("chat_template"):
+    key, templates = "chat_template", {}
+    if isinstance(config.raw.get(key), list):
+        for entry in config.listed(key, dict, "objects with name and template"):
+            named = config.inside(key, entry)
+            templates[named.text("name")] = named.text("template")
+    elif template := config.text(key, default=None):
+        templates["default"] = template
+    if template := _read_optional(folder / "chat_template.json").text(key, default=None):
         templates["default"] = template
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = read_text(path, CheckpointError)
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        templates["default"] = read_text(folder / "chat_template.jinja", CheckpointError)
     return templates

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import RequestError
 from tinyserve.text.tokenizer.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer, alphabet_of
+from tinyserve.text.tokenizer.library import library_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -100,7 +101,8 @@ class Tokenizer:
                 f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}.",
                 param="prompt",
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with library_errors(f"The tokenizer of {self.source} fails on a text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_chat(self, rendered: str) -> list[int]:
@@ -111,7 +113,7 @@ class Tokenizer:
         """Decode ids; a `continuation` of other text keeps the space an SPM decoder drops at the start."""
         alphabet = self._alphabet
         if alphabet is None:
-            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return self._decode(ids, skip_special_tokens)
         data = b"".join([self.token_bytes(i, skip_special_tokens) for i in ids])
         if alphabet.strips_leading_space and not continuation:
             data = data.removeprefix(b" ")
@@ -142,11 +144,15 @@ class Tokenizer:
             data = self._bytes[token_id] = self._spell(token_id)
         return data
 
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        with library_errors(f"The decoder of {self.source} fails"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
     def _spell(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size:
+        if not 0 <= token_id < 1 << 32:  # where it has holes, a vocabulary has larger ids than tokens
             return b""
         if self._alphabet is None:
-            return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
+            return self._decode([token_id], skip_special_tokens=False).encode()
         piece: str | None = self._backend.id_to_token(token_id)
         return b"" if piece is None else self._alphabet.piece_bytes(piece)
 
