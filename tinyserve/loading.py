@@ -73,7 +73,7 @@ def open_model(model: str | PathLike[str], load_format: str = "auto", progress: 
     if load_format == "dummy":
         return _synthetic(ref)
     path = hub.resolve(ref, progress=progress)
-    return _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
+    return _from_folder(ref.name, path) if path.is_dir() else _from_gguf(ref.name, path)
 
 
 def _synthetic(ref: ModelRef) -> ModelFiles:

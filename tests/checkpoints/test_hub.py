@@ -182,6 +182,44 @@ def test_a_repository_of_ggufs_names_the_commands(hub: FakeHub) -> None:
     assert resolve("owner/one").name == "a.gguf"
 
 
+PARTS = {f"Q8/a-{i:05}-of-00003.gguf": b"GGUF" + bytes(i) for i in (1, 2, 3)}
+
+
+def test_a_gguf_in_parts_is_one_model(hub: FakeHub) -> None:
+    """Downloaded, listed and removed as a whole, by whichever part it is called."""
+    make_repo(hub.root, "owner/parts", PARTS | {"Q4/a.gguf": b"GGUF4"})
+    first, second, third = PARTS
+    assert not is_cached(f"owner/parts/{first}")
+    path = resolve(f"owner/parts/{second}")
+    assert path.as_posix().endswith(first) and names_in(path.parent.parent) == set(PARTS)
+    assert resolve(f"owner/parts/{third}") == path and is_cached(f"owner/parts/{first}")
+    [model] = cached()
+    assert (model.name, model.path, model.bytes) == (f"owner/parts/{first}", path, sum(map(len, PARTS.values())))
+    (path.parent.parent / third).unlink()
+    assert cached() == [] and not is_cached(f"owner/parts/{first}")
+    assert resolve(f"owner/parts/{first}") == path and is_cached(f"owner/parts/{first}")
+    assert remove(f"owner/parts/{second}") == model.bytes and cached() == []
+    hub.root.joinpath("owner/parts", third).unlink()
+    with pytest.raises(HubError, match=rf"has no {third}: it has "):
+        resolve(f"owner/parts/{first}")
+
+
+def test_a_repository_of_one_gguf_in_parts_needs_no_name_of_a_file(hub: FakeHub) -> None:
+    parts = {name.removeprefix("Q8/"): content for name, content in PARTS.items()}
+    make_repo(hub.root, "owner/one", parts)
+    assert resolve("owner/one").name == "a-00001-of-00003.gguf" and names_in(resolve("owner/one").parent) == set(parts)
+    make_repo(hub.root, "owner/two", parts | {"b.gguf": b"GGUF"})
+    with pytest.raises(HubError, match=r"holds 2 GGUF files: choose one, as in .*a-00001-of-00003\.gguf`, .*b\.gguf"):
+        resolve("owner/two")
+
+
+def test_an_index_that_leaves_its_folder_is_not_followed(hub: FakeHub) -> None:
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    make_repo(hub.root, "owner/index", SHARDED | {"model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(HubError, match=r"'weight_map' says .* Tell the authors of owner/index"):
+        resolve("owner/index")
+
+
 def test_names_cannot_leave_the_cache(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownModelError):
         resolve("owner/single/../../outside.gguf")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tinyserve.checkpoints.gguf_parts import first_parts, parts_of
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.hub.failures import (
     HubUnreachable,
@@ -142,7 +143,7 @@ def choose_weights(listing: Listing, index: Path | None) -> list[str]:
 
 def _nothing_to_load(listing: Listing) -> str:
     repo = listing.repo
-    if ggufs := [name for name in listing.files if name.endswith(".gguf")]:
+    if ggufs := first_parts(listing.files):
         return f"{repo} holds {len(ggufs)} GGUF files: choose one, as in " + ", ".join(
             f"`tinyserve pull {repo}/{name}`" for name in ggufs[:12]
         )
@@ -158,18 +159,19 @@ def _fetch_files(listing: Listing, file: str | None, progress: Progress) -> Path
     """Small files first and weights last, so that weights in a snapshot mean that everything is there."""
     folder = cache.repo_folder(listing.repo) / "snapshots" / listing.commit
     if file is None and "config.json" not in listing.files:
-        ggufs = [name for name in listing.files if name.endswith(".gguf")]
+        ggufs = first_parts(listing.files)
         if len(ggufs) != 1:
             if not ggufs and any(name.endswith(".safetensors") for name in listing.files):
                 raise HubError(f"{listing.repo} has no config.json: choose a repository with a complete model.")
             raise HubError(_nothing_to_load(listing))
         file = ggufs[0]
     if file is not None:
-        if file not in listing.files:
+        parts = parts_of(file)
+        if missing := [part for part in parts if part not in listing.files]:
             names = ", ".join(name for name in listing.files if name.endswith(".gguf")) or "no GGUF file at all"
-            raise HubError(f"{listing.repo} has no {file}: it has {names}.")
-        _download(listing, [file], progress)
-        return folder / file
+            raise HubError(f"{listing.repo} has no {missing[0]}: it has {names}.")
+        _download(listing, parts, progress)
+        return folder / parts[0]
     index = None
     if INDEX in listing.files and WHOLE not in listing.files:
         _download(listing, [INDEX], silent)
