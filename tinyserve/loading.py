@@ -101,10 +101,22 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     checkpoint = open_safetensors(folder)
     if config.tie_word_embeddings and "lm_head.weight" in checkpoint and checkpoint.is_copy("lm_head.weight"):
         checkpoint = checkpoint.without("lm_head.weight")  # the embedding, written twice
+    elif config.tie_word_embeddings and "lm_head.weight" in checkpoint and not _has_embedding(checkpoint, config):
+        checkpoint = checkpoint.renamed("lm_head.weight", _embedding(config))  # tied, and written under the other name
     elif config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
     return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)
+
+
+def _embedding(config: ModelConfig) -> str:
+    return next(tensor.name for tensor in config.tensor_shapes() if tensor.component == "embedding")
+
+
+def _has_embedding(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    """Under its name or a shorter or longer one: a checkpoint may be of a model, or of what lies around it."""
+    last = ".".join(_embedding(config).split(".")[-2:])
+    return any(f".{name}".endswith(f".{last}") for name in checkpoint)
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:

@@ -611,6 +611,111 @@ def test_a_metadata_key_with_a_wrong_value(key: str, value: Any, tmp_path: Path)
     refusal(path)
 
 
+METADATA_OF_OTHER_TYPES = [
+    ("tokenizer.ggml.model", ["gpt2"]), ("tokenizer.ggml.pre", ["gpt-2"]), ("tokenizer.ggml.tokens", [1, 2, 3]),
+    ("tokenizer.ggml.token_type", 1), ("tokenizer.ggml.token_type", ["x"]), ("tokenizer.ggml.merges", [1]),
+    ("tokenizer.ggml.bos_token_id", "1"), ("tokenizer.ggml.padding_token_id", [1]), ("tokenizer.chat_template", 5),
+    ("tokenizer.ggml.eos_token_id", [1, 2]), ("tokenizer.ggml.eot_token_id", 1.5), ("tokenizer.chat_template.x", [5]),
+    ("tokenizer.ggml.add_bos_token", 1), ("tokenizer.ggml.add_eos_token", "yes"), ("general.alignment", "32"),
+    ("general.architecture", ["llama"]), ("llama.rope.freq_base", [1.0]), ("llama.rope.scaling.type", 1),
+    ("llama.rope.scaling.factor", "2"), ("llama.block_count", [1, 2]), ("llama.block_count", 2**31),
+    ("llama.context_length", 1.5), ("llama.attention.head_count_kv", ["x"]), ("llama.vocab_size", [1]),
+    ("llama.attention.layer_norm_rms_epsilon", [1e-5]), ("general.sampling.temp", [1.0]), ("split.count", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), METADATA_OF_OTHER_TYPES)
+def test_metadata_of_another_type_are_refused_by_their_key(key: str, value: Any, tmp_path: Path) -> None:
+    raw = checkpoints.CONFIGS["llama"]
+    metadata = checkpoints.gguf_metadata(raw) | {key: value}
+    message = refusal(checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, checkpoints.gguf_tensors(raw)))
+    named = {
+        "llama.rope.freq_base": "rope_theta", "llama.context_length": "max_position_embeddings",
+        "llama.attention.head_count_kv": "num_key_value_heads", "llama.vocab_size": "vocab_size",
+        "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps", "general.sampling.temp": "temperature",
+    }  # fmt: skip
+    assert named.get(key, key) in message and len(message) < 600
+
+
+def test_ids_that_say_none_are_no_tokens(tmp_path: Path) -> None:
+    """llama.cpp's LLAMA_TOKEN_NULL is -1, in a type without a sign."""
+    raw = checkpoints.CONFIGS["llama"]
+    none = {f"tokenizer.ggml.{name}_token_id": 2**32 - 1 for name in ("bos", "eos", "padding", "unknown", "eot")}
+    metadata = checkpoints.gguf_metadata(raw) | none
+    llm = LLM(checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, checkpoints.gguf_tensors(raw)))
+    assert llm.end_tokens == {}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "stretched"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, True),
+        ({"rope.scaling.factor": 4.0}, True),
+        ({"rope.scale_linear": 4.0}, True),
+        ({"rope.scale_linear": 8.0, "rope.scaling.factor": 4.0}, True),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, False),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 0.0}, False),
+        ({"rope.scaling.factor": 1.0}, False),
+        ({}, False),
+    ],
+)
+def test_a_rope_is_stretched_as_llama_cpp_stretches_it(
+    scaling: dict[str, Any], stretched: bool, tmp_path: Path
+) -> None:
+    """A factor is linear if no type says otherwise, also under the name that the specification keeps for old files."""
+    metadata = checkpoints.gguf_metadata(checkpoints.CONFIGS["llama"])
+    metadata |= {f"llama.{key}": value for key, value in scaling.items()}
+    path = checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, {"token_embd.weight": np.ones((3, 4))})
+    theta = {"rope_theta": 10000.0}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert config_from_gguf(path)["rope_parameters"] == theta | (linear if stretched else {"rope_type": "default"})
+
+
+def test_positions_that_are_stretched_twice_are_refused(tmp_path: Path) -> None:
+    raw = checkpoints.CONFIGS["llama-3"]
+    metadata = checkpoints.gguf_metadata(raw) | {"llama.rope.scaling.factor": 4.0}
+    tensors = checkpoints.gguf_tensors(raw) | {"rope_freqs.weight": rope_divisors(raw["rope_parameters"], 24)}
+    message = refusal(checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, tensors))
+    assert "llama.rope.scaling.factor is 4" in message and "rope_freqs.weight" in message
+
+
+def test_a_token_that_would_take_minutes_to_cut_is_refused(tmp_path: Path) -> None:
+    raw = checkpoints.CONFIGS["llama"]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) * 40_000 for i in range(3))]
+    metadata = checkpoints.gguf_metadata(raw) | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}
+    metadata |= {"tokenizer.ggml.token_type": [1] * 6, "tokenizer.ggml.scores": [0.0] * 6}
+    metadata |= {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))}
+    path = checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, checkpoints.gguf_tensors(raw))
+    assert "tokens of up to 40000 characters" in refusal(path)
+
+
+@pytest.mark.parametrize("dimensions", [[1] * 5, [1] * 100, [0, 2**47, 2**47], [2**62, 0]])
+def test_a_shape_that_no_tensor_has_is_refused(dimensions: list[int], tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(tensor_entry(dimensions))
+    with pytest.raises(CheckpointError, match=r"x\.gguf: tensor 'x' has "):
+        open_gguf(tmp_path / "x.gguf")
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    whole = tensor_entry([16])
+    entry = whole[24 : 24 + 8 + 1 + 4 + 8 + 4 + 8]
+    content = b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + entry + entry
+    (tmp_path / "x.gguf").write_bytes(content + bytes(-len(content) % 32 + 64))
+    with pytest.raises(CheckpointError, match=r"two tensors 'x'"):
+        open_gguf(tmp_path / "x.gguf")
+
+
+def test_lists_without_end_are_not_read(tmp_path: Path) -> None:
+    """A gigabyte of zeros that takes no room on the disk would be 16 GB of integers."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"k", 9)
+    for kind in (0, 8):
+        (tmp_path / "x.gguf").write_bytes(head + struct.pack("<IQ", kind, 2**28))
+        with (tmp_path / "x.gguf").open("ab") as stream:
+            stream.truncate(1 << 30)
+        with pytest.raises(CheckpointError, match=r"x\.gguf: (the lists of its|its header goes on)|inside its header"):
+            open_gguf(tmp_path / "x.gguf")
+
+
 def test_no_tensors_and_no_tokens(tmp_path: Path) -> None:
     metadata = {key: value for key, value in checkpoints.gguf_metadata(RAW).items() if "ggml" not in key}
     path = checkpoints.write_gguf(tmp_path / "x.gguf", "llama", metadata, {"x": np.ones(3, np.float32)})

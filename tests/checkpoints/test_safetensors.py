@@ -16,6 +16,7 @@ from tinyserve import LLM
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.safetensors import open_safetensors
 from tinyserve.errors import CheckpointError, ConfigError
+from tinyserve.models.config import parse_config
 
 RAW = checkpoints.CONFIGS["llama"]
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -316,6 +317,20 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     message = refusal(folder)
     assert str(folder) in message and "safetensors" in message
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "falcon-7b", "qwen3", "granite-hybrid"])
+def test_a_tied_model_may_hold_its_head_alone(name: str, tmp_path: Path) -> None:
+    """The embedding and the head are one matrix, and transformers takes it under either name."""
+    raw, ids = checkpoints.CONFIGS[name], checkpoints.token_ids(9)
+    tensors = checkpoints.tensors_of(raw)
+    embedding = next(tensor.name for tensor in parse_config(raw).tensor_shapes() if tensor.component == "embedding")
+    expected = LLM(checkpoints.write_folder(tmp_path / "embedding", raw, tensors), dtype="float32").logits(ids)
+    tensors["lm_head.weight"] = tensors.pop(embedding)
+    head = LLM(checkpoints.write_folder(tmp_path / "head", raw, tensors), dtype="float32")
+    np.testing.assert_array_equal(head.logits(ids), expected)
+    untied = checkpoints.write_folder(tmp_path / "untied", raw | {"tie_word_embeddings": False}, tensors)
+    assert embedding in refusal(untied)
 
 
 def test_only_pickles(tmp_path: Path) -> None:

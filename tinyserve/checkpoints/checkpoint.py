@@ -162,6 +162,10 @@ class Checkpoint(Mapping[str, Array]):
         """All tensors but one."""
         return Checkpoint({key: tensor for key, tensor in self.tensors.items() if key != name}, self.source)
 
+    def renamed(self, name: str, new_name: str) -> "Checkpoint":
+        """The same tensors, one of them under another name."""
+        return Checkpoint({new_name if k == name else k: tensor for k, tensor in self.tensors.items()}, self.source)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError unless the tensor is there in this shape; nothing is read."""
         tensor = self.tensors.get(name)

@@ -101,8 +101,8 @@ class Fields:
     def listed(self, key: str, kind: type, words: str, *, default: Any = ()) -> list[Any]:
         """Read a list whose members are all of one kind, "names" or "numbers" in `words`."""
         _, value = self._read((key,), default)
-        # By their exact types: True is an int to isinstance.
-        if not isinstance(value, list | tuple) or not {type(each) for each in value} <= {kind}:
+        kinds = {type(each) for each in value} if isinstance(value, list | tuple) else {type(None)}
+        if not all(issubclass(each, kind) and each is not bool for each in kinds):  # True is an int
             self.refuse(f"{key!r} must be a list of {words}, but it is {shown(value)}.")
         return list(value)
 

@@ -10,12 +10,11 @@ from typing import Any, Final, NamedTuple, Self
 
 from tinyserve.checkpoints.fields import Fields, shown
 from tinyserve.models.config.gguf import GGUFMetadata
-from tinyserve.models.config.shapes import TensorShape
+from tinyserve.models.config.shapes import MAX_LAYERS, TensorShape
 
 ATTENTION: Final = "attention"
 MAMBA: Final = "mamba"
 
-MAX_LAYERS: Final = 4096  # far more than any model has; each is a dozen names of tensors
 # What stretches RoPE, where a type says how; each may be what it is without a stretch.
 _STRETCHES: Final = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "attention_factor")
 

@@ -13,7 +13,6 @@ from tinyserve.errors import ConfigError
 from tinyserve.models.config.base import (
     ATTENTION,
     MAMBA,
-    MAX_LAYERS,
     ConfigFields,
     Description,
     ModelConfig,
@@ -22,7 +21,7 @@ from tinyserve.models.config.base import (
 )
 from tinyserve.models.config.description import plural, rope_words
 from tinyserve.models.config.gguf import GGUFMetadata
-from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, linear, rms_norm
+from tinyserve.models.config.shapes import MAX_LAYERS, TensorShape, gated_mlp, grouped_attention, linear, rms_norm
 
 # transformers before 5 | since 5 -> ours
 LAYER_TYPES = {
@@ -126,6 +125,7 @@ class GraniteConfig(ModelConfig):
         experts, shared = file.key("expert_count", 0), file.key("expert_shared_feed_forward_length", 0)
         kv_heads = raw["num_key_value_heads"]
         if isinstance(kv_heads, list):  # one a layer; a layer without is recurrent
+            kv_heads = file.integers("attention.head_count_kv")
             raw["num_key_value_heads"] = max(kv_heads, default=0)
             raw["layer_types"] = ["attention" if heads else "mamba" for heads in kv_heads]
         raw |= {
@@ -141,12 +141,11 @@ class GraniteConfig(ModelConfig):
         rotates = file.key("rope.scaling.finetuned", True)
         if rotates and "mamba" not in raw.get("layer_types", ()) and not shared:
             return raw | {"model_type": "granitemoe" if experts else "granite"}
-        layers = raw["num_hidden_layers"]
         raw |= {
             "model_type": "granitemoehybrid",
             "position_embedding_type": "rope" if rotates else "nope",
             "shared_intermediate_size": shared or raw["intermediate_size"],
-            "layer_types": raw.get("layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0),
+            "layer_types": raw.get("layer_types") or ["attention"] * raw["num_hidden_layers"],
         }
         return raw | (_mamba_from_gguf(file) if "mamba" in raw["layer_types"] else {})
 
