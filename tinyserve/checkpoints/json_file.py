@@ -42,7 +42,7 @@ def read_json(path: Path, refusal: type[UserError] = ConfigError) -> dict[str, A
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise refusal(f"{path} is not JSON ({error}): correct it there, or download it again.") from None
+        raise refusal(f"{path} is not JSON ({error!s:.200}): correct it there, or download it again.") from None
     if not isinstance(value, dict):
         raise refusal(f"{path} holds a {type(value).__name__}, but must hold a JSON object: download it again.")
     _check(value, path, refusal)

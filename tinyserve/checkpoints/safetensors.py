@@ -67,7 +67,8 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}): it is truncated or corrupt, download it again."
+            f"{path} is not a complete safetensors file ({error!s:.200}): it is truncated or corrupt, download it "
+            "again."
         ) from None
     file = MappedFile(path)
     data = file.bytes
