@@ -18,7 +18,7 @@ from tinyserve.engine import Engine
 from tinyserve.engine_options import EngineOptions, check_load_format
 from tinyserve.errors import CheckpointError, UserError
 from tinyserve.model_runner import ModelRunner
-from tinyserve.models import build_model, check_supported
+from tinyserve.models import build_model, check_supported, check_weights
 from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
 from tinyserve.models.lookup import load_raw_config
@@ -197,6 +197,8 @@ def load_engine(
     if speculative and speculative.model:
         # Its cache has an "auto" of its own.
         draft = open_draft(speculative, files, replace(given, dtype=options.dtype), progress)
+    for each in (files, *([draft.files] if draft else [])):
+        check_weights(each.config, each.checkpoint)  # before memory is planned by sizes that no weights have
     needs = _cache_needs(files, options)
     if speculative:
         needs = replace(needs, num_rollback_slots=min(MAX_DRAFTING_SEQS, options.max_num_seqs))

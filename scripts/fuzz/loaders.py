@@ -25,11 +25,12 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import checkpoints  # noqa: E402
 
-from tinyserve import LLM, SamplingParams  # noqa: E402
+from tinyserve import LLM, SamplingParams, quantize  # noqa: E402
 from tinyserve.errors import TinyserveError  # noqa: E402
 
 SLOWEST = 10.0  # seconds for one case
 NAMES = ("llama-grouped", "gpt2", "granite-hybrid", "falcon-7b", "mistral", "qwen3", "llama-3")
+PACKED = "packed"  # what `tinyserve quantize` makes of the first of them
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 40, "eos_token_id": [5, 6], "max_new_tokens": 9}
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64, 10**30, 10**400),
@@ -208,11 +209,13 @@ class Cases:
             if name != "mistral":
                 checkpoints.write_model_gguf(folder / f"{name}.gguf", raw)
 
+        quantize.write(str(folder / NAMES[0]), folder / PACKED, "int8")
+
     def make(self, number: int) -> tuple[Path, str]:
         """The path of a damaged checkpoint, and what was changed."""
         rng = random.Random(f"{self.seed} {number}")
-        name, target = rng.choice(NAMES), self.folder / f"case-{number}"
-        if rng.random() < 0.35 and name != "mistral":
+        name, target = rng.choice((*NAMES, PACKED)), self.folder / f"case-{number}"
+        if rng.random() < 0.35 and name not in ("mistral", PACKED):
             path, what = gguf_case(name, self.folder / f"{name}.gguf", target, rng)
         else:
             path, what = folder_case(self.folder / name, target, rng)
@@ -223,7 +226,7 @@ class Cases:
 
 
 def load(path: Path) -> None:
-    llm = LLM(path, num_threads=1, max_num_seqs=1, kv_cache_memory=8 << 20, dtype="float32")
+    llm = LLM(path, num_threads=1, max_num_seqs=1, kv_cache_memory=8 << 20, dtype="auto")
     try:
         llm.generate(["the"], SamplingParams(max_tokens=1, temperature=0))
     finally:

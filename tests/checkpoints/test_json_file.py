@@ -1,6 +1,7 @@
 """JSON and texts of a stranger's folder: what is no file of a model is refused by its name, before it does harm."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_file, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(json_file, "MAX_JSON_BYTES", 4 << 20)
     with (tmp_path / "x.json").open("wb") as stream:
         stream.truncate(1 << 40)  # which takes no room on the disk
     assert "larger than 4 MB" in refusal(tmp_path / "x.json")
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "it is no file" in refusal(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 260)):
         assert "cannot be read" in refusal(path)

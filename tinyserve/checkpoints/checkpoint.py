@@ -189,7 +189,7 @@ class Checkpoint(Mapping[str, Array]):
         tensor = self.tensors[left[0]]
         others = f" (nor are {len(left) - 1} others)" if len(left) > 1 else ""
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name or left[0]!r} is no part of the model that the config describes"
+            f"{tensor.file}: tensor {tensor.name or left[0]!r:.200} is no part of the model that the config describes"
             f"{others}: the config belongs to another model, or asks for something that is not built."
         )
 

@@ -9,26 +9,31 @@ from typing import Any
 
 from tinyserve.errors import ConfigError, UserError
 
-MAX_BYTES = 128 << 20  # the largest tokenizer.json about has a quarter of it
+MAX_BYTES = 64 << 20  # the largest tokenizer.json about has half of it
+MAX_JSON_BYTES = 32 << 20  # what becomes twenty times as much in memory; the largest index about has a third of it
 MAX_DEPTH = 64  # of objects and lists in each other: what shows or copies a value later calls itself for each
 
 
-def read_bytes(path: Path, refusal: type[UserError]) -> bytes:
+def read_bytes(path: Path, refusal: type[UserError], most: int) -> bytes:
     """What a file holds, without a byte order mark; raises `refusal` with the file, the reason, and the way out."""
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        if not path.is_file() and path.exists():  # to open a pipe is to wait for somebody to write
+            raise refusal(f"{path} cannot be read: it is no file.")
+        long = path.stat().st_size > most
+        data = b"" if long else path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name that is none
         raise refusal(f"{path} cannot be read ({getattr(error, 'strerror', error)}): check its permissions.") from None
-    if len(data) > MAX_BYTES:
-        raise refusal(f"{path} is larger than {MAX_BYTES >> 20} MB, which no file of its kind is: download it again.")
+    if long:
+        raise refusal(f"{path} is larger than {most >> 20} MB, which no file of its kind is: download it again.")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def read_text(path: Path, refusal: type[UserError]) -> str:
+def read_text(path: Path, refusal: type[UserError], most: int = MAX_BYTES) -> str:
     """The text that a file holds; raises `refusal` as `read_bytes` does, and for what is no UTF-8."""
     try:
-        return read_bytes(path, refusal).decode("utf-8")
+        return read_bytes(path, refusal, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise refusal(f"{path} is no UTF-8 ({error}): save it as UTF-8, or download it again.") from None
 
@@ -36,7 +41,7 @@ def read_text(path: Path, refusal: type[UserError]) -> str:
 def read_json(path: Path, refusal: type[UserError] = ConfigError) -> dict[str, Any]:
     """The JSON object that a file holds; raises `refusal` with the file, the place in it, and the way out."""
     try:
-        value = json.loads(read_text(path, refusal))
+        value = json.loads(read_text(path, refusal, MAX_JSON_BYTES))
     except RecursionError:
         raise refusal(_too_deep(path)) from None
     except ValueError as error:

@@ -17,6 +17,8 @@ from tinyserve.checkpoints.checkpoint import Array, Checkpoint, Index, LazyTenso
 from tinyserve.checkpoints.shard_index import INDEX, WHOLE, read_index
 from tinyserve.errors import CheckpointError
 
+_MAX_HEADER = 32 << 20  # bytes: of the largest shards about, not a tenth of it
+
 
 def open_safetensors(folder: Path) -> Checkpoint:
     """Map every tensor of a folder's safetensors files; raises CheckpointError naming the file and the tensor."""
@@ -62,6 +64,11 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again.")
+    with path.open("rb") as stream:
+        if (header := int.from_bytes(stream.read(8), "little")) > _MAX_HEADER and path.stat().st_size > _MAX_HEADER:
+            raise CheckpointError(
+                f"{path} is not a safetensors file: its header would be {header} bytes long; download it again."
+            )
     try:
         with safe_open(path, framework="numpy"):  # checks the header, every offset, and the file's length
             pass

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.fields import shown
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
 from tinyserve.models.config.base import ATTENTION, MAMBA, ConfigFields, ModelConfig, RopeParameters
@@ -52,13 +53,13 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         if quantization and method != PACKED:
             fields.refuse(
-                f"{key!r} has the method {method!r}, which is not supported; take the model's float16, bfloat16 or "
-                "float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+                f"{key!r} has the method {shown(method)}, which is not supported; take the model's float16, "
+                "bfloat16 or float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
             )
         version = quantization.get("version") if isinstance(quantization, Mapping) else None
         if method == PACKED and version != PACKED_VERSION:
             fields.refuse(
-                f"the weights are packed in layout {version}, and this version of tinyserve reads layout "
+                f"the weights are packed in layout {shown(version)}, and this version of tinyserve reads layout "
                 f"{PACKED_VERSION}: write the checkpoint again from the original with `tinyserve quantize`."
             )
     for key in ("add_cross_attention", "is_encoder_decoder"):
@@ -68,5 +69,5 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
     for architecture in fields.names("architectures"):
         if "Classification" in architecture or "QuestionAnswering" in architecture:
             fields.refuse(
-                f"'architectures' has {architecture!r}, which is not a language model (supported: ...ForCausalLM)."
+                f"'architectures' has {shown(architecture)}, which is not a language model (supported: ...ForCausalLM)."
             )

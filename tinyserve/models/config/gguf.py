@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinyserve.checkpoints.fields import MAX_INTEGER, Fields
+from tinyserve.checkpoints.fields import MAX_INTEGER, Fields, shown
 from tinyserve.errors import ConfigError
 from tinyserve.models.config.shapes import MAX_LAYERS
 
@@ -46,7 +46,7 @@ class GGUFMetadata:
         """Raise ConfigError for a key that turns a known architecture into one that is not built."""
         if (value := self.key(name, built)) not in (built, None):
             raise ConfigError(
-                f"{self.source}: {self.architecture}.{name} is {value!r}, which is not supported; {built!r} is."
+                f"{self.source}: {self.architecture}.{name} is {shown(value)}, which is not supported; {built!r} is."
             )
 
     def layers_have(self, part: str) -> bool:

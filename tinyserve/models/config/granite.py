@@ -226,8 +226,8 @@ def _mamba_from_gguf(file: GGUFMetadata) -> dict[str, Any]:
     counts = all(isinstance(size, int) and size > 0 for size in (inner, heads, hidden))
     if not counts or inner % heads or inner % hidden:
         raise ConfigError(
-            f"{file.source}: ssm.inner_size {inner!r} is not a multiple of ssm.time_step_rank {heads!r} and of "
-            f"embedding_length {hidden!r}; convert the model again."
+            f"{file.source}: ssm.inner_size {shown(inner)} is not a multiple of ssm.time_step_rank {shown(heads)} and "
+            f"of embedding_length {shown(hidden)}; convert the model again."
         )
     return {
         "mamba_n_heads": heads,
@@ -254,7 +254,7 @@ def _layer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
         fields.refuse(f"{key!r} must list one type for each of the {layers} layers, but it lists {len(written)}.")
     for name in written:
         if name not in LAYER_TYPES:
-            fields.refuse(f"{key!r} has {name!r}, which is not supported; supported: {', '.join(LAYER_TYPES)}.")
+            fields.refuse(f"{key!r} has {shown(name)}, which is not supported; supported: {', '.join(LAYER_TYPES)}.")
     return tuple(LAYER_TYPES[name] for name in written)
 
 

@@ -38,7 +38,7 @@ class LlamaConfig(DenseConfig):
         other_layers = set(fields.names("layer_types")) - {ATTENTION, "full_attention"}
         if other_layers:
             fields.refuse(
-                f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
+                f"'layer_types' has {', '.join(sorted(other_layers)):.200}; supported for {model_type}: full_attention."
             )
         # Without the key a Mistral has 8; with null it has one per query head, as has a Llama either way.
         grouped = {"num_key_value_heads": 8} if mistral and "num_key_value_heads" not in fields.raw else {}

@@ -103,7 +103,7 @@ def _sliding_window(fields: ConfigFields, layers: int) -> int | None:
         return None
     if set(kinds) != {"sliding_attention"} or window is None:
         fields.refuse(
-            f"'layer_types' has {', '.join(sorted(set(kinds)))}; supported: full_attention in all layers, or, with "
-            "'use_sliding_window' and 'sliding_window', sliding_attention in all layers."
+            f"'layer_types' has {', '.join(sorted(set(kinds))):.200}; supported: full_attention in all layers, or, "
+            "with 'use_sliding_window' and 'sliding_window', sliding_attention in all layers."
         )
     return window
