@@ -239,7 +239,7 @@ def fault(path: Path, run: Callable[[Path], None] = load) -> tuple[str, str]:
     try:
         run(path)
     except TinyserveError as error:
-        if "\n" in str(error) or not str(error).endswith(".") or len(str(error)) > 1500:
+        if "\n" in str(error) or str(error)[-1:] not in (".", "?") or len(str(error)) > 1500:
             return f"no sentence: {error!r:.300}", traceback.format_exc()
         if "internal" in str(error):
             return f"a mistake: {error!r:.300}", traceback.format_exc()

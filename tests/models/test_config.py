@@ -544,6 +544,13 @@ def test_a_config_is_an_object(raw: Any) -> None:
         parse_config(raw)
 
 
+@pytest.mark.parametrize("dtype", [None, 5, ["w8a16"], "x", {}])
+def test_the_dtype_of_packed_weights_must_be_one(dtype: Any) -> None:
+    packed = {"quant_method": "tinyserve", "version": 2, "dtype": dtype}
+    with pytest.raises(ConfigError, match=r"^x: in 'quantization_config': .*'dtype'"):
+        parse_config(LLAMA | {"quantization_config": packed}, "x")
+
+
 # --- numbers and ids that are none ----------------------------------------------------------------------------------
 
 

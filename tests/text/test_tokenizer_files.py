@@ -89,6 +89,13 @@ def test_ids_of_end_tokens_are_numbers_or_none(file: str, folder: Path) -> None:
     assert "'eos_token_id'" in refusal(folder, file)
 
 
+def test_a_beginning_that_is_no_token_is_none(folder: Path) -> None:
+    """Configs are copied from other models, with ids past this one's vocabulary."""
+    (folder / CONFIG).write_text("{}")
+    change(folder / "config.json", bos_token_id=50256)
+    assert Tokenizer.from_folder(folder).bos_token_id is None
+
+
 # --- byte order marks -----------------------------------------------------------------------------------------------
 
 

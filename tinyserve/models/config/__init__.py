@@ -12,6 +12,7 @@ from tinyserve.errors import ConfigError
 from tinyserve.models import registry
 from tinyserve.models.config.base import ATTENTION, MAMBA, ConfigFields, ModelConfig, RopeParameters
 from tinyserve.models.config.generation import GenerationConfig
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 
 __all__ = [
     "ATTENTION",
@@ -62,6 +63,8 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
                 f"the weights are packed in layout {shown(version)}, and this version of tinyserve reads layout "
                 f"{PACKED_VERSION}: write the checkpoint again from the original with `tinyserve quantize`."
             )
+        if method == PACKED:
+            fields.inside(key, fields.objects(key)).choice("dtype", tuple(WEIGHT_DTYPES))
     for key in ("add_cross_attention", "is_encoder_decoder"):
         if fields.boolean(key, default=False):
             fields.refuse(f"{key!r} is true, but only decoders without an encoder are supported.")

@@ -51,7 +51,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
         "backend": backend,
         "source": str(folder),
         "special_tokens": special,
-        "bos_token_id": bos_ids[0] if bos_ids else None,
+        "bos_token_id": next((i for i in bos_ids if backend.id_to_token(i) is not None), None),
         "eos_token_ids": frozenset(eos_ids),
         "chat_templates": _chat_templates(folder, config),
     }
