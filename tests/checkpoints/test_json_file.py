@@ -46,7 +46,9 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json") == {"a": "ü"}
     assert read_text(tmp_path / "x.json", ConfigError) == '{"a": "ü"}'
     (tmp_path / "x.json").write_text('{"a": "ü"}', encoding="utf-16")
-    assert "UTF-8" in refusal(tmp_path / "x.json")
+    assert "is not JSON ('utf-8' codec" in refusal(tmp_path / "x.json")
+    with pytest.raises(CheckpointError, match=r"x\.json is no UTF-8"):
+        read_text(tmp_path / "x.json", CheckpointError)
 
 
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

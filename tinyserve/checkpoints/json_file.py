@@ -30,23 +30,22 @@ def read_bytes(path: Path, refusal: type[UserError], most: int) -> bytes:
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def read_text(path: Path, refusal: type[UserError], most: int = MAX_BYTES) -> str:
+def read_text(path: Path, refusal: type[UserError]) -> str:
     """The text that a file holds; raises `refusal` as `read_bytes` does, and for what is no UTF-8."""
     try:
-        return read_bytes(path, refusal, most).decode("utf-8")
+        return read_bytes(path, refusal, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise refusal(f"{path} is no UTF-8 ({error}): save it as UTF-8, or download it again.") from None
 
 
 def read_json(path: Path, refusal: type[UserError] = ConfigError) -> dict[str, Any]:
     """The JSON object that a file holds; raises `refusal` with the file, the place in it, and the way out."""
+    data = read_bytes(path, refusal, MAX_JSON_BYTES)
     try:
-        value = json.loads(read_text(path, refusal, MAX_JSON_BYTES))
+        value = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise refusal(_too_deep(path)) from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise refusal(f"{path} is not JSON ({error!s:.200}): correct it there, or download it again.") from None
     if not isinstance(value, dict):
         raise refusal(f"{path} holds a {type(value).__name__}, but must hold a JSON object: download it again.")
