@@ -18,7 +18,7 @@ from tinyserve.engine import Engine
 from tinyserve.engine_options import EngineOptions, check_load_format
 from tinyserve.errors import CheckpointError, UserError
 from tinyserve.model_runner import ModelRunner
-from tinyserve.models import build_model, check_supported
+from tinyserve.models import build_model, check_supported, check_weights
 from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
 from tinyserve.models.lookup import load_raw_config
@@ -79,7 +79,7 @@ def open_model(
     if load_format == "dummy":
         return _synthetic(ref)
     path = hub.resolve(ref, progress=progress)
-    files = _from_gguf(ref.name, path) if path.is_file() else _from_folder(ref.name, path)
+    files = _from_folder(ref.name, path) if path.is_dir() else _from_gguf(ref.name, path)
     return files if given is None else _with_chat_template(files, *given)
 
 
@@ -108,10 +108,22 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     checkpoint = open_safetensors(folder)
     if config.tie_word_embeddings and "lm_head.weight" in checkpoint and checkpoint.is_copy("lm_head.weight"):
         checkpoint = checkpoint.without("lm_head.weight")  # the embedding, written twice
+    elif config.tie_word_embeddings and "lm_head.weight" in checkpoint and not _has_embedding(checkpoint, config):
+        checkpoint = checkpoint.renamed("lm_head.weight", _embedding(config))  # tied, and written under the other name
     elif config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
     return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)
+
+
+def _embedding(config: ModelConfig) -> str:
+    return next(tensor.name for tensor in config.tensor_shapes() if tensor.component == "embedding")
+
+
+def _has_embedding(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    """Under its name or a shorter or longer one: a checkpoint may be of a model, or of what lies around it."""
+    last = ".".join(_embedding(config).split(".")[-2:])
+    return any(f".{name}".endswith(f".{last}") for name in checkpoint)
 
 
 def _from_gguf(name: str, path: Path) -> ModelFiles:
@@ -210,6 +222,8 @@ def load_engine(
     if speculative and speculative.model:
         # Its cache has an "auto" of its own.
         draft = open_draft(speculative, files, replace(given, dtype=options.dtype), progress)
+    for each in (files, *([draft.files] if draft else [])):
+        check_weights(each.config, each.checkpoint)  # before memory is planned by sizes that no weights have
     needs = _cache_needs(files, options)
     if speculative:
         needs = replace(needs, num_rollback_slots=min(MAX_DRAFTING_SEQS, options.max_num_seqs))

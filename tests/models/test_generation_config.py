@@ -81,6 +81,31 @@ def test_only_what_would_change_an_answer_is_said_to_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "params"),
+    [
+        ({"top_k": -1}, {}),
+        ({"top_k": 0}, {"top_k": 0}),
+        ({"max_new_tokens": -1}, {}),
+        ({"typical_p": 1, "top_p": 1, "repetition_penalty": 1}, {"typical_p": 1, "top_p": 1, "repetition_penalty": 1}),
+        ({"min_p": 0, "top_p": None, "temperature": None}, {"min_p": 0}),
+        ({"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "min_length": -1, "top_h": None}, {}),
+        ({"no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": [], "suppress_tokens": [-1]}, {}),
+        ({"encoder_repetition_penalty": 1, "forced_eos_token_id": -1, "eos_token_id": [-1, None]}, {}),
+    ],
+)
+def test_what_says_off_is_off(keys: dict[str, Any], params: dict[str, Any]) -> None:
+    """In any of the ways in which files for other engines say it."""
+    expected = GenerationConfig(source="x", do_sample=True, params=params)
+    assert GenerationConfig.parse({"do_sample": True, **keys}, "x") == expected
+
+
+def test_a_model_whose_file_switches_top_k_off_loads(model: Callable[..., Path]) -> None:
+    llm = LLM(model(do_sample=True, temperature=0.7, top_k=-1, eos_token_id=-1))
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.7)
+    assert llm.end_tokens == {checkpoints.EOS: ["config.json"]}
+
+
+@pytest.mark.parametrize(
     ("keys", "says"),
     [
         ({"do_sample": "yes"}, "'do_sample' must be true or false, but it is 'yes'"),
@@ -90,6 +115,9 @@ def test_only_what_would_change_an_answer_is_said_to_be_left_out() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be"),
         ({"top_k": 2.5}, "'top_k' must be an integer, but it is 2.5"),
         ({"max_new_tokens": 0}, "'max_new_tokens' must be at least 1, but it is 0"),
+        ({"do_sample": True, "temperature": 10**400}, "'temperature' must be a finite number, but it is 1000"),
+        ({"top_k": 2**40}, "'top_k' must be at most 2147483647, but it is 1099511627776"),
+        ({"eos_token_id": 2**70}, "'eos_token_id' must be a token id or a list of them, but it is 1180"),
         ({"eos_token_id": "</s>"}, "'eos_token_id' must be a token id or a list of them, but it is '</s>'"),
     ],
 )

@@ -90,6 +90,16 @@ def test_a_tensor_left_over_is_named(name: str) -> None:
         assert "(nor are 2 others)" in refusal(name, {**shapes, extra: (24,), "a": (1,), "b": (2,)}, file)
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"])
+def test_sizes_that_no_weights_have_are_refused_before_memory_is_planned_by_them(key: str, tmp_path: Path) -> None:
+    """By the tensor that has others, and not by the memory that they would take."""
+    raw = CONFIGS["llama"] | {"num_key_value_heads": 1, "head_dim": 24}
+    tensors = checkpoints.tensors_of(raw)
+    folder = checkpoints.write_folder(tmp_path, raw | {key: 2**31 - 1 if key != "num_hidden_layers" else 4096}, tensors)
+    with pytest.raises(CheckpointError, match=r"(tensor 'model\S* has shape|has no tensor 'model\.layers\.3)"):
+        LLM(folder, kv_cache_memory=1 << 20)
+
+
 def test_a_layer_too_many_and_a_bias_that_the_config_denies() -> None:
     shapes = folder_shapes("llama-grouped")
     more = {key.replace("layers.2", "layers.3"): shape for key, shape in shapes.items() if "layers.2" in key}

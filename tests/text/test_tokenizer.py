@@ -339,11 +339,11 @@ def test_tokens_that_only_tokenizer_config_knows_are_added(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("decoder", "sentence"),
     [
-        ({"5": {"content": "<new>"}}, "gives '<new>' the id 5, but in the tokenizer that is"),
-        ({"5000": {"content": "<|im_end|>"}}, "gives '<|im_end|>' the id 5000, but in the tokenizer it is"),
-        ({"x": {"content": "<new>"}}, "added_tokens_decoder must have an object with content for each id"),
-        ({"5000": {}}, "added_tokens_decoder must have an object with content for each id"),
-        ([1], "added_tokens_decoder must have an object with content for each id"),
+        ({"5": {"content": "<new>"}}, "'<new>' has the id 5, which another token has"),
+        ({"5000": {"content": "<|im_end|>"}}, "'<|im_end|>' is to have the id 5000, but in the tokenizer it is"),
+        ({"x": {"content": "<new>"}}, "'x' is no token id"),
+        ({"5000": {}}, "'content' is missing"),
+        ([1], "'added_tokens_decoder' must be an object, but it is [1]"),
     ],
 )
 def test_an_added_token_that_contradicts_the_tokenizer_names_the_file(
@@ -398,10 +398,10 @@ def test_added_tokens_json_is_read_beside_a_vocabulary_with_merges(tmp_path: Pat
     assert tokenizer.encode("<|user|>ab<call>c<|end|>") == [27, 26, 28, 2, 30]
     assert tokenizer.decode([27, 26, 28, 2, 30]) == "ab<call>c" and tokenizer.eos_token_ids == {30}
     write(folder, added_tokens__json={"<|user|>": 3})
-    with pytest.raises(CheckpointError, match=r"added_tokens\.json gives '<\|user\|>' the id 3, .* that is 'd'"):
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: .*has the id 3, which another token has"):
         Tokenizer.from_folder(folder)
     write(folder, added_tokens__json={"<|user|>": "27"})
-    with pytest.raises(CheckpointError, match=r"added_tokens\.json gives '<\|user\|>' the id '27'"):
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: '<\|user\|>' must be an integer, but it is '27'"):
         Tokenizer.from_folder(folder)
 
 

@@ -162,6 +162,10 @@ class Checkpoint(Mapping[str, Array]):
         """All tensors but one."""
         return Checkpoint({key: tensor for key, tensor in self.tensors.items() if key != name}, self.source)
 
+    def renamed(self, name: str, new_name: str) -> "Checkpoint":
+        """The same tensors, one of them under another name."""
+        return Checkpoint({new_name if k == name else k: tensor for k, tensor in self.tensors.items()}, self.source)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError unless the tensor is there in this shape; nothing is read."""
         tensor = self.tensors.get(name)
@@ -185,7 +189,7 @@ class Checkpoint(Mapping[str, Array]):
         tensor = self.tensors[left[0]]
         others = f" (nor are {len(left) - 1} others)" if len(left) > 1 else ""
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name or left[0]!r} is no part of the model that the config describes"
+            f"{tensor.file}: tensor {tensor.name or left[0]!r:.200} is no part of the model that the config describes"
             f"{others}: the config belongs to another model, or asks for something that is not built."
         )
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, Index, LazyTensor, MappedFile
+from tinyserve.checkpoints.fields import Fields, shown
+from tinyserve.checkpoints.gguf_parts import parts_of
 from tinyserve.errors import CheckpointError
 from tinyserve.tensor import gguf_blocks
 
@@ -22,9 +24,16 @@ MAGIC = b"GGUF"
 # Element types of GGUF's metadata: 0..7 and 10..12 are numbers, 8 a string, 9 an array (gguf.GGUFValueType).
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# What the gguf package dequantizes, and F64.
 SUPPORTED = (
     "F32", "F16", "BF16", "F64", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+    "NVFP4",
 )  # fmt: skip
+# A header that is longer, or has longer lists, is none: a vocabulary of 260,000 tokens takes 20 MB and 1.3 million
+# values, each of which is an object here.
+_MAX_HEADER, _MAX_VALUES = 128 << 20, 1 << 23
+_MAX_NAME, _MAX_DIMENSIONS, _MAX_SIZE = 512, 4, 1 << 48  # of a tensor; its size without zeros
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,16 @@ class _Cursor:
     """A position in the header. Reading past the end of the file raises CheckpointError."""
 
     def __init__(self, path: Path, data: Array):
-        self.path, self.data, self.at = path, data.data, 0
+        self.path, self.data, self.at = path, data.data[:_MAX_HEADER], 0
+        self.values = 0  # of all lists so far
 
     def need(self, count: int) -> None:
         if count < 0 or self.at + count > len(self.data):
-            raise CheckpointError(
-                f"{self.path} ends at byte {len(self.data)} inside its header: it is truncated or corrupt, "
-                f"download it again."
-            )
+            if len(self.data) == _MAX_HEADER:
+                what = f"{self.path}: its header goes on past byte {_MAX_HEADER}, which no model's does: it is corrupt"
+            else:
+                what = f"{self.path} ends at byte {len(self.data)} inside its header: it is truncated or corrupt"
+            raise CheckpointError(f"{what}, download it again.")
 
     def number(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
@@ -63,6 +74,19 @@ class _Cursor:
         self.at += length
         return value.decode("utf-8", errors="replace")
 
+    def rank(self, tensor: str) -> int:
+        """How many dimensions a tensor has."""
+        if len(tensor) > _MAX_NAME:
+            raise CheckpointError(
+                f"{self.path}: a tensor's name has {len(tensor)} characters, {tensor!r:.80}; the file is corrupt."
+            )
+        rank: int = self.number("I")
+        if rank > _MAX_DIMENSIONS:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor!r} has {rank} dimensions, more than GGUF allows; the file is corrupt."
+            )
+        return rank
+
     def value(self, kind: int) -> Any:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
@@ -73,9 +97,15 @@ class _Cursor:
                 f"{self.path}: metadata of type {kind} at byte {self.at} is not GGUF; the file is corrupt."
             )
         element, count = self.number("I"), self.number("Q")
+        self.need(count)  # before asking struct for a size that no memory holds
+        self.values += count
+        if self.values > _MAX_VALUES:
+            raise CheckpointError(
+                f"{self.path}: the lists of its metadata hold more than {_MAX_VALUES} values, which no model's do: the "
+                f"file is corrupt."
+            )
         if element in _NUMBERS:
             form = f"<{count}{_NUMBERS[element]}"
-            self.need(count)  # before asking struct for a size that no memory holds
             self.need(struct.calcsize(form))
             values = list(struct.unpack_from(form, self.data, self.at))
             self.at += struct.calcsize(form)
@@ -84,7 +114,6 @@ class _Cursor:
             raise CheckpointError(
                 f"{self.path}: an array of type {element} at byte {self.at} is not GGUF; the file is corrupt."
             )
-        self.need(count)
         return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:
@@ -104,9 +133,44 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read a GGUF file's header and map its tensors; raises CheckpointError naming the file, the byte or the tensor."""
+    """Read the header of a GGUF file, and of all parts if it is one of several, and map their tensors.
+
+    Raises CheckpointError naming the file, and the byte, the key or the tensor. Metadata are the first part's.
+    """
+    file = _open_part(path)
+    split = Fields(file.metadata, str(path), CheckpointError)
+    count = split.integer("split.count", default=1, minimum=0, maximum=99_999)  # as many as a name can number
+    if count < 2:
+        return file
+    names = parts_of(path.name)
+    if len(names) != count:
+        split.refuse(
+            f"'split.count' is {count}, so that this is one part of several, and its name does not say which: parts "
+            f"are found by their names, NAME-00001-of-{count:05}.gguf and so on."
+        )
+    parts = [file if name == path.name else _open_part(path.with_name(name)) for name in names]
+    tensors: dict[str, LazyTensor] = {}
+    for i, part in enumerate(parts):
+        fields = Fields(part.metadata, str(part.path), CheckpointError)
+        for key, expected in (("split.no", i), ("split.count", count)):
+            if (found := fields.integer(key, minimum=0)) != expected:
+                fields.refuse(f"{key!r} is {found}, but by its name it is {expected}: it is a part of another model.")
+        if twice := sorted(tensors.keys() & part.tensors.tensors.keys()):
+            fields.refuse(f"tensor {twice[0]!r} is in {tensors[twice[0]].file} too: they are parts of two models.")
+        tensors |= part.tensors.tensors
+    total = split.integer("split.tensors.count", default=len(tensors), minimum=0)
+    if total != len(tensors):
+        split.refuse(
+            f"'split.tensors.count' is {total}, but the {count} parts have {len(tensors)} tensors: download them again."
+        )
+    return GGUFFile(parts[0].path, parts[0].metadata, Checkpoint(tensors, str(parts[0].path)))
+
+
+def _open_part(path: Path) -> GGUFFile:
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist.")
+        parts = parts_of(path.name)
+        which = f", which is part {parts.index(path.name) + 1} of {len(parts)}: put it beside the others"
+        raise CheckpointError(f"{path} does not exist{which if len(parts) > 1 else ''}.")
     if path.stat().st_size < 24:
         raise CheckpointError(
             f"{path} is {path.stat().st_size} bytes long, too short for a GGUF file: download it again."
@@ -128,13 +192,19 @@ def open_gguf(path: Path) -> GGUFFile:
     entries = []
     for _ in range(tensor_count):
         name = cursor.string()
-        dimensions = [cursor.number("Q") for _ in range(cursor.number("I"))]
-        entries.append((name, tuple(reversed(dimensions)), cursor.number("I"), cursor.number("Q")))
+        shape = tuple(cursor.number("Q") for _ in range(cursor.rank(name)))[::-1]
+        entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise CheckpointError(f"{path}: general.alignment is {alignment!r}, which aligns nothing; the file is corrupt.")
+    if type(alignment) is not int or alignment < 1:
+        raise CheckpointError(
+            f"{path}: general.alignment is {shown(alignment)}, which aligns nothing; the file is corrupt."
+        )
     start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _tensor(path, mapped, start + offset, name, shape, kind) for name, shape, kind, offset in entries}
+    tensors: dict[str, LazyTensor] = {}
+    for name, shape, kind, offset in entries:
+        if name in tensors:
+            raise CheckpointError(f"{path} has two tensors {name!r:.80}: the file is corrupt.")
+        tensors[name] = _tensor(path, mapped, start + offset, name, shape, kind)
     return GGUFFile(path, metadata, Checkpoint(tensors, str(path)))
 
 
@@ -147,6 +217,10 @@ def _tensor(path: Path, file: MappedFile, at: int, name: str, shape: tuple[int, 
     if quantization is None or quantization.name not in SUPPORTED:
         found = quantization.name if quantization else f"type {kind}"
         raise CheckpointError(f"{path}: tensor {name!r} is stored as {found}; tinyserve reads {', '.join(SUPPORTED)}.")
+    if math.prod(max(1, size) for size in shape) > _MAX_SIZE:  # which arrays are not made for, even where one is zero
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the shape {list(shape)}, which no tensor has: it is corrupt."
+        )
     block, block_bytes = GGML_QUANT_SIZES[quantization]
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     if columns % block:
@@ -189,6 +263,8 @@ def _dequantize(raw: Array, quantization: Any, shape: tuple[int, ...]) -> Array:
             return np.asarray(raw).view(np.float64).astype(np.float32).reshape(shape)
         case "F16":
             return np.asarray(raw).view(np.float16).astype(np.float32).reshape(shape)
+        case _ if not raw.size:
+            return np.zeros(shape, np.float32)
         case _:
             from gguf.quants import dequantize
 

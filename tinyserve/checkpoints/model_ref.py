@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.gguf_parts import first_parts
 from tinyserve.checkpoints.presets import Preset
 from tinyserve.errors import CheckpointError, UserError
 
@@ -114,13 +115,13 @@ def _local(text: str) -> Path | None:
         return None if is_preset and not is_gguf(path) else path
     if (path / "config.json").is_file():
         return path
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = first_parts(file.name for file in path.glob("*.gguf"))
     if len(ggufs) == 1:
-        return ggufs[0]
+        return path / ggufs[0]
     if is_preset:
         return None
     if ggufs:
-        names = ", ".join(file.name for file in ggufs[:6])
+        names = ", ".join(ggufs[:6])
         raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files ({names}): give the path of one of them.")
     raise CheckpointError(
         f"The folder {path} has no config.json: give a folder with config.json, the tokenizer's files and "

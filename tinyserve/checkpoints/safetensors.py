@@ -5,6 +5,7 @@ NumPy lacks, are widened here).
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -13,42 +14,48 @@ from typing import NoReturn
 import numpy as np
 
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, Index, LazyTensor, MappedFile
+from tinyserve.checkpoints.shard_index import INDEX, WHOLE, read_index
 from tinyserve.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+_MAX_HEADER = 32 << 20  # bytes: of the largest shards about, not a tenth of it
 
 
 def open_safetensors(folder: Path) -> Checkpoint:
     """Map every tensor of a folder's safetensors files; raises CheckpointError naming the file and the tensor."""
-    tensors: dict[str, LazyTensor] = {}
+    if (folder / WHOLE).is_file():
+        return Checkpoint(_open_file(folder / WHOLE), str(folder))
     if (folder / INDEX).is_file():
-        wanted = _read_index(folder / INDEX)
-        for shard in sorted(set(wanted.values())):
-            found = _open_file(folder / shard)
-            tensors |= {name: tensor for name, tensor in found.items() if wanted.get(name) == shard}
-        if missing := sorted(wanted.keys() - tensors.keys()):
-            raise CheckpointError(
-                f"{folder / wanted[missing[0]]} lacks tensor {missing[0]!r}, which {INDEX} promises there: "
-                f"download the shards again."
-            )
-        return Checkpoint(tensors, str(folder))
-    files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+        return Checkpoint(_indexed(folder), str(folder))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
             f"{folder} has no *.safetensors file: tinyserve reads safetensors and GGUF, not pickled weights."
         )
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        tensors |= _open_file(file)
+        found = _open_file(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                f"{file} has tensor {twice[0]!r}, and so has {tensors[twice[0]].file}: without {INDEX} nothing says "
+                "which one is the model's; leave the files of one model in the folder."
+            )
+        tensors |= found
     return Checkpoint(tensors, str(folder))
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index with a weight_map ({error}).") from None
+def _indexed(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of all shards, each from the one that the index names."""
+    wanted = read_index(folder / INDEX)
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(set(wanted.values())):
+        found = _open_file(folder / shard)
+        tensors |= {name: tensor for name, tensor in found.items() if wanted.get(name) == shard}
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{folder / wanted[missing[0]]} lacks tensor {missing[0]!r}, which {INDEX} promises there: "
+            f"download the shards again."
+        )
+    return tensors
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -57,12 +64,18 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again.")
+    with path.open("rb") as stream:
+        if (header := int.from_bytes(stream.read(8), "little")) > _MAX_HEADER and path.stat().st_size > _MAX_HEADER:
+            raise CheckpointError(
+                f"{path} is not a safetensors file: its header would be {header} bytes long; download it again."
+            )
     try:
         with safe_open(path, framework="numpy"):  # checks the header, every offset, and the file's length
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}): it is truncated or corrupt, download it again."
+            f"{path} is not a complete safetensors file ({error!s:.200}): it is truncated or corrupt, download it "
+            "again."
         ) from None
     file = MappedFile(path)
     data = file.bytes
@@ -87,7 +100,7 @@ def _tensor(
         values = data.view(kept_as).reshape(shape)
         read = partial(convert, values)
         if len(shape) >= 2:
-            take = partial(_take, values.reshape(-1, shape[-1]), convert)
+            take = partial(_take, values.reshape(math.prod(shape[:-1]), shape[-1]), convert)
     else:
         read = partial(_refuse, path, name, dtype)
     if dtype in _STORED:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.gguf_parts import first_parts
 from tinyserve.models.dtypes import SHOWN
 
 _PLAIN = re.compile(r"[\w.+-]+")  # what no shell has to quote
@@ -15,8 +16,8 @@ _PLAIN = re.compile(r"[\w.+-]+")  # what no shell has to quote
 
 def models(incomplete: str) -> list[str]:
     """Presets, and the GGUF files in this folder. Of a path there is none: shells complete paths themselves."""
-    here = (path.name for path in Path().glob("*.gguf") if _PLAIN.fullmatch(path.name))
-    return going_on(incomplete, [*presets.names(), *sorted(here)])
+    here = first_parts(path.name for path in Path().glob("*.gguf") if _PLAIN.fullmatch(path.name))
+    return going_on(incomplete, [*presets.names(), *here])
 
 
 def downloads(incomplete: str) -> list[str]:

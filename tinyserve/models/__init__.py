@@ -9,7 +9,7 @@ from tinyserve.progress import Progress
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.checkpoint import Array, Checkpoint
-    from tinyserve.models.base import DecoderModel
+    from tinyserve.models.base import DecoderModel, Loader
     from tinyserve.models.matrix import Matrix
 
 
@@ -22,6 +22,11 @@ def check_supported(config: ModelConfig) -> None:
             f"model_type {config.model_type!r} cannot run yet: its family is not built, only described "
             f"(inspect-config and compare know it). What runs: {runs}."
         )
+
+
+def check_weights(config: ModelConfig, checkpoint: "Checkpoint") -> None:
+    """Raise CheckpointError for a tensor that is missing, misshapen or left over; no weights are read."""
+    _loader(config, checkpoint, "float32", max_model_len=1)
 
 
 def build_model(
@@ -38,13 +43,19 @@ def build_model(
 
     Raises ConfigError for an unsupported architecture, CheckpointError for a missing or misshapen tensor.
     """
-    from tinyserve.models.base import Loader
-
-    check_supported(config)
+    loader = _loader(config, checkpoint, dtype, max_model_len, progress)
     family = registry.by_model_type()[config.model_type]
-    module = family.model_module()
-    loader = Loader(config, module.sanitize(checkpoint, config), dtype, max_model_len, progress)
-    model: DecoderModel = getattr(module, str(family.model))(config, loader)
+    model: DecoderModel = getattr(family.model_module(), str(family.model))(config, loader)
     if built is not None:
         built.update(loader.built)
     return model
+
+
+def _loader(
+    config: ModelConfig, checkpoint: "Checkpoint", dtype: str, max_model_len: int, progress: Progress | None = None
+) -> "Loader":
+    from tinyserve.models.base import Loader
+
+    check_supported(config)
+    sanitize = registry.by_model_type()[config.model_type].model_module().sanitize
+    return Loader(config, sanitize(checkpoint, config), dtype, max_model_len, progress)

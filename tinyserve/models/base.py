@@ -310,7 +310,7 @@ class Loader:
             whole = whole.reshape(-1, whole.shape[-1])
             return (whole.T if transposed else whole)[index]
         rows = tensor.take(index, transposed)
-        if not np.isfinite(rows.sum()):
+        if not _is_finite(rows):
             self._check_numbers(name, self.checkpoint[name])
         self._advance(rows.size)
         return rows
@@ -322,8 +322,7 @@ class Loader:
         return array
 
     def _check_numbers(self, name: str, array: Array) -> None:
-        # A sum is not a number if anything in it is not, and costs a tenth of looking at each.
-        if not np.isfinite(array.sum()) and not (finite := np.isfinite(array)).all():
+        if not _is_finite(array) and not (finite := np.isfinite(array)).all():
             where = [int(i) for i in np.argwhere(~finite)[0]]
             raise CheckpointError(
                 f"{self.checkpoint.tensors[name].file}: tensor {name!r} holds {array[tuple(where)]} at {where}: the "
@@ -333,6 +332,12 @@ class Loader:
     def _advance(self, count: int) -> None:
         self._done += count
         self._progress("load", self._done, self._total)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _is_finite(array: Array) -> bool:
+    """False if anything in it may not be a number: nor is the sum then, which costs a tenth of looking at each."""
+    return bool(np.isfinite(array.sum()))
 
 
 _AT_ONCE = 1 << 20  # weights that are floats at the same time while a matrix is packed

@@ -6,6 +6,7 @@ Knows what all architectures have in common; the keys of each are told by its co
 from pathlib import Path
 from typing import Any
 
+from tinyserve.checkpoints.fields import Fields, shown
 from tinyserve.checkpoints.gguf import GGUFFile, open_gguf
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
@@ -25,19 +26,20 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     family = families.get(str(architecture))
     if family is None:
         raise ConfigError(
-            f"{file.path}: general.architecture {architecture!r} is not supported; tinyserve reads GGUF files of "
+            f"{file.path}: general.architecture {shown(architecture)} is not supported; tinyserve reads GGUF files of "
             f"{', '.join(families)}."
         )
     keys = GGUFMetadata(
         str(file.path), str(architecture), metadata, file.tensors.tensors.keys(),
-        largest=lambda name: float(file.tensors[name].max()),
+        largest=lambda name: _largest(file, name),
     )  # fmt: skip
     keys.require("attention.causal", True)
     keys.require("pooling_type", 0)
     raw = family.config_class().from_gguf(keys)
     raw["vocab_size"] = keys.key("vocab_size", None) or _vocab_size(file)
-    raw["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    fields = Fields(metadata, str(file.path))
+    raw["bos_token_id"] = fields.token_id("tokenizer.ggml.bos_token_id")
+    ends = [fields.token_id(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     raw["eos_token_id"] = sorted({end for end in ends if end is not None})
     raw["tie_word_embeddings"] = "output.weight" not in file.tensors
     return raw
@@ -52,12 +54,19 @@ def generation_config(file: GGUFFile) -> dict[str, Any]:
     return raw | {"do_sample": bool(raw.get("temperature"))}
 
 
+def _largest(file: GGUFFile, name: str) -> float:
+    values = file.tensors[name]
+    if not values.size:
+        raise ConfigError(f"{file.path}: tensor {name!r} has no numbers; convert the model again.")
+    return float(values.max())
+
+
 def _vocab_size(file: GGUFFile) -> int:
     vocabulary, embedding = file.metadata.get("tokenizer.ggml.tokens"), file.tensors.tensors.get("token_embd.weight")
     if isinstance(vocabulary, list):
         return len(vocabulary)
-    if vocabulary is not None or embedding is None:
+    if vocabulary is not None or embedding is None or not embedding.shape:
         raise ConfigError(
-            f"{file.path}: tokenizer.ggml.tokens is {vocabulary!r:.60}, not a vocabulary; convert the model again."
+            f"{file.path}: tokenizer.ggml.tokens is {shown(vocabulary)}, not a vocabulary; convert the model again."
         )
     return embedding.shape[0]

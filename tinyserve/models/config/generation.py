@@ -7,27 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from tinyserve.checkpoints.fields import NO_TOKEN, Fields, shown
 from tinyserve.errors import RequestError
-from tinyserve.models.config.base import Fields
 from tinyserve.sampling_params import Param, SamplingParams
 
 _ROWS = {row.file: row for row in SamplingParams.rows.values() if row.file is not None}
-# What else changes an answer in transformers, and the values that leave it as it is.
+# What else changes an answer in transformers, and the values that leave it as it is. Below zero is off for all of them.
 _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
-    "encoder_repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1, 0),
     "no_repeat_ngram_size": (0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "top_h": (),
-    "num_beams": (1,),
-    "penalty_alpha": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (1, 0),
+    "num_beams": (1, 0),
+    "num_beam_groups": (1, 0),
+    "penalty_alpha": (0,),
     "min_length": (0,),
     "min_new_tokens": (0,),
-    "bad_words_ids": ([],),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
+    "bad_words_ids": ([], [[]]),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([], [-1]),
+    "begin_suppress_tokens": ([], [-1]),
+    "forced_bos_token_id": NO_TOKEN,
+    "forced_eos_token_id": NO_TOKEN,
+    "forced_decoder_ids": ([],),
 }
 
 
@@ -48,12 +51,16 @@ class GenerationConfig:
         config = cls(
             source=source,
             do_sample=fields.boolean("do_sample", default=False),
-            params={row.name: _read(fields, key, row) for key, row in _ROWS.items() if fields.has(key)},
+            params={
+                row.name: _read(fields, key, row)
+                for key, row in _ROWS.items()
+                if fields.has(key) and not (row.kind is int and _is_negative(raw[key]))
+            },
             eos_token_ids=fields.token_ids("eos_token_id", default=None),
             not_obeyed=tuple(
-                f"{key} {raw[key]}"
+                f"{key} {shown(raw[key])}"
                 for key, neutral in _NOT_BUILT.items()
-                if fields.has(key) and raw[key] not in neutral
+                if fields.has(key) and raw[key] not in neutral and not _is_negative(raw[key])
             ),
         )
         try:
@@ -71,6 +78,11 @@ class GenerationConfig:
         """The file again, as far as it is read here."""
         values = {key: self.params[row.name] for key, row in _ROWS.items() if row.name in self.params}
         return {"do_sample": self.do_sample, **values, "eos_token_id": list(self.eos_token_ids)}
+
+
+def _is_negative(value: Any) -> bool:
+    """Whether a value is below zero, which is how files for other engines say that a limit is off."""
+    return type(value) in (int, float) and value < 0
 
 
 def _read(fields: Fields, key: str, row: Param) -> Any:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinyserve.checkpoints.fields import MAX_INTEGER, Fields, shown
 from tinyserve.errors import ConfigError
+from tinyserve.models.config.shapes import MAX_LAYERS
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,24 @@ class GGUFMetadata:
             raise ConfigError(f"{self.source} lacks the metadata key {full!r}; convert the model again.")
         return self.values.get(full, *default)
 
+    def integer(self, name: str, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
+        """The same for a key that must be a whole number."""
+        self.key(name)
+        return int(self._fields.integer(f"{self.architecture}.{name}", minimum=minimum, maximum=maximum))
+
+    def integers(self, name: str) -> list[int]:
+        """The same for a key that must be a list of whole numbers."""
+        return self._fields.listed(f"{self.architecture}.{name}", int, "whole numbers")
+
+    @property
+    def _fields(self) -> Fields:
+        return Fields(self.values, self.source)
+
     def require(self, name: str, built: Any) -> None:
         """Raise ConfigError for a key that turns a known architecture into one that is not built."""
         if (value := self.key(name, built)) not in (built, None):
             raise ConfigError(
-                f"{self.source}: {self.architecture}.{name} is {value!r}, which is not supported; {built!r} is."
+                f"{self.source}: {self.architecture}.{name} is {shown(value)}, which is not supported; {built!r} is."
             )
 
     def layers_have(self, part: str) -> bool:
@@ -40,16 +55,19 @@ class GGUFMetadata:
 
     def rope(self) -> dict[str, Any]:
         """RoPE's base, and how it is stretched; raises ConfigError for a way that is not built."""
-        scaling = self.key("rope.scaling.type", "none")
-        rope = {"rope_type": "default", "rope_theta": self.key("rope.freq_base", 10000.0)}
-        if scaling == "linear":
-            rope |= {"rope_type": "linear", "factor": self.key("rope.scaling.factor")}
-        elif scaling != "none":
-            raise ConfigError(
-                f"{self.source}: {self.architecture}.rope.scaling.type {scaling!r} is not supported; none and linear "
-                "are."
-            )
+        prefix = f"{self.architecture}.rope"
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.key("rope.freq_base", 10000.0)}
+        # As llama.cpp reads it: without a type a factor is linear, under its old name too, and 0 stretches nothing.
+        scaling = self._fields.choice(f"{prefix}.scaling.type", ("none", "linear"), default="linear")
+        factor = self._fields.number(f"{prefix}.scaling.factor", f"{prefix}.scale_linear", default=0, positive=False)
+        if scaling == "linear" and factor not in (0, 1):
+            rope |= {"rope_type": "linear", "factor": factor}
         if "rope_freqs.weight" in self.tensors:
+            if rope["rope_type"] == "linear":
+                raise ConfigError(
+                    f"{self.source}: {prefix}.scaling.factor is {factor:g} beside the tensor 'rope_freqs.weight': "
+                    "positions that are stretched twice are not supported."
+                )
             # llama.cpp bakes Llama 3's scaling into a tensor of divisors. Its rule (low 1, high 4, 8192 positions
             # before stretching) has one free number, the largest divisor.
             rope |= {
@@ -78,7 +96,7 @@ class GGUFMetadata:
         rope = self.rope()
         self.check_rotation()
         return {
-            "num_hidden_layers": self.key("block_count"),
+            "num_hidden_layers": self.integer("block_count", maximum=MAX_LAYERS),
             "hidden_size": self.key("embedding_length"),
             "intermediate_size": self.key("feed_forward_length"),
             "num_attention_heads": self.key("attention.head_count"),

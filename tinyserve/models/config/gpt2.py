@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tinyserve.models.config.base import DenseConfig, Description, Fields, common_fields
+from tinyserve.models.config.base import ConfigFields, DenseConfig, Description, common_fields
 from tinyserve.models.config.gguf import GGUFMetadata
 from tinyserve.models.config.shapes import TensorShape, conv1d, layer_norm
 
@@ -22,7 +22,7 @@ class GPT2Config(DenseConfig):
     scale_attn_by_inverse_layer_idx: bool
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a GPT-2 config.json; defaults are those of transformers' GPT2Config."""
         hidden_size = fields.integer("n_embd", "hidden_size")
         heads = fields.integer("n_head", "num_attention_heads")

@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tinyserve.checkpoints.fields import as_float, shown
 from tinyserve.errors import ConfigError
 from tinyserve.models.config.base import (
     ATTENTION,
     MAMBA,
+    ConfigFields,
     Description,
-    Fields,
     ModelConfig,
     RopeParameters,
-    as_float,
     common_fields,
 )
 from tinyserve.models.config.description import plural, rope_words
 from tinyserve.models.config.gguf import GGUFMetadata
-from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, linear, rms_norm
+from tinyserve.models.config.shapes import MAX_LAYERS, TensorShape, gated_mlp, grouped_attention, linear, rms_norm
 
 # transformers before 5 | since 5 -> ours
 LAYER_TYPES = {
@@ -85,12 +85,12 @@ class GraniteConfig(ModelConfig):
         return window, (self.mamba_n_heads, self.mamba_d_state, self.mamba_d_head)
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a config.json of any Granite; defaults are those of transformers' three classes."""
         hybrid = model_type == "granitemoehybrid"
         known: dict[str, Any] = {}
         if hybrid:
-            known["layer_types"] = _layer_types(fields, fields.integer("num_hidden_layers"))
+            known["layer_types"] = _layer_types(fields, fields.integer("num_hidden_layers", maximum=MAX_LAYERS))
         defaults = {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
         common = common_fields(fields, model_type, spellings={}, defaults=defaults, **known)
         rotates = _rotates(fields, ("rope", "nope") if hybrid else ("rope",))
@@ -125,6 +125,7 @@ class GraniteConfig(ModelConfig):
         experts, shared = file.key("expert_count", 0), file.key("expert_shared_feed_forward_length", 0)
         kv_heads = raw["num_key_value_heads"]
         if isinstance(kv_heads, list):  # one a layer; a layer without is recurrent
+            kv_heads = file.integers("attention.head_count_kv")
             raw["num_key_value_heads"] = max(kv_heads, default=0)
             raw["layer_types"] = ["attention" if heads else "mamba" for heads in kv_heads]
         raw |= {
@@ -140,12 +141,11 @@ class GraniteConfig(ModelConfig):
         rotates = file.key("rope.scaling.finetuned", True)
         if rotates and "mamba" not in raw.get("layer_types", ()) and not shared:
             return raw | {"model_type": "granitemoe" if experts else "granite"}
-        layers = raw["num_hidden_layers"]
         raw |= {
             "model_type": "granitemoehybrid",
             "position_embedding_type": "rope" if rotates else "nope",
             "shared_intermediate_size": shared or raw["intermediate_size"],
-            "layer_types": raw.get("layer_types") or ["attention"] * (layers if isinstance(layers, int) else 0),
+            "layer_types": raw.get("layer_types") or ["attention"] * raw["num_hidden_layers"],
         }
         return raw | (_mamba_from_gguf(file) if "mamba" in raw["layer_types"] else {})
 
@@ -226,8 +226,8 @@ def _mamba_from_gguf(file: GGUFMetadata) -> dict[str, Any]:
     counts = all(isinstance(size, int) and size > 0 for size in (inner, heads, hidden))
     if not counts or inner % heads or inner % hidden:
         raise ConfigError(
-            f"{file.source}: ssm.inner_size {inner!r} is not a multiple of ssm.time_step_rank {heads!r} and of "
-            f"embedding_length {hidden!r}; convert the model again."
+            f"{file.source}: ssm.inner_size {shown(inner)} is not a multiple of ssm.time_step_rank {shown(heads)} and "
+            f"of embedding_length {shown(hidden)}; convert the model again."
         )
     return {
         "mamba_n_heads": heads,
@@ -241,12 +241,12 @@ def _mamba_from_gguf(file: GGUFMetadata) -> dict[str, Any]:
     }
 
 
-def _rotates(fields: Fields, kinds: tuple[str, ...]) -> bool:
+def _rotates(fields: ConfigFields, kinds: tuple[str, ...]) -> bool:
     """Whether attention has RoPE; where there is a choice, only if `position_embedding_type` says so."""
     return fields.choice("position_embedding_type", kinds, default=kinds[-1]) == "rope"
 
 
-def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
+def _layer_types(fields: ConfigFields, layers: int) -> tuple[str, ...]:
     """Read `layer_types` in either dialect; absent, every layer is Mamba, as in transformers."""
     key = "layer_types" if fields.has("layer_types") else "layers_block_type"
     written = fields.names(key) or (MAMBA,) * layers
@@ -254,11 +254,11 @@ def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
         fields.refuse(f"{key!r} must list one type for each of the {layers} layers, but it lists {len(written)}.")
     for name in written:
         if name not in LAYER_TYPES:
-            fields.refuse(f"{key!r} has {name!r}, which is not supported; supported: {', '.join(LAYER_TYPES)}.")
+            fields.refuse(f"{key!r} has {shown(name)}, which is not supported; supported: {', '.join(LAYER_TYPES)}.")
     return tuple(LAYER_TYPES[name] for name in written)
 
 
-def _experts(fields: Fields, minimum: int) -> dict[str, Any]:
+def _experts(fields: ConfigFields, minimum: int) -> dict[str, Any]:
     """Read the mixture of experts; `num_local_experts: 0` is a dense model although the key is there."""
     experts = fields.integer("num_local_experts", default=8, minimum=minimum)
     if experts == 0:
@@ -269,7 +269,7 @@ def _experts(fields: Fields, minimum: int) -> dict[str, Any]:
     return {"num_local_experts": experts, "num_experts_per_tok": per_token}
 
 
-def _mamba(fields: Fields, hidden_size: int) -> dict[str, Any]:
+def _mamba(fields: ConfigFields, hidden_size: int) -> dict[str, Any]:
     """Read the Mamba2 keys and check that heads, width and groups agree."""
     heads, expand = fields.integer("mamba_n_heads"), fields.integer("mamba_expand", default=2)
     width, groups = expand * hidden_size, fields.integer("mamba_n_groups", default=1)
@@ -296,12 +296,12 @@ def _mamba(fields: Fields, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _time_step_limit(fields: Fields) -> tuple[float, float]:
+def _time_step_limit(fields: ConfigFields) -> tuple[float, float]:
     """Read the clamp of dt, whose upper end is usually infinity in one of JSON's spellings."""
     written = fields.raw.get("time_step_limit")
     if written is None:
         return 0.0, math.inf
     ends = [as_float(end) for end in written] if isinstance(written, list | tuple) else []
     if len(ends) != 2 or ends[0] is None or ends[1] is None or not ends[0] <= ends[1]:
-        fields.refuse(f"'time_step_limit' must be two numbers in ascending order, but it is {written!r}.")
+        fields.refuse(f"'time_step_limit' must be two numbers in ascending order, but it is {shown(written)}.")
     return ends[0], ends[1]

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tinyserve.models.config.base import ATTENTION, DenseConfig, Description, Fields, RopeParameters, common_fields
+from tinyserve.models.config.base import (
+    ATTENTION,
+    ConfigFields,
+    DenseConfig,
+    Description,
+    RopeParameters,
+    common_fields,
+)
 from tinyserve.models.config.description import rope_words
 from tinyserve.models.config.gguf import GGUFMetadata
 from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, rms_norm
@@ -25,13 +32,13 @@ class LlamaConfig(DenseConfig):
     sliding_window: int | None  # a query sees this many positions, itself included; None sees all
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a Llama or Mistral config.json; defaults are those of transformers' classes."""
         mistral = model_type == "mistral"
         other_layers = set(fields.names("layer_types")) - {ATTENTION, "full_attention"}
         if other_layers:
             fields.refuse(
-                f"'layer_types' has {', '.join(sorted(other_layers))}; supported for {model_type}: full_attention."
+                f"'layer_types' has {', '.join(sorted(other_layers)):.200}; supported for {model_type}: full_attention."
             )
         # Without the key a Mistral has 8; with null it has one per query head, as has a Llama either way.
         grouped = {"num_key_value_heads": 8} if mistral and "num_key_value_heads" not in fields.raw else {}
@@ -76,7 +83,7 @@ class LlamaConfig(DenseConfig):
         return Description(rope_words(self.rope), "RMSNorm", "SwiGLU", "sequential")
 
 
-def _sliding_window(fields: Fields) -> int | None:
+def _sliding_window(fields: ConfigFields) -> int | None:
     """Read Mistral's window: 4096 where the key is absent, as in transformers; null and 0 are off."""
     if "sliding_window" in fields.raw and not fields.raw["sliding_window"]:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tinyserve.models.config.base import DenseConfig, Description, Fields, RopeParameters, common_fields
+from tinyserve.models.config.base import ConfigFields, DenseConfig, Description, RopeParameters, common_fields
 from tinyserve.models.config.description import rope_words
 from tinyserve.models.config.gguf import GGUFMetadata
 from tinyserve.models.config.shapes import TensorShape, gated_mlp, grouped_attention, rms_norm
@@ -26,7 +26,7 @@ class QwenConfig(DenseConfig):
     sliding_window: int | None  # a query sees this many positions, itself included; None sees all
 
     @classmethod
-    def parse(cls, fields: Fields, model_type: str) -> Self:
+    def parse(cls, fields: ConfigFields, model_type: str) -> Self:
         """Read a Qwen2 or Qwen3 config.json; defaults are those of transformers' classes."""
         qwen3 = model_type == "qwen3"
         defaults: dict[str, Any] = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
@@ -82,7 +82,7 @@ class QwenConfig(DenseConfig):
         return Description(rope_words(self.rope), norm, "SwiGLU", "sequential")
 
 
-def _sliding_window(fields: Fields, layers: int) -> int | None:
+def _sliding_window(fields: ConfigFields, layers: int) -> int | None:
     """Read the window where all layers have one or none has; one of some layers alone is not built."""
     window = None
     # 4096 where the key is absent, as in transformers; null and 0 are off.
@@ -103,7 +103,7 @@ def _sliding_window(fields: Fields, layers: int) -> int | None:
         return None
     if set(kinds) != {"sliding_attention"} or window is None:
         fields.refuse(
-            f"'layer_types' has {', '.join(sorted(set(kinds)))}; supported: full_attention in all layers, or, with "
-            "'use_sliding_window' and 'sliding_window', sliding_attention in all layers."
+            f"'layer_types' has {', '.join(sorted(set(kinds))):.200}; supported: full_attention in all layers, or, "
+            "with 'use_sliding_window' and 'sliding_window', sliding_attention in all layers."
         )
     return window

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from tinyserve.models.config.base import ModelConfig
 
+MAX_LAYERS: Final = 4096  # far more than any model has; each is a dozen names of tensors
 COMPONENTS: Final = (
     "embedding",
     "position",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tinyserve.text.tokenizer.library import library_errors
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -129,11 +131,13 @@ class StreamDetokenizer:
         if token_id in self._skipped:
             return ""
         self._ids.append(token_id)
-        text: str = self._stream.step(self._backend, token_id) or ""
+        with library_errors("The tokenizer's decoder fails"):
+            text: str = self._stream.step(self._backend, token_id) or ""
         self._shown += text
         return text
 
     def finish(self) -> str:
         """Return what was still held back."""
-        text = self._backend.decode(self._ids, skip_special_tokens=False)
+        with library_errors("The tokenizer's decoder fails"):
+            text = self._backend.decode(self._ids, skip_special_tokens=False)
         return text.removeprefix(self._shown) if text.startswith(self._shown) else ""

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.checkpoints.json_file import read_json
+from tinyserve.checkpoints.fields import Fields
+from tinyserve.checkpoints.json_file import read_json, read_text
 from tinyserve.errors import CheckpointError
+from tinyserve.text.tokenizer.library import library_errors
 from tinyserve.text.tokenizer.processors import add_bos_and_eos
 
 if TYPE_CHECKING:
@@ -24,29 +26,29 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def load_folder(folder: Path) -> dict[str, Any]:
     """Build the arguments of `Tokenizer` from a folder; CheckpointError names the file at fault."""
-    config = _read_optional(folder / "tokenizer_config.json")
-    named = _read_optional(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
-    special = {name: token for name in _NAMES if (token := _content(named.get(name))) is not None}
+    config, named = (_read_optional(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    special = _special_tokens(named) | _special_tokens(config)
+    declared: dict[int, str] = {}
     if (folder / "tokenizer.json").is_file():
-        backend = _from_tokenizer_json(folder / "tokenizer.json")
+        backend, declared = _from_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_vocab_and_merges(folder)
         if backend.token_to_id("<|endoftext|>") is not None:  # GPT-2's files do not say so: its code did
             special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | special
     else:
         raise CheckpointError(_missing(folder))
-    backend = _add_tokens(backend, config.get("added_tokens_decoder") or {}, folder / "tokenizer_config.json")
+    decoder = config.inside("added_tokens_decoder", config.objects("added_tokens_decoder"))
+    backend = _with_added_tokens(backend, decoder, declared)
     if not (folder / "tokenizer.json").is_file():  # which has them all
-        path = folder / "added_tokens.json"
-        more = named.get("additional_special_tokens")
-        others = [_content(token) for token in more] if isinstance(more, list) else []
-        are_special = [*special.values(), *others]
-        backend = _add_tokens(backend, _by_id(_read_optional(path), path, are_special), path)
+        others = [token for fields in (named, config) for token in _more_special_tokens(fields)]
+        added = _read_optional(folder / "added_tokens.json")
+        backend = _with_added_tokens(backend, _by_id(added, [*special.values(), *others]), declared)
     special = {name: token for name, token in special.items() if backend.token_to_id(token) is not None}
     _mark_special(backend, special.values())
     if not (folder / "tokenizer.json").is_file():  # which has its own way to add them, and wins
         bos, eos = (
-            special.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+            special.get(f"{name}_token") if config.boolean(f"add_{name}_token", default=False) else None
+            for name in ("bos", "eos")
         )
         add_bos_and_eos(backend, bos, eos)
     bos_ids, eos_ids = (_ids_of(name, folder, backend, special) for name in ("bos_token", "eos_token"))
@@ -54,7 +56,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
         "backend": backend,
         "source": str(folder),
         "special_tokens": special,
-        "bos_token_id": bos_ids[0] if bos_ids else None,
+        "bos_token_id": next((i for i in bos_ids if backend.id_to_token(i) is not None), None),
         "eos_token_ids": frozenset(eos_ids),
         "chat_templates": _chat_templates(folder, config),
     }
@@ -73,101 +75,132 @@ def _missing(folder: Path) -> str:
     )
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path, CheckpointError) if path.exists() else {}
+def _read_optional(path: Path) -> Fields:
+    return Fields(read_json(path, CheckpointError) if path.exists() else {}, str(path), CheckpointError)
 
 
-def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _from_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, dict[int, str]]:
+    """The tokenizer, and its added tokens by the ids that they have in the file."""
     from tokenizers import Tokenizer
 
-    try:
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path, CheckpointError)
+    with library_errors(f"{path} is not a tokenizer that can be read"):
         backend = Tokenizer.from_str(text)
-        declared = {token["content"]: token["id"] for token in _added_tokens(text)}
-        if any(backend.token_to_id(content) != token_id for content, token_id in declared.items()):
-            backend = _renumbered(backend, declared)
-        return backend
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{path} is not a tokenizer that can be read: {error}.") from None
-
-
-def _added_tokens(text: str) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, without reading the rest of it, which is long."""
-    found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(text, found.end())[0] if found else []
-    return tokens
-
-
-def _renumbered(backend: tokenizers.Tokenizer, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
-    """The same tokenizer with these ids for added tokens.
-
-    The library numbers them one after the other behind the vocabulary, whatever a file says, but for those that the
-    vocabulary has itself: so they are put there.
-    """
-    from tokenizers import Tokenizer
-
-    data = json.loads(backend.to_str())
-    data["model"]["vocab"] |= ids
-    for token in data["added_tokens"]:
-        token["id"] = ids.get(token["content"], token["id"])
-    return Tokenizer.from_str(json.dumps(data))
+    # The rest, 100,000s of pieces, is not parsed twice.
+    at = re.search(r'(?<!\\)"added_tokens"\s*:\s*(?=\[)', text)
+    added = json.JSONDecoder().raw_decode(text, at.end())[0] if at else []
+    return backend, {token["id"]: token["content"] for token in added}
 
 
 def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{folder}: vocab.json with merges.txt is no tokenizer: {error}.") from None
-    backend = Tokenizer(model)
+    vocab = _read_optional(folder / "vocab.json")
+    ids = {piece: vocab.integer(piece, minimum=0) for piece in vocab.raw}
+    merges = []
+    for line in read_text(folder / "merges.txt", CheckpointError).split("\n"):
+        if line.strip() and not line.startswith("#version"):
+            first, _, second = line.rstrip("\r").partition(" ")
+            if not ids.keys() >= {first, second, first + second}:
+                raise CheckpointError(
+                    f"{folder / 'merges.txt'}: {line!r:.80} is no merge of two tokens of vocab.json to a third: take "
+                    "both files from the model's repository."
+                )
+            merges.append((first, second))
+    with library_errors(f"{folder}: vocab.json with merges.txt is no tokenizer"):
+        backend = Tokenizer(models.BPE(ids, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
+def _special_tokens(fields: Fields) -> dict[str, str]:
+    """The named special tokens of a file; each is written as a string or as an object with its flags."""
+    tokens = {}
+    for name in _NAMES:
+        value = fields.raw.get(name)
+        content = fields.inside(name, value).text("content", default=None) if isinstance(value, dict) else None
+        if content is None and not isinstance(value, dict):
+            content = fields.text(name, default=None)
+        if content is not None:
+            tokens[name] = content
+    return tokens
 
 
-def _by_id(tokens: Mapping[str, Any], path: Path, special: Collection[Any]) -> dict[str, dict[str, Any]]:
-    """What an added_tokens.json says, as an added_tokens_decoder has it; raises CheckpointError for what is no id.
+def _more_special_tokens(fields: Fields) -> list[Any]:
+    tokens = fields.raw.get("additional_special_tokens")
+    texts = [token.get("content") if isinstance(token, dict) else token for token in tokens or []]
+    return [text for text in texts if isinstance(text, str)]
 
-    Which of them are `special` it does not say itself.
-    """
-    for content, token_id in tokens.items():
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise CheckpointError(f"{path} gives {content!r} the id {token_id!r:.60}; it must be a whole number.")
-    return {
+
+def _by_id(added: Fields, special: Collection[str]) -> Fields:
+    """What an added_tokens.json says, as an added_tokens_decoder has it; which are `special` it does not say itself."""
+    ids = {content: added.integer(content, minimum=0) for content in added.raw}
+    tokens = {
         str(token_id): {"content": content, "normalized": False, "special": content in special}
-        for content, token_id in tokens.items()
+        for content, token_id in ids.items()
     }
+    return Fields(tokens, added.source, CheckpointError)
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, decoder: Any, path: Path) -> tokenizers.Tokenizer:
-    """Add what a file knows and the tokenizer does not, under the same ids, holes or not.
-
-    Raises CheckpointError where an id or a token has another one already.
-    """
+def _with_added_tokens(
+    backend: tokenizers.Tokenizer, entries: Fields, declared: dict[int, str]
+) -> tokenizers.Tokenizer:
+    """Add what a file has by id and the tokenizer, or what was `declared` before, does not; each under its id."""
     from tokenizers import AddedToken
 
-    known = backend.get_added_tokens_decoder()
-    try:
-        tokens = {int(i): (str(token["content"]), token) for i, token in decoder.items() if int(i) not in known}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: added_tokens_decoder must have an object with content for each id.") from None
-    for token_id, (content, _) in tokens.items():
-        there, other = backend.token_to_id(content), backend.id_to_token(token_id)
-        if there not in (None, token_id) or other not in (None, content):
-            has = f"it is {there}" if there is not None else f"that is {other!r}"
-            raise CheckpointError(f"{path} gives {content!r} the id {token_id}, but in the tokenizer {has}.")
-    for _, (content, token) in sorted(tokens.items()):
-        backend.add_tokens([AddedToken(content, **{flag: token[flag] for flag in _FLAGS if flag in token})])
-    ids = {content: token_id for token_id, (content, _) in tokens.items()}
-    if any(backend.token_to_id(content) != token_id for content, token_id in ids.items()):
-        return _renumbered(backend, ids)
-    return backend
+    tokens = {}
+    for written in entries.raw:
+        if not (written.isascii() and written.isdecimal()) or len(written) > 9:
+            entries.refuse(f"{written!r:.80} is no token id.")
+        tokens[int(written)] = entries.inside(written, entries.objects(written))
+    for token_id, token in sorted(tokens.items()):
+        if token_id in declared:
+            continue
+        content = token.text("content")
+        flags = {name: token.boolean(name, default=False) for name in _FLAGS if token.has(name)}
+        is_new = backend.token_to_id(content) is None
+        with library_errors(f"{token.source}: {content!r:.80} cannot be added"):
+            backend.add_tokens([AddedToken(content, **flags)])
+        actual = backend.token_to_id(content)
+        if actual != token_id and not is_new:
+            entries.refuse(f"{content!r:.80} is to have the id {token_id}, but in the tokenizer it is {actual}.")
+        declared[token_id] = content
+    moved = {content: i for i, content in declared.items() if backend.token_to_id(content) != i}
+    return _with_ids(backend, entries.source, moved) if moved else backend
+
+
+def _model_ids(backend: tokenizers.Tokenizer) -> Iterable[int]:
+    return backend.get_vocab(with_added_tokens=False).values()
+
+
+def _with_ids(backend: tokenizers.Tokenizer, source: str, ids: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """The tokenizer with added tokens under these ids; raises CheckpointError where other tokens have them.
+
+    The library counts tokens where it should look for the largest id, and so puts added ones into the holes of a
+    vocabulary, or onto its tokens. What is in the model's own vocabulary keeps its id.
+    """
+    state = json.loads(backend.to_str())
+    vocab = state["model"]["vocab"]
+    # All are put into the vocabulary: those that are not there would be counted again.
+    ids = {token["content"]: token["id"] for token in state["added_tokens"]} | dict(ids)
+    ids = {content: token_id for content, token_id in ids.items() if content not in vocab}
+    taken = set(_model_ids(backend))
+    for content, token_id in ids.items():
+        if not isinstance(vocab, dict) or token_id in taken:
+            raise CheckpointError(
+                f"{source}: the added token {content!r:.80} has the id {token_id}, which another token has, or which "
+                "lies behind a hole in a vocabulary that can have none: take the files from the model's repository."
+            )
+        taken.add(token_id)
+    if not ids:
+        return backend
+    vocab |= ids
+    for token in state["added_tokens"]:
+        token["id"] = ids.get(token["content"], token["id"])
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    with library_errors(f"{source}: its added tokens cannot have their ids"):
+        return type(backend).from_str(json.dumps(state))
 
 
 def _mark_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
@@ -183,26 +216,24 @@ def _ids_of(name: str, folder: Path, backend: tokenizers.Tokenizer, special: Map
     own = backend.token_to_id(special[name]) if name in special else None
     ids = [] if own is None else [own]
     for file in ("config.json", "generation_config.json"):
-        value = _read_optional(folder / file).get(f"{name}_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
+        ids += _read_optional(folder / file).token_ids(f"{name}_id")
     return ids
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json."""
-    declared = config.get("chat_template")
+def _chat_templates(folder: Path, config: Fields) -> dict[str, Any]:
+    """chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json.
+
+    What is no text is nobody's to refuse here: a model without a template continues text.
+    """
+    declared = config.raw.get("chat_template")
     templates: dict[str, Any] = {"default": declared} if declared else {}
     if isinstance(declared, list):
-        entries = [entry if isinstance(entry, dict) else {} for entry in declared]
-        templates = {str(entry.get("name")): entry.get("template") for entry in entries}
-    if template := _read_optional(folder / "chat_template.json").get("chat_template"):
+        named = [entry if isinstance(entry, dict) and isinstance(entry.get("name"), str) else {} for entry in declared]
+        templates = {entry.get("name", str(i)): entry.get("template") for i, entry in enumerate(named)}
+    if template := _read_optional(folder / "chat_template.json").raw.get("chat_template"):
         templates["default"] = template
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _template_text(path)
+        templates[path.stem] = read_text(path, CheckpointError, errors="replace")
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = _template_text(folder / "chat_template.jinja")
+        templates["default"] = read_text(folder / "chat_template.jinja", CheckpointError, errors="replace")
     return templates
-
-
-def _template_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="replace")

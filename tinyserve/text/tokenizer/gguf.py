@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.checkpoints.fields import Fields
 from tinyserve.errors import CheckpointError
+from tinyserve.text.tokenizer.library import library_errors
 from tinyserve.text.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tinyserve.text.tokenizer.processors import add_bos_and_eos
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _KEY = "tokenizer.ggml."
+_MAX_CUTS = 1 << 31  # of tokens in two, and the characters of each: seconds, and a hundred times a real vocabulary's
 
 
 class TokenType(IntEnum):
@@ -32,43 +35,36 @@ class TokenType(IntEnum):
 
 def load_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Build the arguments of `Tokenizer` from a file's metadata; `source` names the file in errors."""
-    model = _required(metadata, "model", source)
+    fields = Fields(metadata, source, CheckpointError)
     builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-    if model not in builders:
-        raise CheckpointError(
-            f"{source}: {_KEY}model is {model!r}, which is not supported; supported: {', '.join(builders)}."
-        )
-    pieces: list[str] = list(_required(metadata, "tokens", source))
-    types = metadata.get(_KEY + "token_type") or [TokenType.NORMAL] * len(pieces)
+    _require(fields, "model")
+    model = fields.choice(_KEY + "model", tuple(builders))
+    pieces = _texts(fields, "tokens")
+    types = fields.listed(_KEY + "token_type", int, "whole numbers") or [TokenType.NORMAL] * len(pieces)
     vocab = {piece: i for i, piece in enumerate(pieces) if piece}  # an empty piece is a hole
     if repeated := len(pieces) - pieces.count("") - len(vocab):
-        raise CheckpointError(f"{source}: {_KEY}tokens has {repeated} tokens more than once.")
+        fields.refuse(f"{_KEY}tokens has {repeated} tokens more than once.")
     if len(types) != len(pieces):
-        raise CheckpointError(f"{source}: {_KEY}token_type has {len(types)} entries for {len(pieces)} {_KEY}tokens.")
+        fields.refuse(f"{_KEY}token_type has {len(types)} entries for {len(pieces)} {_KEY}tokens.")
     # SentencePiece vocabularies have ids that files may leave unsaid; byte-level ones have none.
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
-    ids = {name: _token_id(metadata, name, len(pieces), source, defaults.get(name)) for name in _NAMED}
-    try:
-        backend, add_bos = builders[model](metadata, source, pieces, vocab, types, ids)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # The library raises bare exceptions, for example for a merge whose parts are not tokens.
-        raise CheckpointError(f"{source}: the tokenizer in {_KEY}* cannot be built: {error}.") from None
-    _add_tokens(backend, pieces, types)
+    ids = {name: _token_id(fields, name, len(pieces), defaults.get(name)) for name in _NAMED}
     named = {name: pieces[i] for name, i in ids.items() if i is not None and pieces[i]}
-    add_bos_and_eos(
-        backend,
-        named.get("bos") if _flag(metadata, "add_bos_token", add_bos) else None,
-        named.get("eos") if _flag(metadata, "add_eos_token") else None,
-    )
+    with library_errors(f"{source}: the tokenizer in {_KEY}* cannot be built"):
+        backend, add_bos = builders[model](fields, pieces, vocab, types, ids)
+        _add_tokens(backend, pieces, types)
+        add_bos_and_eos(
+            backend,
+            named.get("bos") if _flag(fields, "add_bos_token", add_bos) else None,
+            named.get("eos") if _flag(fields, "add_eos_token") else None,
+        )
     return {
         "backend": backend,
         "source": source,
         "special_tokens": {_NAMED[name]: piece for name, piece in named.items() if _NAMED[name]},
         "bos_token_id": ids["bos"],
         "eos_token_ids": frozenset(i for name in ("eos", "eot", "eom") if (i := ids[name]) is not None),
-        "chat_templates": _chat_templates(metadata),
+        "chat_templates": _chat_templates(fields),
     }
 
 
@@ -83,31 +79,33 @@ _NAMED = {
 }
 
 
-def _required(metadata: Mapping[str, Any], name: str, source: str) -> Any:
-    value = metadata.get(_KEY + name)
-    if not value:
-        raise CheckpointError(
-            f"{source}: the key {_KEY}{name} is missing, so the file carries no tokenizer; "
+def _require(fields: Fields, name: str) -> None:
+    if not fields.raw.get(_KEY + name):
+        fields.refuse(
+            f"the key {_KEY}{name} is missing, so the file carries no tokenizer; "
             "convert the model again with its tokenizer, or use a folder with a tokenizer.json."
         )
-    return value
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    return bool(metadata.get(_KEY + name, default))
+def _texts(fields: Fields, name: str) -> list[str]:
+    _require(fields, name)
+    return fields.listed(_KEY + name, str, "texts")
 
 
-def _token_id(metadata: Mapping[str, Any], name: str, vocab_size: int, source: str, default: int | None) -> int | None:
+def _flag(fields: Fields, name: str, default: bool = False) -> bool:
+    return fields.boolean(_KEY + name, default=default)
+
+
+def _token_id(fields: Fields, name: str, vocab_size: int, default: int | None) -> int | None:
     key = f"{_KEY}{name}_token_id"
-    token_id = metadata.get(key, default)
-    if token_id is not None and not 0 <= token_id < vocab_size:
-        raise CheckpointError(f"{source}: {key} is {token_id}, but the vocabulary has {vocab_size} tokens.")
-    return None if token_id is None else int(token_id)
+    token_id = fields.token_id(key, default=default)
+    if token_id is not None and token_id >= vocab_size:
+        fields.refuse(f"{key} is {token_id}, but the vocabulary has {vocab_size} tokens.")
+    return token_id
 
 
 def _byte_level_bpe(
-    metadata: Mapping[str, Any],
-    source: str,
+    fields: Fields,
     pieces: Sequence[str],
     vocab: dict[str, int],
     types: Sequence[int],
@@ -115,13 +113,8 @@ def _byte_level_bpe(
 ) -> tuple[tokenizers.Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = metadata.get(_KEY + "pre", "default")
-    pre = PRE_TOKENIZERS.get(name)
-    if pre is None:
-        raise CheckpointError(
-            f"{source}: {_KEY}pre is {name!r}, which is not supported; supported: {', '.join(PRE_TOKENIZERS)}."
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in _required(metadata, "merges", source)]
+    pre = PRE_TOKENIZERS[fields.choice(_KEY + "pre", tuple(PRE_TOKENIZERS), default="default")]
+    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in _texts(fields, "merges"))]
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
@@ -130,7 +123,7 @@ def _byte_level_bpe(
         for patterns in (pre.patterns, pre.spelled_patterns)
     )
     # ByteLevel would put a space before every piece, so it is put before the text is cut.
-    prefix = [pre_tokenizers.Metaspace(" ", "first", split=False)] if _flag(metadata, "add_space_prefix") else []
+    prefix = [pre_tokenizers.Metaspace(" ", "first", split=False)] if _flag(fields, "add_space_prefix") else []
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*prefix, *cut, spell, *cut_spelled])
     backend.decoder = decoders.ByteLevel()
@@ -138,8 +131,7 @@ def _byte_level_bpe(
 
 
 def _sentencepiece_bpe(
-    metadata: Mapping[str, Any],
-    source: str,
+    fields: Fields,
     pieces: Sequence[str],
     vocab: dict[str, int],
     types: Sequence[int],
@@ -147,12 +139,15 @@ def _sentencepiece_bpe(
 ) -> tuple[tokenizers.Tokenizer, bool]:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _required(metadata, "scores", source)
+    _require(fields, "scores")
+    scores = fields.listed(_KEY + "scores", float, "numbers")
+    if sum(len(piece) ** 2 for piece in pieces) > _MAX_CUTS:
+        fields.refuse(f"{_KEY}tokens has tokens of up to {max(map(len, pieces))} characters, which no vocabulary has.")
     kinds = zip(pieces, scores, types, strict=True)
     merges = _merges_from_scores({piece: score for piece, score, kind in kinds if piece and kind == TokenType.NORMAL})
     unk = pieces[ids["unknown"]] or None if ids["unknown"] is not None else None
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-    prefix = _flag(metadata, "add_space_prefix", True)
+    prefix = _flag(fields, "add_space_prefix", True)
     replace = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace] if prefix else [replace])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -188,7 +183,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, pieces: Sequence[str], types: Ite
     backend.add_tokens(added)
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_templates(fields: Fields) -> dict[str, str]:
     key = "tokenizer.chat_template"
-    named = {k.removeprefix(key + "."): v for k, v in metadata.items() if k.startswith(key + ".")}
-    return ({"default": metadata[key]} if metadata.get(key) else {}) | named
+    named = {k.removeprefix(key + "."): fields.text(k) for k in fields.raw if k.startswith(key + ".")}
+    default = fields.text(key, default=None)
+    return ({"default": default} if default else {}) | named

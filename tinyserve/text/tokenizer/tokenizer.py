@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import RequestError
 from tinyserve.text.tokenizer.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer, alphabet_of
+from tinyserve.text.tokenizer.library import library_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -109,7 +110,8 @@ class Tokenizer:
                 f"The prompt is no valid Unicode: character {error.start} is the lone surrogate {code}.",
                 param="prompt",
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with library_errors(f"The tokenizer of {self.source} fails on a text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -133,7 +135,7 @@ class Tokenizer:
         """Decode ids; a `continuation` of other text keeps the space an SPM decoder drops at the start."""
         alphabet = self._alphabet
         if alphabet is None:
-            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return self._decode(ids, skip_special_tokens)
         data = b"".join([self.token_bytes(i, skip_special_tokens) for i in ids])
         if alphabet.strips_leading_space and not continuation:
             data = data.removeprefix(b" ")
@@ -164,13 +166,18 @@ class Tokenizer:
             data = self._bytes[token_id] = self._spell(token_id)
         return data
 
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        with library_errors(f"The decoder of {self.source} fails"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
     def _spell(self, token_id: int) -> bytes:
-        # A vocabulary may have holes: its size says nothing about its ids.
-        piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        if not 0 <= token_id < 1 << 32:  # where it has holes, a vocabulary has larger ids than tokens
+            return b""
+        piece: str | None = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
         if self._alphabet is None:
-            return str(self._backend.decode([token_id], skip_special_tokens=False)).encode()
+            return self._decode([token_id], skip_special_tokens=False).encode()
         # The letters of an added token are letters, also where the alphabet has bytes of that name.
         return self._alphabet.added_bytes(piece) if token_id in self._added else self._alphabet.piece_bytes(piece)
 
