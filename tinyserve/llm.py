@@ -249,7 +249,7 @@ class LLM:
                 f"{self.name} has no chat template: it continues text and does not chat. Use generate or stream.",
                 param="messages",
             )
-        return ChatFormat(self.name, self.tokenizer, self.chat_template)
+        return ChatFormat(self.name, self.tokenizer, self.chat_template, self.max_model_len)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; SamplingParams() where it does not ask to sample."""

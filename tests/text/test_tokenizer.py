@@ -18,7 +18,7 @@ from refusals import refused
 from tokenizers import Regex, pre_tokenizers
 
 from tinyserve.checkpoints.gguf import open_gguf
-from tinyserve.errors import CheckpointError
+from tinyserve.errors import CheckpointError, ContextLengthError
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.gguf import TokenType, _merges_from_scores
 
@@ -562,3 +562,22 @@ def test_the_default_model_round_trips_what_people_type(smollm2: Path) -> None:
         text = "".join(rng.choices([*FRAGMENTS, "don't", "<|im_end|>", "\t", "...", "ß", "_"], k=rng.randrange(1, 12)))
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_text_that_no_context_holds_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer__json=tokenizer_json()))
+    longest = max(map(len, CASES["smollm"]["metadata"][KEY + "tokens"]))
+    text = "the cat 12345 " * 100_000
+    assert len(tokenizer.encode_prompt(text, most_tokens=len(text))) == len(tokenizer.encode(text))
+    monkeypatch.setattr(tokenizer, "encode", lambda *_: pytest.fail("it was read"))
+    most = len(text) // (4 * longest) - 1
+    with pytest.raises(ContextLengthError, match=f"{len(text)} characters.* {most} tokens"):
+        tokenizer.encode_prompt(text, most_tokens=most)
+
+
+def test_long_texts_are_cut_as_short_ones_are(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer__json=tokenizer_json(add_bos_token=True)))
+    for text in ("the cat\n" * 3000, "é🙂 " * 9000, "x" * 20_000):
+        for add in (False, True):
+            whole = tokenizer._backend.encode(text, add_special_tokens=add).ids
+            assert tokenizer.encode(text, add_special_tokens=add) == whole

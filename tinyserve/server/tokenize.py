@@ -12,6 +12,8 @@ from tinyserve.server.protocol import DetokenizeBody, TemplateBody, TokenizeBody
 from tinyserve.server.state import Json, read, state_of
 from tinyserve.text.tokenizer import Tokenizer
 
+MOST_CHARACTERS = 1 << 20  # of a text: more would hold up everybody else
+
 
 async def tokenize(request: Request) -> Response:
     """The ids of a prompt, or of a conversation as the model's template writes it."""
@@ -22,6 +24,9 @@ async def tokenize(request: Request) -> Response:
     async with state.engine(state.pool.find(body.model), body) as engine:
         llm, tokenizer = engine.llm, _tokenizer(engine.llm)
         if body.prompt is not None:
+            if len(body.prompt) > MOST_CHARACTERS:
+                words = f"The prompt has {len(body.prompt)} characters, and {MOST_CHARACTERS} are read at a time."
+                raise ApiError(400, f"{words} Send it in parts.", param="prompt")
             add = body.add_special_tokens is not False
             ids = await asyncio.to_thread(tokenizer.encode_prompt, body.prompt, add)
         else:
@@ -29,9 +34,10 @@ async def tokenize(request: Request) -> Response:
             ids = await asyncio.to_thread(
                 llm.chat_prompt, body.messages, add_special_tokens=add, **template_options(body)
             )
-        names = [tokenizer.decode([i], skip_special_tokens=False, continuation=True) for i in ids]
         result = {"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids}
-        return Json(result | ({"token_strs": names} if body.return_token_strs else {}))
+        if body.return_token_strs:
+            result["token_strs"] = await asyncio.to_thread(_spelled, tokenizer, ids)
+        return Json(result)
 
 
 async def detokenize(request: Request) -> Response:
@@ -46,7 +52,8 @@ async def detokenize(request: Request) -> Response:
                     400, f"tokens[{i}] is {token}, and the vocabulary ends at {size - 1}.", param=f"tokens[{i}]"
                 )
         tokenizer = _tokenizer(engine.llm)
-        return Json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)})
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, body.skip_special_tokens)
+        return Json({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -66,6 +73,10 @@ async def apply_template(request: Request) -> Response:
     async with state.engine(state.pool.find(body.model), body) as engine:
         text = await asyncio.to_thread(engine.llm.chat_text, body.messages, **template_options(body))
         return Json({"prompt": text})
+
+
+def _spelled(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([i], skip_special_tokens=False, continuation=True) for i in ids]
 
 
 def _tokenizer(llm: LLM) -> Tokenizer:

@@ -107,9 +107,9 @@ class OutputParser:
 class ChatFormat:
     """How one model chats: its tokenizer and its templates."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        """`name` says in errors whose they are."""
-        self._name, self._tokenizer, self._template = name, tokenizer, template
+    def __init__(self, name: str, tokenizer: Tokenizer, template: ChatTemplate, most_tokens: int | None = None) -> None:
+        """`name` says in errors whose they are; a conversation that is longer than `most_tokens` can be is refused."""
+        self._name, self._tokenizer, self._template, self._most_tokens = name, tokenizer, template, most_tokens
 
     @cached_property
     def _tool_template(self) -> ChatTemplate:
@@ -143,7 +143,7 @@ class ChatFormat:
                 f"add_special_tokens is {add_special_tokens!r:.60}; it must be True or False.",
                 param="add_special_tokens",
             )
-        return self._tokenizer.encode_prompt(self.text(messages, variables), add_special_tokens)
+        return self._tokenizer.encode_prompt(self.text(messages, variables), add_special_tokens, self._most_tokens)
 
     def request(
         self,

@@ -90,7 +90,8 @@ class InputProcessor:
                     f"{self._name} has synthetic weights and no tokenizer: give token ids instead of text.",
                     param="prompt",
                 )
-            ids = self._tokenizer.encode_prompt(prompt, add_special_tokens)
+            most = self._engine.scheduler.max_model_len
+            ids = self._tokenizer.encode_prompt(prompt, add_special_tokens, most)
         else:
             try:
                 if not hasattr(prompt, "__getitem__") or isinstance(prompt, bytes):

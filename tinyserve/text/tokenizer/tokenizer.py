@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.errors import RequestError
+from tinyserve.errors import ContextLengthError, RequestError
 from tinyserve.text.tokenizer.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer, alphabet_of
 from tinyserve.text.tokenizer.library import library_errors
 
@@ -30,6 +30,10 @@ END_OF_TURN_NAMES = frozenset({
     "end_of_turn_token", "end_of_utterance", "eom_id", "eos", "eot", "eot_id", "im_end",
 })
 # fmt: on
+
+
+_LONG = 1 << 14  # characters, for which a tokenizer takes some milliseconds
+_SHORTENED = 4  # characters that normalizers make one of, at most: letters with their accents
 
 
 class Tokenizer:
@@ -111,15 +115,34 @@ class Tokenizer:
                 param="prompt",
             ) from None
         with library_errors(f"The tokenizer of {self.source} fails on a text"):
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > _LONG:  # as a batch of one: meanwhile other threads have the interpreter
+                (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
-    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Encode what a model is to continue: the same, but a text that begins with BOS gets no second one."""
+    def encode_prompt(self, text: str, add_special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
+        """Encode what a model is to continue: the same, but a text that begins with BOS gets no second one.
+
+        Raises ContextLengthError, without reading it, for a text that is longer than `most_tokens` can be.
+        """
+        if most_tokens is not None and len(text) > max(_LONG, most_tokens * self._longest_token):
+            raise ContextLengthError(
+                f"The prompt has {len(text)} characters, and the context (max_model_len) holds {most_tokens} tokens, "
+                "which are less: shorten the prompt.",
+                param="prompt",
+            )
         if not add_special_tokens:
             return self.encode(text, add_special_tokens=False)
         ids = self.encode(text)
         return ids[1:] if self._added_first is not None and ids[:2] == 2 * [self._added_first] else ids
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters that a token stands for at most: a normalizer may have made one of several."""
+        longest = max((len(piece) for piece in self._backend.get_vocab(with_added_tokens=True)), default=1)
+        return _SHORTENED * longest
 
     @cached_property
     def _added_first(self) -> int | None:
