@@ -100,7 +100,7 @@ def test_parameters_for_each_prompt(llm: LLM) -> None:
         assert answers(llm.generate([prompt], greedy(length))) == answers([output])
     with refused("sampling_params", "2 prompts and 1 sampling_params"):
         llm.generate(["a", "b"], [greedy()])
-    assert len(answers(llm.generate("a"))[0]) <= 16  # SamplingParams() has a max_tokens
+    assert len(answers(llm.generate("a"))[0]) <= 128  # what the context has room for
 
 
 def test_a_chat_is_its_template(llm: LLM) -> None:

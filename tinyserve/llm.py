@@ -18,7 +18,7 @@ from tinyserve.engine import EngineStats, EngineThread, Update
 from tinyserve.engine_options import EngineKeywords, EngineOptions, takes_engine_options
 from tinyserve.errors import RequestError, UserError
 from tinyserve.progress import Progress
-from tinyserve.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputs
+from tinyserve.sampling_params import DEFAULT_MAX_TOKENS, BeamSearchParams, SamplingParams, StructuredOutputs
 from tinyserve.text.answer_bar import AnswerBar
 from tinyserve.text.beam_search import BeamSearchOutput, beam_search
 from tinyserve.text.chat import ChatFormat, ChatRequest, ToolOptions
@@ -252,8 +252,11 @@ class LLM:
         return ChatFormat(self.name, self.tokenizer, self.chat_template, self.max_model_len)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for; SamplingParams() where it does not ask to sample."""
-        return SamplingParams(**self.generation_config.sampling())
+        """What the model's generation_config.json asks for, else what its makers recommend, as its preset knows it.
+
+        Where nobody says how long an answer may be, it is DEFAULT_MAX_TOKENS.
+        """
+        return SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **self.generation_config.defaults()})
 
     def resolve(self, given: SamplingParams | None) -> SamplingParams:
         """These parameters, or the model's own; raises RequestError for anything else."""

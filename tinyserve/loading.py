@@ -80,6 +80,9 @@ def open_model(
         return _synthetic(ref)
     path = hub.resolve(ref, progress=progress)
     files = _from_folder(ref.name, path) if path.is_dir() else _from_gguf(ref.name, path)
+    if ref.preset is not None:
+        generation = files.generation.with_recommended(ref.preset.generation_config, ref.preset.source)
+        files = replace(files, generation=generation)
     return files if given is None else _with_chat_template(files, *given)
 
 

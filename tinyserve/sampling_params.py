@@ -129,6 +129,7 @@ def _as_tuple(row: Param, value: Any) -> tuple[Any, ...] | None:
 
 # --- what an answer must look like ------------------------------------------------------------------------------------
 
+DEFAULT_MAX_TOKENS = 256  # of an answer, where neither a request nor a model's makers say how long it may be
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 

@@ -17,6 +17,7 @@ from tinyserve.checkpoints import presets
 from tinyserve.cli._sampling import decide
 from tinyserve.errors import ConfigError
 from tinyserve.models.config import GenerationConfig
+from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
 SAMPLES = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.05}
@@ -101,7 +102,7 @@ def test_what_says_off_is_off(keys: dict[str, Any], params: dict[str, Any]) -> N
 
 def test_a_model_whose_file_switches_top_k_off_loads(model: Callable[..., Path]) -> None:
     llm = LLM(model(do_sample=True, temperature=0.7, top_k=-1, eos_token_id=-1))
-    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.7)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.7, max_tokens=DEFAULT_MAX_TOKENS)
     assert llm.end_tokens == {checkpoints.EOS: ["config.json"]}
 
 
@@ -137,7 +138,7 @@ def test_generate_without_params_draws_as_the_model_asks(model: Callable[..., Pa
     assert [chunk.token_ids for chunk in LLM(llm.path, seed=3).stream("Hello")] == [
         chunk.token_ids for chunk in LLM(llm.path, seed=3).stream("Hello", params)
     ]
-    assert LLM(model(temperature=0.6)).get_default_sampling_params() == SamplingParams()
+    assert LLM(model(temperature=0.6)).get_default_sampling_params() == SamplingParams(max_tokens=DEFAULT_MAX_TOKENS)
 
 
 def test_each_end_token_knows_who_says_so(model: Callable[..., Path]) -> None:
@@ -164,7 +165,7 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     assert packed.get_default_sampling_params() == expected
     assert packed.end_tokens.keys() == llm.end_tokens.keys()
     greedy = checkpoints.write_model_gguf(tmp_path / "greedy.gguf", raw)
-    assert LLM(greedy).get_default_sampling_params() == SamplingParams()
+    assert LLM(greedy).get_default_sampling_params() == SamplingParams(max_tokens=DEFAULT_MAX_TOKENS)
 
 
 # --- ask ------------------------------------------------------------------------------------------------------------
@@ -316,3 +317,36 @@ def test_base_models_complete_and_instruct_models_answer(
         assert report["token_ids"] == expected.outputs[0].token_ids
     said = shell("ask", *words, "Hi", "--max-tokens", "1", "--verbose").err
     assert ("by the model's chat template" if template else "the model has no chat template") in said
+
+
+# --- what makers recommend elsewhere ----------------------------------------------------------------------------------
+
+
+def test_recommended_sampling_is_for_files_that_say_nothing() -> None:
+    raw = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+    silent = GenerationConfig.parse({"eos_token_id": 3, "max_new_tokens": 9}, "generation_config.json")
+    recommended = silent.with_recommended(raw, "presets/x.json")
+    assert recommended.sampling() == silent.sampling() == {"max_tokens": 9}  # `ask` stays greedy
+    assert recommended.defaults() == {"temperature": 0.2, "top_p": 0.9, "max_tokens": 9}
+    assert (recommended.decided_by, recommended.eos_token_ids) == ("presets/x.json", (3,))
+    for keys in ({"do_sample": True}, {"temperature": 0.6}, {"do_sample": True, "top_k": 5}):
+        file = GenerationConfig.parse(keys, "generation_config.json")
+        assert file.with_recommended(raw, "presets/x.json") == file
+    assert silent.with_recommended({}, "presets/x.json") == silent
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_what_presets_recommend_can_be_obeyed(name: str) -> None:
+    preset = presets.get(name)
+    parsed = GenerationConfig.parse(preset.generation_config, preset.source)
+    assert parsed.as_json().items() >= dict(preset.generation_config).items() and not parsed.not_obeyed
+    if preset.generation_config:
+        assert preset.chat and SamplingParams(**parsed.sampling()).temperature < 1
+
+
+@pytest.mark.real_model
+def test_the_real_model_is_sampled_as_its_makers_say(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyserve.loading.hub.resolve", lambda *_, **__: smollm2)
+    llm = LLM("smollm2-135m", max_model_len=256, max_num_seqs=2)
+    expected = SamplingParams(temperature=0.2, top_p=0.9, max_tokens=DEFAULT_MAX_TOKENS)
+    assert llm.get_default_sampling_params() == expected

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.errors import TinyserveError, UserError
+from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
     from tinyserve.cli._backends import Backend
 
-DEFAULT_MAX_TOKENS = 256
 BYTE_ORDER_MARK = "\ufeff"  # editors on Windows, and PowerShell's pipes, begin a text with it
 
 

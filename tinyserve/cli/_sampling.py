@@ -93,5 +93,8 @@ def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
     for token, said in sorted(llm.end_tokens.items()):
         spelled = llm.tokenizer.token_bytes(token, skip_special_tokens=False).decode(errors="replace")
         lines.append(("ends at", f"{token} {spelled}  [{', '.join(said)}]"))
+    if model.recommended is not None:
+        words = ", ".join(f"{name} {value:g}" for name, value in model.recommended.sampling().items())
+        lines.append(("recommended", f"{words}, by the server and in Python  [{Path(model.decided_by).name}]"))
     lines += [("not obeyed", f"{words}  [{Path(model.source).name}]") for words in model.not_obeyed]
     return "\n".join(f"{name:<12} {words}" for name, words in lines)

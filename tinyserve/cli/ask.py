@@ -13,7 +13,7 @@ import typer
 from tinyserve.checkpoints import presets
 from tinyserve.checkpoints.model_ref import names_a_model
 from tinyserve.cli import _names
-from tinyserve.cli._answer import DEFAULT_MAX_TOKENS, Question, answer, read_prompt
+from tinyserve.cli._answer import Question, answer, read_prompt
 from tinyserve.cli._backends import find_backend
 from tinyserve.cli._options import (
     ApiKey,
@@ -31,6 +31,7 @@ from tinyserve.cli._options import (
 )
 from tinyserve.cli._sampling import given, structure
 from tinyserve.errors import UserError
+from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 ANY = "any-model"  # the hidden subcommand behind every other name
 

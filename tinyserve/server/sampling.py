@@ -39,7 +39,7 @@ def completion_params(body: CompletionBody, llm: LLM) -> SamplingParams:
 
 
 def _params(body: Decoding, llm: LLM, extra: dict[str, Any], limit: int | None, default: int) -> SamplingParams:
-    options = llm.generation_config.sampling()
+    options = llm.generation_config.defaults()
     options.setdefault("max_tokens", default)
     options |= {name: value for name in SAMPLING if (value := getattr(body, name)) is not None} | extra
     if limit is not None:

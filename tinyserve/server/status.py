@@ -1,12 +1,14 @@
 """A server's state: its models, health and readiness, metrics, statistics, and the description of a model."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyserve.checkpoints.model_ref import ModelRef
+from tinyserve.llm import LLM
 from tinyserve.models.config import parse_config
 from tinyserve.models.inspection import inspection
 from tinyserve.models.lookup import load_raw_config
@@ -39,7 +41,14 @@ def _card(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
         "max_model_len": llm.max_model_len if llm else None,
         "dtype": llm.dtype if llm else pool.options.dtype,
         "chat": llm.chat_template is not None if llm else None,
+        "sampling": _sampling(llm) if llm else None,
     }
+
+
+def _sampling(llm: LLM) -> dict[str, Any]:
+    """What a request gets that says nothing, and who has said it."""
+    decided = llm.generation_config.defaults()
+    return {**decided, "source": Path(llm.generation_config.decided_by).name if decided else "default"}
 
 
 async def health(request: Request) -> Response:

@@ -4,6 +4,7 @@ Knows no network: what a preset's file says is what can be said offline, and the
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -30,6 +31,7 @@ class Preset:
     unverified: tuple[str, ...]
     parameters: int  # what its config comes to
     raw_config: dict[str, Any]
+    generation_config: Mapping[str, Any]  # how its makers say it is sampled best; empty where they say nothing
 
     @property
     def source(self) -> str:
@@ -49,7 +51,8 @@ def find(name: str) -> Preset | None:
         return None
     data = json.loads((files(__name__) / f"{name}.json").read_text(encoding="utf-8"))
     data["unverified"] = tuple(data["unverified"])
-    return Preset(name=name, raw_config=data.pop("config"), **data)
+    generation_config = data.pop("generation_config", {})
+    return Preset(name=name, raw_config=data.pop("config"), generation_config=generation_config, **data)
 
 
 def get(name: str) -> Preset:

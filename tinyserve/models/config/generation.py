@@ -4,7 +4,7 @@ Knows keys and values; what a user says instead, and what nobody says, is decide
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from tinyserve.checkpoints.fields import NO_TOKEN, Fields, shown
@@ -43,6 +43,7 @@ class GenerationConfig:
     params: Mapping[str, Any] = field(default_factory=dict)  # those of SamplingParams, under its names
     eos_token_ids: tuple[int, ...] = ()
     not_obeyed: tuple[str, ...] = ()  # "num_beams 4": what would change answers and is not built
+    recommended: "GenerationConfig | None" = None  # what the makers say elsewhere, for where the file says nothing
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], source: str) -> Self:
@@ -73,6 +74,22 @@ class GenerationConfig:
         """What of SamplingParams the file decides: nothing of the drawing unless it asks to sample."""
         drawn = {row.name for row in _ROWS.values() if row.stage == "draw"}
         return {name: value for name, value in self.params.items() if self.do_sample or name not in drawn}
+
+    def defaults(self) -> dict[str, Any]:
+        """What of SamplingParams holds for a request that says nothing: the file's, else what is recommended."""
+        return (self if self.recommended is None else self.recommended).sampling() | self.sampling()
+
+    @property
+    def decided_by(self) -> str:
+        """The file that `defaults` are from."""
+        return self.source if self.recommended is None else self.recommended.source
+
+    def with_recommended(self, raw: Mapping[str, Any], source: str) -> Self:
+        """The same, with keys of such a file that somebody else wrote, unless this one says itself how to draw."""
+        drawn = [row.name for row in _ROWS.values() if row.stage == "draw"]
+        if not raw or self.do_sample or any(name in self.params for name in drawn):
+            return self
+        return replace(self, recommended=type(self).parse(raw, source))
 
     def as_json(self) -> dict[str, Any]:
         """The file again, as far as it is read here."""
