@@ -1,10 +1,12 @@
 """`ask` and `chat`: where the prompt and the model come from, what goes to which stream, and how each run ends."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from command_line import PROGRAM, Shell, Terminal, environment, run
 from tinyserve import LLM, SamplingParams, loading
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.model_ref import names_a_model
+from tinyserve.cli._answer import read_prompt
+from tinyserve.errors import UserError
 
 FolderOf = Callable[[str], Path]
 # A long context, and no end token: an answer that goes on until somebody stops it.
@@ -79,6 +83,27 @@ def test_options_stand_before_or_after(shell: Shell, plain: Path) -> None:
     assert ids(shell, plain, "-", "--max-tokens", "6", stdin="Hello") == wanted
     assert ids(shell, plain, "--max-tokens", "6", stdin="\ufeffHello") == wanted  # as PowerShell writes it
     assert ids(shell, "-m", plain, "--max-tokens", "6", stdin="Hello") == wanted
+
+
+def test_what_is_piped_in_is_behind_the_prompt(shell: Shell, plain: Path) -> None:
+    joined = ids(shell, plain, "Sum up:\n\nabc\ndef\n", "--max-tokens", "6")
+    assert ids(shell, plain, "Sum up:", "--max-tokens", "6", stdin="abc\ndef\n") == joined
+    assert ids(shell, plain, "Sum up:", "--max-tokens", "6", stdin="\ufeffabc\ndef\n") == joined
+    alone = ids(shell, plain, "Sum up:", "--max-tokens", "6")
+    for nothing in ("", "\n", " \n\ufeff"[:2]):
+        assert ids(shell, plain, "Sum up:", "--max-tokens", "6", stdin=nothing) == alone
+    assert "not UTF-8" in shell("ask", plain, "Sum up:", stdin=b"caf\xe9").sentence
+
+
+def test_without_standard_input_a_prompt_is_a_prompt(shell: Shell, plain: Path, monkeypatch: Any) -> None:
+    """Closed (<&-), or none, as for a service."""
+    for stdin in (None, io.TextIOWrapper(io.BytesIO(b"x"))):
+        if stdin is not None:
+            stdin.close()
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_prompt("Hello", "m") == "Hello"
+        with pytest.raises(UserError, match="There is no prompt for m"):
+            read_prompt(None, "m")
 
 
 def test_a_lone_prompt_goes_to_the_default_model(shell: Shell, tmp_path: Path, monkeypatch: Any) -> None:

@@ -33,24 +33,31 @@ class Question:
 
 
 def read_prompt(prompt: str | None, model: str) -> str:
-    """The prompt given, or standard input; raises UserError on a terminal, where waiting would look like hanging.
+    """The prompt given, and behind it what is piped in, or that alone, as `llm` and `ollama run` have it.
 
-    Raises UserError, too, for a prompt that is empty or no text.
+    Raises UserError on a terminal without a prompt, where waiting would look like hanging, and for a prompt that is
+    empty or no text.
     """
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    is_piped = sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty()
+    if prompt is None and not is_piped:
         raise UserError(
             f'There is no prompt for {model}: give one after it (tinyserve ask {model} "..."), or pipe it in.'
         )
     if prompt is None or prompt == "-":
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"Standard input is not UTF-8 text (at byte {error.start}): convert it first.") from None
-    prompt = prompt.removeprefix(BYTE_ORDER_MARK)
+        prompt = _read_stdin()
+    elif is_piped and (piped := _read_stdin()).strip():
+        prompt = f"{prompt}\n\n{piped}"
     check_text(prompt)
     if not prompt.strip():
         raise UserError("The prompt is empty: give some text to answer or to continue.")
     return prompt
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise UserError(f"Standard input is not UTF-8 text (at byte {error.start}): convert it first.") from None
 
 
 def check_text(text: str) -> None:

@@ -69,7 +69,8 @@ ask_app = typer.Typer(
 
 The answer is streamed to stdout, statistics go to stderr. MODEL is a family below, any preset
 (tinyserve list --presets), a Hugging Face repo id, a folder of safetensors or a .gguf file; without one,
-smollm2-135m answers. Without a prompt, or with "-", the prompt is read from standard input.
+smollm2-135m answers. What is piped in
+stands behind the prompt, or is the prompt, if none or "-" is given.
 
 A model with a chat template answers, any other continues the text. What no option says is as the model's
 generation_config.json asks; --verbose shows what came of it.
