@@ -24,7 +24,7 @@ from refusals import refused
 
 from tinyserve import LLM, RequestOutput, SamplingParams, StructuredOutputs
 from tinyserve.engine import Update
-from tinyserve.errors import CheckpointError, RequestError, TinyserveError, UserError
+from tinyserve.errors import CheckpointError, EngineDeadError, RequestError, TinyserveError, UserError
 from tinyserve.models.config.costs import weight_bytes
 from tinyserve.scheduling.sequence import Sequence
 from tinyserve.tensor import _jit
@@ -101,6 +101,25 @@ def test_parameters_for_each_prompt(llm: LLM) -> None:
     with refused("sampling_params", "2 prompts and 1 sampling_params"):
         llm.generate(["a", "b"], [greedy()])
     assert len(answers(llm.generate("a"))[0]) <= 128  # what the context has room for
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "stop"])
+def test_a_sampling_parameter_among_the_options_is_explained(llm: LLM, name: str) -> None:
+    given: Any = {name: 3}
+    messages = [{"role": "user", "content": "a"}]
+    for method, prompt in ((llm.generate, "a"), (llm.stream, "a"), (llm.chat, messages)):
+        with refused(name, f"give it as SamplingParams({name}=...)"):
+            method(prompt, **given)  # type: ignore[operator]
+    unknown: Any = {"temprature": 1}
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'temprature'"):
+        llm.generate("a", **unknown)
+
+
+def test_a_model_is_a_context(folder_of: Callable[[str], Path]) -> None:
+    with LLM(folder_of("llama"), dtype="float32", max_model_len=32, num_threads=1) as model:
+        assert model.generate("a", greedy(2))
+    with pytest.raises(EngineDeadError):
+        model.generate("a", greedy(2))
 
 
 def test_a_chat_is_its_template(llm: LLM) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from inspect import signature
 from os import PathLike
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Never, Self, Unpack
 
 from tinyserve.engine import EngineStats, EngineThread, Update
 from tinyserve.engine_options import EngineKeywords, EngineOptions, takes_engine_options
@@ -108,6 +108,7 @@ class LLM:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         priority: SequenceOf[int] | int = 0,
         progress_bar: bool | None = None,
+        **unknown: Never,
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; the answers come in the order of the prompts.
 
@@ -116,6 +117,7 @@ class LLM:
         unless `progress_bar` says otherwise. Raises RequestError before any work where a prompt is refused; the
         first error where all requests failed; where only some did, an IncompleteError that has the outputs of all.
         """
+        _refuse("generate", unknown)
         batch = as_prompts(prompts)
         params = self._params(sampling_params, len(batch))
         priorities = as_priorities(priority, len(batch))
@@ -145,12 +147,13 @@ class LLM:
         """
         return beam_search(self, as_prompts(prompts), params, self.engine.scheduler.max_num_seqs, progress_bar)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "Stream":
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **unknown: Never) -> "Stream":
         """Complete one prompt: an iterator of the pieces of its answer, each as soon as it is certain.
 
         A chunk never splits a character, nor lets the beginning of a stop string through. Leaving the loop early
         cancels the request.
         """
+        _refuse("stream", unknown)
         params = self.resolve(sampling_params)
         for name in ("n", "best_of"):
             if (count := getattr(params, name) or 1) > 1:
@@ -210,8 +213,7 @@ class LLM:
 
         Raises RequestError for a malformed message, tool or choice, and for a model that has no chat template.
         """
-        for name in template_variables.keys() & SamplingParams.__dataclass_fields__.keys():
-            raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).", param=name)
+        _refuse_sampling(template_variables)
         options = ToolOptions(tools, tool_choice, parallel_tool_calls, tool_format)
         variables = _template_variables(chat_template_kwargs, template_variables)
         return self._chats.request(messages, self.resolve(sampling_params), options, variables, add_special_tokens)
@@ -326,6 +328,12 @@ class LLM:
         """What the engine is doing, and what it has done."""
         return self.thread.stats()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the engine and its thread; requests that are open fail with EngineDeadError, as do later ones."""
         self.thread.close()
@@ -360,6 +368,17 @@ def _template_variables(kwargs: Any, others: Mapping[str, Any]) -> dict[str, Any
             field = f"chat_template_kwargs.{name}"
             raise RequestError(f"{field} is given, and it is no variable for the template: leave it out.", param=field)
     return {**others, **(kwargs or {})}
+
+
+def _refuse_sampling(keywords: Mapping[str, Any]) -> None:
+    for name in keywords.keys() & SamplingParams.__dataclass_fields__.keys():
+        raise RequestError(f"{name} is a sampling parameter: give it as SamplingParams({name}=...).", param=name)
+
+
+def _refuse(method: str, keywords: Mapping[str, Any]) -> None:
+    _refuse_sampling(keywords)
+    for name in keywords:
+        raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
 
 
 class Stream:

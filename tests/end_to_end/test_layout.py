@@ -23,6 +23,7 @@ SECOND_FILES = {"engine_thread", "kernel_cache", "structured_outputs"}  # of tes
 def test_a_newcomer_can_take_in_the_package_at_a_glance() -> None:
     assert len(ENTRIES) <= 22
     assert {"llm", "engine", "model_runner", "tensor", "cli"} <= ENTRIES
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_the_figure_of_the_docs_has_the_layers_of_the_contract() -> None:
