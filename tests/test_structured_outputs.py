@@ -6,10 +6,11 @@ import sys
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import StructuredOutputs
-from tinyserve.text.json_schema import FORMATS, WHITESPACE, with_options
+from tinyserve.text.json_schema import FORMATS, ONE_LINE, with_options
 
 pytestmark = pytest.mark.fast
 
@@ -24,11 +25,33 @@ class Model:
         return SCHEMA
 
 
-@pytest.mark.parametrize("given", [SCHEMA, json.dumps(SCHEMA), Model])
+@pytest.mark.parametrize("given", [SCHEMA, json.dumps(SCHEMA)])
 def test_a_schema_is_kept_as_text_in_its_order(given: Any) -> None:
     spec = StructuredOutputs(json=given)
     assert spec.json == '{"type": "object", "properties": {"ü": {"const": 1}, "a": {}}}'
     assert spec.kind == "json" and spec == StructuredOutputs(json=SCHEMA) and hash(spec) == hash(spec)
+
+
+def test_a_class_has_its_own_fields_and_no_others() -> None:
+    assert StructuredOutputs(json=Model) == StructuredOutputs(json={**SCHEMA, "additionalProperties": False})
+    assert "additionalProperties" not in SCHEMA
+
+    class Inner(BaseModel):
+        a: int
+
+    class Open(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        inner: list[Inner]
+
+    class Outer(BaseModel):
+        inner: Inner
+        open: Open
+        map: dict[str, int]
+
+    schema = json.loads(StructuredOutputs(json=Outer).json)
+    assert schema["additionalProperties"] is False and schema["$defs"]["Inner"]["additionalProperties"] is False
+    assert schema["$defs"]["Open"]["additionalProperties"] is True
+    assert schema["properties"]["map"]["additionalProperties"] == {"type": "integer"}
 
 
 def test_kinds() -> None:
@@ -79,7 +102,7 @@ def test_a_schema_without_end_is_refused() -> None:
 
 
 def test_a_schema_chooses_its_white_space_but_not_to_be_ignored() -> None:
-    assert with_options({})["x-guidance"] == {"whitespace_pattern": WHITESPACE, "lenient": False}
+    assert with_options({})["x-guidance"] == {**ONE_LINE, "lenient": False}
     own = with_options({"x-guidance": {"whitespace_flexible": False, "lenient": True}})
     assert own["x-guidance"] == {"whitespace_flexible": False, "lenient": False}
     with pytest.raises(RequestError, match=r"json\['x-guidance'\] is 'no'; it must be an object"):

@@ -178,7 +178,7 @@ class StructuredOutputs(Options):
 def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
     """A JSON schema as a dict of its own, from an object, its text, or a pydantic model's class."""
     if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
+        schema = _closed(schema.model_json_schema())
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
@@ -189,6 +189,16 @@ def schema_of(schema: Any, where: str = "json") -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise RequestError(f"{where} is {schema!r:.60}; it must be a JSON schema: an object.", param=where)
     return schema
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a class, which has the fields that it has and no others, unless it says so itself."""
+    closed = dict(schema)
+    if "properties" in schema:
+        closed.setdefault("additionalProperties", False)
+    if "$defs" in schema:
+        closed["$defs"] = {name: _closed(one) for name, one in schema["$defs"].items()}
+    return closed
 
 
 def _choices(choice: Any) -> tuple[str, ...]:

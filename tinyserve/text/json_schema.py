@@ -11,9 +11,9 @@ from tinyserve.errors import RequestError, did_you_mean
 
 logger = logging.getLogger("tinyserve")
 
-# One space, or a new line and its indentation. JSON allows any amount, which small models take as an invitation to
-# write blanks until their tokens are used up.
-WHITESPACE = r" |\n {0,24}"
+# One line, as json.dumps writes it. JSON allows any white space, which small models take as an invitation to write
+# blanks until their tokens are used up.
+ONE_LINE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Those that are enforced. JSON Schema takes any other one for an annotation (2020-12, Validation, 7.2.3), and pydantic
 # and OpenAPI write their own.
 FORMATS = frozenset({
@@ -28,7 +28,7 @@ _AS_THEY_ARE = frozenset({
 
 
 def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -> dict[str, Any]:
-    """The schema as llguidance is to read it: little white space, and nothing passed over that asserts anything.
+    """The schema as llguidance is to read it: JSON on one line, and nothing passed over that asserts anything.
 
     A schema can ask for other white space with its own "x-guidance" (llguidance's docs/json_schema.md).
     Raises RequestError with this `param` where that is no object.
@@ -36,7 +36,7 @@ def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -
     own = schema.get("x-guidance") or {}
     if not isinstance(own, Mapping):
         raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
-    spaced = {} if "whitespace_flexible" in own else {"whitespace_pattern": WHITESPACE}
+    spaced = {} if own.keys() & {"whitespace_flexible", "whitespace_pattern"} else ONE_LINE
     schema = _without_other_formats(schema)
     return {**schema, "x-guidance": {**spaced, **own, "lenient": False}}
 
