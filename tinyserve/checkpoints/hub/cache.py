@@ -78,6 +78,26 @@ def repo_folder(repo: str) -> Path:
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
+def lock_of(repo: str) -> Path:
+    """The file that is locked while tinyserve downloads a repository."""
+    return hub_cache() / ".locks" / repo_folder(repo).name / "tinyserve.lock"
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds a lock; the file of the lock stays."""
+    if not lock.is_file():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a file system without locks, or somebody else's file
+        return False
+
+
 def commit_of(repo: str, revision: str) -> str | None:
     """The commit a revision had when it was last downloaded; a commit is its own answer."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):
