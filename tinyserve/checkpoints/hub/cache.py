@@ -4,12 +4,11 @@ huggingface_hub documents its layout (models--owner--name/{blobs,refs,snapshots}
 warm `resolve` in a millisecond, where importing the library costs 200.
 """
 
-import glob
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +120,27 @@ def find(repo: str, revision: str, file: str | None = None, *, with_tokenizer: b
     return ggufs[0] if len(ggufs) == 1 and not (folder / "config.json").is_file() else None
 
 
+def can_load(folder: Path) -> bool:
+    """Whether a snapshot holds a model that tinyserve loads."""
+    return has_weights(folder) or any(path.is_file() for path in folder.rglob("*.gguf"))
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files of a snapshot that tinyserve downloads, by name, links to nothing among them."""
+    names = {*SMALL_FILES}
+    if os.path.lexists(folder / WEIGHTS):
+        names.add(WEIGHTS)
+    elif (folder / INDEX).is_file():
+        names.add(INDEX)
+        with suppress(ValueError):
+            names.update(shards_of(folder / INDEX))
+    elif os.path.lexists(folder / "config.json"):
+        names.update(path.name for path in folder.glob("*.safetensors"))
+    else:
+        names.update(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))
+    return {name for name in names if os.path.lexists(folder / name)}
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds config.json and every safetensors shard its index names."""
     if not (folder / "config.json").is_file():
@@ -148,34 +168,13 @@ def models_from_hub() -> Iterator[CachedModel]:
     """Every snapshot in huggingface_hub's cache that tinyserve can load, and every GGUF file beside them."""
     for folder in sorted(hub_cache().glob("models--*/snapshots/*")):
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        at = "" if commit_of(repo, "main") == folder.name else f"@{folder.name}"
         if has_weights(folder):
-            yield CachedModel(repo, repo, folder.name, folder, _size(folder), "hub")
+            yield CachedModel(f"{repo}{at}", repo, folder.name, folder, _size(folder), "hub")
         for gguf in sorted(folder.rglob("*.gguf")):
             if gguf.is_file():
-                name = f"{repo}/{gguf.relative_to(folder).as_posix()}"
+                name = f"{repo}/{gguf.relative_to(folder).as_posix()}{at}"
                 yield CachedModel(name, repo, folder.name, gguf, gguf.stat().st_size, "hub")
-
-
-def remove_repo(repo: str) -> int:
-    """Delete a repository, its revisions and unfinished downloads; returns the bytes freed."""
-    folder = repo_folder(repo)
-    if not folder.is_dir():
-        return 0
-    freed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    shutil.rmtree(folder)
-    shutil.rmtree(hub_cache() / ".locks" / folder.name, ignore_errors=True)
-    return freed
-
-
-def remove_file(repo: str, file: str) -> int:
-    """Delete one file of a repository in every revision, and the blobs behind it; the bytes that frees."""
-    freed = 0
-    for link in repo_folder(repo).glob(f"snapshots/*/{glob.escape(file)}"):
-        for path in {link.resolve(), link}:
-            if path.is_file() or path.is_symlink():
-                freed += 0 if path.is_symlink() else path.stat().st_size
-                path.unlink()
-    return freed
 
 
 def _size(folder: Path) -> int:
