@@ -237,8 +237,9 @@ def test_without_a_word_of_the_user_it_is_pypi() -> None:
 
 @pytest.mark.parametrize("variable", package_index.FIRST)
 def test_each_variable_of_pip_and_uv_names_the_index(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "https://mirror.example/simple/")
-    assert package_index.indexes() == ["https://mirror.example/simple"]
+    for told in ("https://mirror.example/simple/", "company=https://mirror.example/simple"):
+        monkeypatch.setenv(variable, told)
+        assert package_index.indexes() == ["https://mirror.example/simple"]
 
 
 def test_pips_configuration_is_read_and_a_variable_is_stronger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,9 @@ def indexes() -> list[str]:
     configured = _pip_configuration()
     first = next(filter(None, map(os.environ.get, FIRST)), None) or configured.get("index-url") or PYPI
     more = [os.environ.get(name, "") for name in MORE] + [configured.get("extra-index-url", "")]
-    # uv's may have a name before them. Folders, which pip takes as well, are not asked.
-    urls = [re.sub(r"^[\w.-]+=(?=https?:)", "", url).rstrip("/") for url in " ".join(more).split()]
-    return list(dict.fromkeys([first.rstrip("/"), *(url for url in urls if url.startswith(("http:", "https:")))]))
+    # uv's may have a name before them. Folders, which pip takes as extra indexes as well, are not asked.
+    urls = [re.sub(r"^[\w.-]+=(?=https?:)", "", url).rstrip("/") for url in [first, *" ".join(more).split()]]
+    return list(dict.fromkeys(urls[:1] + [url for url in urls[1:] if url.startswith(("http:", "https:"))]))
 
 
 def download(project: str, file: str, sha256: str, target: Path, report: Callable[[int], None]) -> None:
