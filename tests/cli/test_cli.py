@@ -314,6 +314,8 @@ def test_pull_list_and_rm_of_a_local_cache(shell: Shell, tmp_path: Path, monkeyp
     assert row.startswith("gpt2  ") and row.endswith(str(snapshot))
     assert re.search(r"^gpt2 +yes +openai-community/gpt2$", shell("list", "--presets").out, re.MULTILINE)
     assert "add --yes" in shell("rm", "gpt2").sentence
+    missing = shell("rm", "gpt2-large")
+    assert (missing.code, "did you mean gpt2?" in missing.sentence) == (2, True)
     removed = shell("rm", "gpt2", "--yes")
     assert (removed.code, removed.out) == (0, "")
     assert removed.err.startswith("Removed gpt2: ")
@@ -325,7 +327,7 @@ def test_rm_asks_on_a_terminal(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub/models--owner--name/snapshots" / ("0" * 40)
     checkpoints.write_folder(snapshot, checkpoints.CONFIGS["gpt2"])
     for typed, code, gone in (("n\n", 0, False), ("\x03", 130, False), ("y\n", 0, True)):
-        with Terminal("rm", "owner/name", HF_HOME=str(tmp_path)) as terminal:
+        with Terminal("rm", f"owner/name@{'0' * 40}", HF_HOME=str(tmp_path)) as terminal:
             terminal.wait_for("Delete owner/name")
             terminal.wait_for("from this disk? [y/N]:")
             terminal.wait_until_it_sleeps()

@@ -85,6 +85,10 @@ def test_rm_knows_what_is_downloaded(complete: Complete, tmp_path: Path, monkeyp
     assert complete("tinyserve rm ") == []
     snapshot = tmp_path / "hub/models--owner--name/snapshots" / ("0" * 40)
     checkpoints.write_folder(snapshot, checkpoints.CONFIGS["gpt2"])
+    assert complete("tinyserve rm own") == [f"owner/name@{'0' * 40}"]
+    main = tmp_path / "hub/models--owner--name/refs/main"
+    main.parent.mkdir()
+    main.write_text("0" * 40)
     assert complete("tinyserve rm own") == ["owner/name"]
 
 

@@ -114,6 +114,23 @@ def test_rm_wants_a_yes() -> None:
     assert isinstance(runner.invoke(app, ["rm", "owner/name", "--yes"]).exception, UserError)
 
 
+def test_rm_of_what_is_not_there_says_so_before_it_asks() -> None:
+    runner.invoke(app, ["pull", "owner/name"])
+    error = runner.invoke(app, ["rm", "owner/nam"]).exception
+    assert isinstance(error, UserError)
+    assert error.exit_code == 2
+    assert str(error) == (
+        "owner/nam is not among the downloaded models: did you mean owner/name? `tinyserve list` shows them."
+    )
+
+
+def test_rm_tells_the_bytes_that_others_share(tmp_path: Path) -> None:
+    path = Path(runner.invoke(app, ["pull", "owner/name"]).stdout.strip())
+    (tmp_path / "second-name").hardlink_to((path / "model.safetensors").resolve())
+    result = runner.invoke(app, ["rm", "owner/name", "--yes"])
+    assert result.stderr == "Removed owner/name: 2 bytes freed; 65 bytes stay, which others in the cache share.\n"
+
+
 @pytest.mark.parametrize("command", ["pull", "list", "rm"])
 def test_help_has_examples(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])

@@ -5,7 +5,9 @@ names of the files and not what is inside.
 """
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyserve.checkpoints import presets
 from tinyserve.checkpoints.hub import cache
@@ -14,7 +16,10 @@ from tinyserve.checkpoints.model_ref import ModelRef, is_gguf
 from tinyserve.errors import CheckpointError, HubError, UserError
 from tinyserve.progress import Progress, default_progress
 
-__all__ = ["CachedModel", "cached", "is_cached", "remove", "resolve"]
+if TYPE_CHECKING:
+    from tinyserve.checkpoints.hub.removal import Removal
+
+__all__ = ["CachedModel", "cached", "is_cached", "planned_removal", "remove", "resolve"]
 
 _DEFAULT_PATIENCE = 3.0  # seconds the Hub has to answer, where there is another source
 
@@ -53,27 +58,43 @@ def is_cached(model: str | ModelRef) -> bool:
     return ref.is_default and cache.default_gguf() is not None
 
 
-def remove(name: str) -> int:
-    """Delete a downloaded model: a preset, a repository, or one GGUF file; returns the bytes freed.
+def planned_removal(name: str) -> "Removal":
+    """What deleting a downloaded model deletes: a preset, a repository, or one GGUF file, perhaps "@revision".
 
-    Raises UserError if nothing of that name was downloaded, and for a name with a revision: all of them go.
+    One revision goes, and of it what tinyserve loads: the caches belong to others too. Raises UserError with the
+    nearest names if nothing of that name is there.
     """
-    freed = 0
+    from tinyserve.checkpoints.hub import removal, wheel
+
     ref = ModelRef.parse_download(name)
-    if ref is not None and ref.revision is not None:
-        raise UserError(f"{name} names one revision, and all are deleted together: say {name.partition('@')[0]}.")
+    found = removal.Removal()
     if ref is not None:
-        freed += cache.remove_file(ref.repo, ref.file) if ref.file else cache.remove_repo(ref.repo)
-    if ref is not None and ref.is_default and (gguf := cache.default_gguf()) is not None:
-        freed += gguf.stat().st_size
-        gguf.unlink()
-    if freed == 0:
-        if Path(name).exists():
-            raise UserError(
-                f"{name} is a path of yours, and `tinyserve rm` removes downloads only: delete it yourself."
-            )
-        raise UserError(f"{name} is not among the downloaded models: `tinyserve list` shows them.")
-    return freed
+        unfinished = ref.file is None and ref.revision is None
+        found = removal.of_model(ref.repo, ref.revision_in_force, ref.file, unfinished=unfinished)
+        if ref.is_default:
+            found = removal.both(found, removal.of_files(wheel.files()))
+    if not found:
+        raise UserError(_not_downloaded(name, ref))
+    return found
+
+
+def remove(name: str) -> int:
+    """Delete a downloaded model, as `planned_removal` says; returns the bytes freed, 0 where others share them all."""
+    return planned_removal(name).execute()
+
+
+def _not_downloaded(name: str, ref: ModelRef | None) -> str:
+    from tinyserve.checkpoints.hub import removal
+
+    if Path(name).exists():
+        return f"{name} is a path of yours, and `tinyserve rm` removes downloads only: delete it yourself."
+    if ref is not None and removal.unfinished_bytes(ref.repo):
+        return f"{name} is not among the downloaded models; an unfinished download is: `tinyserve rm {ref.repo}`."
+    here = {model.name: model.repo for model in cached()}
+    nearest = [other for other, repo in here.items() if ref is not None and repo == ref.repo]
+    nearest = nearest[:3] or get_close_matches(name, here, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    return f"{name} is not among the downloaded models: {hint}`tinyserve list` shows them."
 
 
 def _from_cache_or_hub(ref: ModelRef, progress: Progress | None) -> Path:

@@ -4,11 +4,10 @@ huggingface_hub documents its layout (models--owner--name/{blobs,refs,snapshots}
 warm `resolve` in a millisecond, where importing the library costs 200.
 """
 
-import glob
 import os
 import re
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +78,26 @@ def repo_folder(repo: str) -> Path:
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
+def lock_of(repo: str) -> Path:
+    """The file that is locked while tinyserve downloads a repository."""
+    return hub_cache() / ".locks" / repo_folder(repo).name / "tinyserve.lock"
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds a lock; the file of the lock stays."""
+    if not lock.is_file():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a file system without locks, or somebody else's file
+        return False
+
+
 def commit_of(repo: str, revision: str) -> str | None:
     """The commit a revision had when it was last downloaded; a commit is its own answer."""
     if re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -108,6 +127,27 @@ def _whole(folder: Path, file: str) -> Path | None:
     return folder / parts[0] if all((folder / part).is_file() for part in parts) else None
 
 
+def can_load(folder: Path) -> bool:
+    """Whether a snapshot holds a model that tinyserve loads."""
+    return has_weights(folder) or any(path.is_file() for path in folder.rglob("*.gguf"))
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files of a snapshot that tinyserve downloads, by name, links to nothing among them."""
+    names = {*SMALL_FILES}
+    if os.path.lexists(folder / WHOLE):
+        names.add(WHOLE)
+    elif (folder / INDEX).is_file():
+        names.add(INDEX)
+        with suppress(ValueError):
+            names.update(shards_of(folder / INDEX))
+    elif os.path.lexists(folder / "config.json"):
+        names.update(path.name for path in folder.glob("*.safetensors"))
+    else:
+        names.update(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))
+    return {name for name in names if os.path.lexists(folder / name)}
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds config.json and every safetensors shard its index names."""
     if not (folder / "config.json").is_file():
@@ -131,35 +171,13 @@ def models_from_hub() -> Iterator[CachedModel]:
     """Every snapshot in huggingface_hub's cache that tinyserve can load, and every GGUF file beside them."""
     for folder in sorted(hub_cache().glob("models--*/snapshots/*")):
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        at = "" if commit_of(repo, "main") == folder.name else f"@{folder.name}"
         if has_weights(folder):
-            yield CachedModel(repo, repo, folder.name, folder, _size(folder), "hub")
+            yield CachedModel(f"{repo}{at}", repo, folder.name, folder, _size(folder), "hub")
         for name in first_parts(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")):
             if (gguf := _whole(folder, name)) is not None:
                 total = sum((folder / part).stat().st_size for part in parts_of(name))
-                yield CachedModel(f"{repo}/{name}", repo, folder.name, gguf, total, "hub")
-
-
-def remove_repo(repo: str) -> int:
-    """Delete a repository, its revisions and unfinished downloads; returns the bytes freed."""
-    folder = repo_folder(repo)
-    if not folder.is_dir():
-        return 0
-    freed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    shutil.rmtree(folder)
-    shutil.rmtree(hub_cache() / ".locks" / folder.name, ignore_errors=True)
-    return freed
-
-
-def remove_file(repo: str, file: str) -> int:
-    """Delete a GGUF file with its other parts, in every revision, and the blobs behind them; the bytes freed."""
-    freed = 0
-    for part in parts_of(file):
-        for link in repo_folder(repo).glob(f"snapshots/*/{glob.escape(part)}"):
-            for path in {link.resolve(), link}:
-                if path.is_file() or path.is_symlink():
-                    freed += 0 if path.is_symlink() else path.stat().st_size
-                    path.unlink()
-    return freed
+                yield CachedModel(f"{repo}/{name}{at}", repo, folder.name, gguf, total, "hub")
 
 
 def _size(folder: Path) -> int:

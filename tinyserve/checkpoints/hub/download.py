@@ -10,13 +10,11 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tinyserve.checkpoints.gguf_parts import first_parts, parts_of
 from tinyserve.checkpoints.hub import cache
@@ -29,12 +27,12 @@ from tinyserve.checkpoints.hub.failures import (
     transport_error,
     unreachable,
 )
+from tinyserve.checkpoints.hub.patience import within
 from tinyserve.checkpoints.hub.transfer import Transfer
 from tinyserve.checkpoints.shard_index import INDEX, WHOLE
 from tinyserve.errors import CheckpointError, HubError
 from tinyserve.progress import Progress, silent, size
 
-T = TypeVar("T")
 TIMEOUT = 8.0  # seconds without an answer, or without a byte, after which a sentence is better than waiting
 CONNECT_TIMEOUT = 3.0  # for each address of a host
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
@@ -66,8 +64,8 @@ def fetch(
     `patience` is how long, in seconds, the Hub may take to answer at all. Raises HubError.
     """
     with in_sentences(repo, revision, file):
-        listing = _within(patience, lambda: list_files(repo, revision))
-        lock_file = cache.hub_cache() / ".locks" / cache.repo_folder(repo).name / "tinyserve.lock"
+        listing = within(patience, lambda: list_files(repo, revision))
+        lock_file = cache.lock_of(repo)
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(lock_file, repo, progress):
             path = _fetch_files(listing, file, progress)
@@ -320,24 +318,3 @@ def _partial(blobs: Path, file: RemoteFile) -> Path:
 
 def _size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or TimeoutError: no socket timeout bounds name lookups or lists of addresses."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return results[0]
