@@ -1,6 +1,7 @@
 """The program: `tinyserve`, and `python -m tinyserve`."""
 
 import signal
+import sys
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
 
     if answered:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = cli.deliver_again
     cli.main()
 
 

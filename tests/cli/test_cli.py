@@ -246,6 +246,44 @@ def test_what_is_no_fault_of_the_users_ends_with_one(shell: Shell, tmp_path: Pat
     assert "tinyserve pull gpt2-medium" in result.sentence
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "class A:\n    def __del__(self): press()\nA()",
+        "import ctypes\nctypes.CFUNCTYPE(None)(press)()",
+        "import weakref\nclass A: pass\na = A()\nb = weakref.ref(a, press)\ndel a",
+    ],
+    ids=["in a finalizer", "in a callback of C", "in a callback of a weak reference"],
+)
+def test_a_ctrl_c_that_python_loses_comes_again(lost: str) -> None:
+    code = f"""
+import signal, sys, time
+from tinyserve import cli
+sys.unraisablehook = cli.deliver_again
+def press(*_):
+    signal.raise_signal(signal.SIGINT)
+try:
+    exec({lost!r})
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_what_a_ctrl_c_was_made_into_is_no_bug(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ImportError("numpy.core.multiarray failed to import")  # noqa: B904  # as C does
+
+    monkeypatch.setattr(hub, "resolve", broken)
+    result = shell("pull", "gpt2")
+    assert (result.code, result.err) == (130, "")
+
+
 def test_a_bug_is_a_sentence_too_unless_debugging(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such luck")

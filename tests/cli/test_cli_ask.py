@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import checkpoints
@@ -359,6 +360,22 @@ def test_ctrl_c_ends_quietly(endless: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
     assert out.endswith(b"\n")
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.4, 3.7])
+def test_ctrl_c_while_kernels_are_compiled_ends_quietly_and_soon(plain: Path, tmp_path: Path, seconds: float) -> None:
+    process = subprocess.Popen(
+        [*PROGRAM, "ask", str(plain), "Hello"], env=environment(TINYSERVE_CACHE=str(tmp_path)), stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert b"compiling kernels" in process.stderr.readline()
+    sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    start = monotonic()
+    _, err = process.communicate(timeout=60)
+    assert monotonic() - start < 2
+    assert process.returncode == 130
+    assert re.fullmatch(rb"(tinyserve: compiled \d+ kernels in \d+ s\n)?", err)
 
 
 @pytest.mark.parametrize("moment", ["loading", "answering"])

@@ -2,13 +2,17 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
+import numba
 import pytest
 
 from tinyserve.tensor import _jit, cgroups
@@ -176,6 +180,82 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(
     assert not any(tmp_path.iterdir())
     (said,) = [record.getMessage() for record in caplog.records]
     assert os.strerror(number) in said and "TINYSERVE_CACHE" in said and str(tmp_path) in said
+
+
+class Presser:
+    """Reports compiled kernels: presses Ctrl-C at the first, and lets it take a second more."""
+
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+
+    def __call__(self, kernel: str) -> None:
+        self.threads.append(threading.current_thread())
+        if len(self.threads) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(1)
+
+
+def wait_for_compilers() -> None:
+    end = monotonic() + 60
+    while _jit.is_compiling() and monotonic() < end:
+        sleep(0.02)
+
+
+def test_ctrl_c_while_a_kernel_is_compiled_is_raised_at_once_and_the_kernel_compiles_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    compiled, presser = _jit.cached_kernel(double), Presser()
+    start = monotonic()
+    with pytest.raises(KeyboardInterrupt), _jit.on_compile(presser):
+        compiled(1)
+    assert monotonic() - start < 0.9 and _jit.is_compiling()
+    wait_for_compilers()
+    assert not _jit.is_compiling() and not compiled.overloads and not any(tmp_path.iterdir())
+    assert (compiled(1), compiled(0.5)) == (2, 1.0)
+
+
+def test_an_inner_kernel_that_nobody_waits_for_any_more_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    inner, presser = _jit.kernel(double), Presser()
+    outer = _jit.cached_kernel(lambda x: inner(x) + 1)
+    with _jit.on_compile(presser):
+        with pytest.raises(KeyboardInterrupt):
+            outer(1)
+        wait_for_compilers()
+    assert len(presser.threads) == 1
+    assert outer(1) == 3
+
+
+def test_a_kernel_is_compiled_in_the_thread_that_calls_it_where_no_ctrl_c_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    compiled, threads = _jit.cached_kernel(double), list[threading.Thread]()
+    with _jit.on_compile(lambda _: threads.append(threading.current_thread())):
+        caller = threading.Thread(target=compiled, args=(1,))
+        caller.start()
+        caller.join()
+    assert threads == [caller]
+
+
+def test_what_does_not_compile_says_so_to_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    with pytest.raises(numba.TypingError, match="nothing_of_the_kind"):
+        _jit.cached_kernel(lambda x: x.nothing_of_the_kind)(1)
+
+
+def test_where_no_thread_can_be_started_kernels_are_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert _jit.cached_kernel(double)(1) == 2
 
 
 TAKE_ROWS = """

@@ -3,12 +3,16 @@
 Every error becomes one sentence on stderr and an exit code; TINYSERVE_DEBUG=1 lets unforeseen ones through.
 """
 
+import _thread
 import errno
 import gc
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -130,6 +134,8 @@ def main() -> None:
             _end(NO_MEMORY, 1)
         _end(f"tinyserve: {error.filename or _what_failed(error)}: {error.strerror or error}.", 1)
     except Exception as error:
+        if _comes_of_interruption(error):
+            _end("", INTERRUPTED)
         if os.environ.get("TINYSERVE_DEBUG"):
             raise
         _end(
@@ -137,6 +143,35 @@ def main() -> None:
             f"traceback that TINYSERVE_DEBUG=1 shows.",
             1,
         )
+
+
+def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook`: a Ctrl-C that came within a finalizer or a callback comes again a moment later."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(0.05, _interrupt)  # not at once: that would be within this very finalizer
+    timer.daemon = True
+    timer.start()
+
+
+def _interrupt() -> None:
+    thread = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and thread is not None:
+        signal.pthread_kill(thread, signal.SIGINT)  # which wakes it where it waits
+    else:
+        _thread.interrupt_main()
+
+
+def _comes_of_interruption(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is behind an error: who was interrupted may have made another one of it."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _what_failed(error: OSError) -> str:
@@ -169,6 +204,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _end(message: str, code: int) -> None:
+    jit = sys.modules.get("tinyserve.tensor._jit")
+    if code == INTERRUPTED and jit is not None and jit.is_compiling():
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)  # one call of LLVM may take seconds, and nothing stops it
     if message:
         print(message, file=sys.stderr)
     if sys.stdout is None:  # closed before the process began (>&-): what was printed went nowhere

@@ -105,7 +105,86 @@ def cached_kernel(function: Callable[..., Any], allocates: bool = True) -> Any:
     """
     dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False, _nrt=allocates)(function)
     dispatcher._cache = _KernelCache(function)  # what cache=True does, with Numba's own class
+    dispatcher.compile = _interruptible(dispatcher.compile)
     return dispatcher
+
+
+def _interruptible(compile: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Have the main thread only wait for what is compiled or loaded, which is where Ctrl-C reaches it at once.
+
+    Within, it would be raised in one of LLVM's callbacks, or in a finalizer, which are lost on Python.
+    """
+
+    def compile_elsewhere(types: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return compile(types)
+        work = _Compilation(compile, types)
+        try:
+            work.start()
+            while not work.done.acquire(timeout=0.1):  # a signal may have come to another thread, and wake none
+                ...
+        except RuntimeError:  # no thread can be started
+            return compile(types)
+        except BaseException:
+            work.is_abandoned = True
+            raise
+        error, result = work.error, work.result
+        del work
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # which has this frame
+        return result
+
+    return compile_elsewhere
+
+
+class _Compilation(threading.Thread):
+    """Compiles a kernel. Abandoned, it ends before the next of Numba's passes, and what follows waits for that."""
+
+    # No daemon: a process that ends meanwhile would take LLVM's tables away from under it.
+    def __init__(self, compile: Callable[[Any], Any], types: Any):
+        super().__init__(name="tinyserve-compile", daemon=False)
+        self._compile, self._types = compile, types
+        self.done = threading.Lock()  # the one thing to wait for that an exception cannot leave half done
+        self.done.acquire()
+        self.is_abandoned = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.result = self._compile(self._types)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.release()
+
+
+class _AbandonedError(BaseException):
+    """Nobody waits for this kernel; no Exception, for Numba takes those for the kernel's."""
+
+
+class _PassListener(event.Listener):
+    def on_start(self, happened: Any) -> None:
+        _end_if_abandoned()
+
+    def on_end(self, happened: Any) -> None: ...
+
+
+def _end_if_abandoned() -> None:
+    thread = threading.current_thread()
+    if isinstance(thread, _Compilation) and thread.is_abandoned:
+        raise _AbandonedError
+
+
+event.register("numba:run_pass", _PassListener())
+
+
+def is_compiling() -> bool:
+    """Whether a kernel is still compiled that the main thread waits for, or has waited for until it was interrupted."""
+    return any(isinstance(thread, _Compilation) for thread in threading.enumerate())
 
 
 def address(dispatcher: Any, types: tuple[Any, ...]) -> int:
@@ -293,6 +372,7 @@ class _CompileListener(event.Listener):
         self.report = report
 
     def on_start(self, happened: Any) -> None:
+        _end_if_abandoned()  # and say nothing more
         self.report(happened.data["dispatcher"].py_func.__name__)
 
     def on_end(self, happened: Any) -> None: ...

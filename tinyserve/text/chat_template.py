@@ -1,8 +1,8 @@
 """Conversations to text, by the checkpoint's own chat template, run in a sandbox.
 
-Knows roles, messages and Jinja; nothing about tokens. Its text already has the BOS, if the model wants one:
-encode it with `Tokenizer.encode_chat`, which adds none. What a template takes (contents as text or as parts, ids of
-calls) is found by trial: it renders a conversation of our own, and what comes out tells.
+Knows roles and messages; nothing about tokens, and leaves Jinja to `template_process`. Its text already has the BOS,
+if the model wants one: encode it with `Tokenizer.encode_chat`, which adds none. What a template takes (contents as text
+or as parts, ids of calls) is found by trial: it renders a conversation of our own, and what comes out tells.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tinyserve.errors import RequestError, UserError
-
-if TYPE_CHECKING:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tinyserve.text import template_process
 
 _END = "\ufdd0end\ufdd0"  # where a message that is continued ends; no character of any text
 _MOST_LEVELS = 100  # of lists and objects in one another
+_TRIAL_SECONDS = 0.5  # for a few letters, several times before the first chat
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -46,23 +42,17 @@ class ChatTemplate:
         self.name = name
         self._special_tokens = dict(special_tokens)
         self._forms: dict[str, ContentForm] = {}
+        self._is_compiled = False
 
     def compile(self) -> None:
         """Raise RequestError, with the line, for what is no template; a model that does not chat needs none."""
-        _ = self._template
-
-    @cached_property
-    def _template(self) -> jinja2.Template:
+        if self._is_compiled:
+            return
         try:
-            return _environment().from_string(self.source)
-        except Exception as error:  # mostly TemplateSyntaxError, but Python's compiler and recursion have their limits
-            line = getattr(error, "lineno", None)
-            where = f" at line {line}" if line else ""
-            raise RequestError(
-                f"The chat template of {self.name} is no valid Jinja{where}: {_reason(error)}. Give another one by "
-                "chat_template (--chat-template FILE), or let the model continue a text (ask --raw).",
-                param="messages",
-            ) from None
+            template_process.check(self.source)
+        except (template_process.InvalidTemplateError, template_process.LimitError) as error:
+            raise self._refusal(error) from None
+        self._is_compiled = True
 
     def render(
         self,
@@ -90,7 +80,7 @@ class ChatTemplate:
                 "one begins. Set add_generation_prompt to false.",
                 param="continue_final_message",
             )
-        template = self._template
+        self.compile()
         plain = [self._adapted(message) for message in checked_messages(messages)]
         if continue_final_message:
             _mark_end(plain[-1], f"messages[{len(plain) - 1}]")
@@ -101,20 +91,9 @@ class ChatTemplate:
             "tools": _plain(tools, "tools"),
         }
         try:
-            text = str(template.render(self._special_tokens | context | {"messages": plain}))
-        except Exception as error:
-            # A template is the checkpoint's code, and may raise anything: TemplateError itself comes from
-            # raise_exception, a message of the template's author; subclasses of it are Jinja's own.
-            import jinja2
-
-            refuses = type(error) is jinja2.TemplateError
-            verb = "refuses these messages" if refuses else "fails"
-            line = _line(error.__traceback__)
-            where = f" at line {line}" if line else ""
-            raise RequestError(
-                f"The chat template of {self.name} {verb}{where}: {_reason(error)}.",
-                param="messages" if refuses else None,
-            ) from None
+            text = template_process.render(self.source, self._special_tokens | context | {"messages": plain})
+        except (template_process.InvalidTemplateError, template_process.LimitError) as error:
+            raise self._refusal(error) from None
         if not continue_final_message:
             return text
         end = text.rfind(_END)
@@ -192,9 +171,30 @@ class ChatTemplate:
         """What the template writes for messages of our own; None where it takes no such conversation."""
         context = {"documents": None, "messages": messages, "tools": tools, "add_generation_prompt": False}
         try:
-            return str(self._template.render(self._special_tokens | context))
-        except Exception:
+            return template_process.render(self.source, self._special_tokens | context, _TRIAL_SECONDS)
+        except template_process.InvalidTemplateError:
             return None
+        except template_process.LimitError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: template_process.InvalidTemplateError | template_process.LimitError) -> RequestError:
+        """A sentence about this template, and what to do without it."""
+        way_out = (
+            "Give another one by chat_template (--chat-template FILE), or let the model continue a text (ask --raw)."
+        )
+        if isinstance(error, template_process.LimitError):
+            return RequestError(f"The chat template of {self.name} {error}. {way_out}", param="messages")
+        where = f" at line {error.line}" if error.line else ""
+        if not isinstance(error, template_process.RenderError):
+            return RequestError(
+                f"The chat template of {self.name} is no valid Jinja{where}: {error.reason}. {way_out}",
+                param="messages",
+            )
+        refuses = isinstance(error, template_process.RefusedError)
+        verb = "refuses these messages" if refuses else "fails"
+        return RequestError(
+            f"The chat template of {self.name} {verb}{where}: {error.reason}.", param="messages" if refuses else None
+        )
 
 
 def read_template(given: str | PathLike[str]) -> tuple[str, str]:
@@ -350,58 +350,3 @@ def _plain(value: Any, where: str, of: str = "", depth: int = 0) -> Any:
         if isinstance(value, base):
             return json.loads(json.dumps(value))
     raise RequestError(f"{of}{where} must be JSON data, but this is {_kind(value)}.", param=where)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment Hugging Face's templates are written for (transformers.utils.chat_template_utils)."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks what the assistant wrote, for training; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models read it: Jinja's own filter would escape <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _line(traceback: TracebackType | None) -> int | None:
-    """The template's line in which an exception arose; Jinja maps tracebacks back to its source."""
-    line = None
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == "<template>":
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return line
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().rstrip(".!")
