@@ -7,8 +7,6 @@ import pytest
 from tinyserve.models import cache_plan
 from tinyserve.tensor import cgroups
 
-pytestmark = pytest.mark.fast
-
 NONE = float("inf")
 V1 = {"cpu.cfs_quota_us": "50000", "cpu.cfs_period_us": "100000"}
 
