@@ -157,7 +157,8 @@ def test_a_gguf_file_says_it_in_its_metadata(tmp_path: Path) -> None:
     metadata = checkpoints.gguf_metadata(raw) | {f"general.sampling.{name}": n for name, n in sampling.items()}
     file = checkpoints.write_gguf(tmp_path / "m.gguf", "llama", metadata, checkpoints.gguf_tensors(raw))
     llm = LLM(file)
-    expected = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1)
+    params = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
+    expected = SamplingParams(**params, max_tokens=DEFAULT_MAX_TOKENS)
     assert llm.get_default_sampling_params() == expected
     assert llm.end_tokens == {checkpoints.EOS: ["metadata"]}
     quantize.write(str(file), tmp_path / "packed", "int8")
