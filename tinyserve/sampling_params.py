@@ -413,6 +413,13 @@ class SamplingParams(Options):
         None, rule=_LOGPROBS, help="The same for each token of the prompt but the first."
     )
     skip_special_tokens: bool = param(True, rule=_SWITCH, help="Leave special tokens out of the text.", http=True)
+    thinking_token_budget: int | None = param(
+        None,
+        rule=_FROM_ZERO,
+        help="At most this many tokens of thinking, then </think>; None is no limit.",
+        cli="--thinking-token-budget",
+        http=True,
+    )
     structured_outputs: StructuredOutputs | None = param(
         None,
         rule=(lambda s: isinstance(s, StructuredOutputs), "a StructuredOutputs or None"),

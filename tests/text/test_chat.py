@@ -21,10 +21,12 @@ from tool_templates import HERMES, LLAMA_3
 from tinyserve import LLM, AsyncEngine, SamplingParams, StructuredOutputs
 from tinyserve.text.chat import AnswerFormat, ChatFormat, OutputParser
 from tinyserve.text.chat_template import ChatTemplate
+from tinyserve.text.reasoning import Thinking
 from tinyserve.text.request import CompletionOutput, StreamChunk
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.detokenizer import StreamDetokenizer
-from tinyserve.text.tool_parser import ToolCall
+from tinyserve.text.tool_parser import ToolCall, joined_calls
+from tinyserve.text.tools import checked_tools
 
 GRANITE_3 = (
     "{% if tools %}{{ tools | tojson }} Write <|tool_call|> and a list.\n{% endif %}"
@@ -85,7 +87,10 @@ def answer(llm: LLM, params: SamplingParams, messages: Any = QUESTION, **options
     for chunks in (list(llm.stream_chat(messages, params, **options)), asyncio.run(collect())):
         assert "".join(chunk.text for chunk in chunks) == whole.text
         assert [call for chunk in chunks for call in chunk.tool_calls] == whole.tool_calls
+        assert joined_calls([delta for chunk in chunks for delta in chunk.tool_call_deltas]) == whole.tool_calls
         assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
+        assert "".join(chunk.reasoning for chunk in chunks) == whole.reasoning
+        assert sum(chunk.reasoning_tokens for chunk in chunks) == whole.reasoning_tokens
         assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == (whole.finish_reason, whole.stop_reason)
         assert all(chunk.finish_reason is None for chunk in chunks[:-1])
     return whole
@@ -103,7 +108,7 @@ def test_tools_are_shown_as_the_template_shows_them(chatty: Callable[..., LLM]) 
             prompt, _ = llm.chat_request(messages, sampled(), tools=TOOLS, tool_choice=choice)
             assert prompt.token_ids == llm.tokenizer.encode_chat(shown)
     assert llm.chat_request(QUESTION).prompt.token_ids == llm.chat_prompt(QUESTION)
-    assert llm.chat_request(QUESTION, tool_choice="none").prompt.answer_format is None
+    assert llm.chat_request(QUESTION, tool_choice="none").prompt.answer_format == AnswerFormat(Thinking.OPTIONAL)
 
 
 COLLISIONS = [
@@ -178,7 +183,9 @@ def test_a_template_for_tools_is_taken_where_there_is_one(chatty: Callable[..., 
     expected = llm.tokenizer.encode_chat(ChatTemplate(HERMES, SPECIAL, "m").render(QUESTION, tools=TOOLS))
     assert llm.chat_request(QUESTION, tools=TOOLS).prompt.token_ids == expected
     assert llm.chat_prompt(QUESTION, tools=TOOLS) == expected
-    assert llm.chat_request(QUESTION, tools=TOOLS).prompt.answer_format == AnswerFormat("hermes")
+    assert llm.chat_request(QUESTION, tools=TOOLS).prompt.answer_format == AnswerFormat(
+        Thinking.OPTIONAL, "hermes", tuple(checked_tools(TOOLS))
+    )
 
 
 # --- what comes of the answer -------------------------------------------------------------------------------------
@@ -239,7 +246,7 @@ def test_one_call_at_a_time_ends_the_answer(chatty: Callable[..., LLM]) -> None:
 
 
 def test_an_answer_that_is_cut(chatty: Callable[..., LLM]) -> None:
-    """A call that is not whole is text; one that is whole stays one, but the answer has not come to its end."""
+    """A call is one once its arguments have begun; but the answer has not come to its end."""
     llm, said = chatty(HERMES), f"<tool_call>{ONE}</tool_call>"
     got = answer(llm, saying(said, 20), tools=TOOLS)
     assert (got.text, got.tool_calls, got.finish_reason) == (llm.tokenizer.decode(got.token_ids), [], "length")
@@ -249,8 +256,10 @@ def test_an_answer_that_is_cut(chatty: Callable[..., LLM]) -> None:
     got = answer(llm, saying(said, stop="</tool_call>"), tools=TOOLS)
     assert (got.text, got.tool_calls, got.finish_reason, got.stop_reason) == ("", [KOELN], "tool_calls", "</tool_call>")
     got = answer(llm, saying(f"So {said}", stop="place"), tools=TOOLS)
-    assert (got.tool_calls, got.finish_reason, got.stop_reason) == ([], "stop", "place")
-    assert got.text == 'So <tool_call>{"name": "get_weather", "arguments": {"'
+    begun = [ToolCall("get_weather", '{"')]
+    assert (got.text, got.tool_calls, got.finish_reason, got.stop_reason) == ("So", begun, "stop", "place")
+    got = answer(llm, saying(f"So {said}", stop="weather"), tools=TOOLS)
+    assert (got.text, got.tool_calls) == ('So <tool_call>{"name": "get_', [])
 
 
 @pytest.mark.parametrize("is_byte_level", [True, False])
@@ -366,14 +375,14 @@ def test_a_template_may_refuse_what_was_called(chatty: Callable[..., LLM]) -> No
 
 
 def test_output_parser_alone() -> None:
-    parser = OutputParser(AnswerFormat("hermes"))
+    parser = OutputParser(AnswerFormat(tool_format="hermes"))
     assert [parser.push(piece) for piece in ("a <to", "ol_call>", ONE, "</tool_c")] == ["a", "", "", ""]
     assert parser.tool_calls == [KOELN] and not parser.is_over
     assert parser.finish() == "</tool_c"
     assert [parser.finish_reason(reason) for reason in ("stop", "length", "abort", None)] == [
         "tool_calls", "length", "abort", None,
     ]  # fmt: skip
-    assert OutputParser(AnswerFormat("hermes")).finish_reason("stop") == "stop"
+    assert OutputParser(AnswerFormat(tool_format="hermes")).finish_reason("stop") == "stop"
 
 
 def test_a_chat_format_needs_no_model(smollm2: Path) -> None:

@@ -21,8 +21,9 @@ from test_tokenizer import KEY, metadata_of
 from tinyserve.checkpoints.gguf import open_gguf
 from tinyserve.errors import TinyserveError
 from tinyserve.sampling_params import StructuredOutputs
-from tinyserve.text.grammar import Grammar, GrammarCompiler, MaskFiller, Matcher, fill_masks, words_of
+from tinyserve.text.grammar import Grammar, GrammarCompiler, Matcher
 from tinyserve.text.json_schema import FORMATS
+from tinyserve.text.masks import MaskFiller, fill_masks, words_of
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.gguf import TokenType
 

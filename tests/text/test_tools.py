@@ -231,7 +231,7 @@ def forced(compiler: GrammarCompiler, choice: Any, format: str, seed: int, **opt
     spec = tool_grammar(TOOLS, choice, format, **options)
     assert spec is not None
     ids = walk(compiler.compile(spec), seed)
-    content, calls = parse_tool_calls(compiler._tokenizer.decode(ids, skip_special_tokens=False), format)
+    content, calls = parse_tool_calls(compiler._tokenizer.decode(ids, skip_special_tokens=False), format, TOOLS)
     assert content == "" and calls
     schemas: Mapping[str, Any] = {"get_weather": WEATHER["function"]["parameters"], "now": {"maxProperties": 0}}  # type: ignore[index]
     for call in calls:

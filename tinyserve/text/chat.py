@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.text.chat_template import ChatTemplate
+from tinyserve.text.reasoning import CLOSES, OPENS, ReasoningParser, Thinking, thinking_after, thinking_within
 from tinyserve.text.tokenizer import Tokenizer
-from tinyserve.text.tool_parser import ToolCall, ToolCallParser
+from tinyserve.text.tool_parser import ToolCall, ToolCallDelta, ToolCallParser, joined_calls
 from tinyserve.text.tools import FORMATS, checked_tools, format_named, tool_format, tool_grammar
 
 
@@ -38,14 +39,19 @@ class ToolOptions:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How calls stand in the answers to a prompt.
+    """How thinking and calls stand in the answers to a prompt.
 
-    shown_ids: the special tokens that the format is written with, and that its parser must see.
+    thinking: whether an answer begins with it.
+    tool_format: how calls are written; None: there are none to be read.
+    tools: those that may be called, in OpenAI's form.
+    shown_ids: the special tokens that all this is written with, and that its parsers must see.
     only_one: the answer is over behind its first call.
     is_named: which tool is called was not the model's to choose.
     """
 
-    tool_format: str
+    thinking: Thinking = Thinking.NONE
+    tool_format: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
     shown_ids: frozenset[int] = frozenset()
     only_one: bool = False
     is_named: bool = False
@@ -53,13 +59,13 @@ class AnswerFormat:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation in tokens, and how calls are read out of its answers; with no format they are text only.
+    """A conversation in tokens, and how its answers are read.
 
     continues: the answer goes on with the last message.
     """
 
     token_ids: list[int]
-    answer_format: AnswerFormat | None = None
+    answer_format: AnswerFormat = AnswerFormat()
     continues: bool = False
 
 
@@ -71,36 +77,56 @@ class ChatRequest(NamedTuple):
 
 
 class OutputParser:
-    """Takes the text of one answer apart as it comes: `push` and `finish` return content, `tool_calls` has the rest."""
+    """Takes the text of one answer apart as it comes: `push` and `finish` return content, the rest is gathered here."""
 
     def __init__(self, format: AnswerFormat) -> None:
-        self._format, self._parser = format, ToolCallParser(format.tool_format)
+        self._format = format
+        self._reasoning = ReasoningParser(format.thinking)
+        self._calls = None
+        if format.tool_format is not None:
+            self._calls = ToolCallParser(format.tool_format, format.tools, format.only_one)
+        self.reasoning = ""
         self.tool_calls: list[ToolCall] = []
+        self.tool_call_deltas: list[ToolCallDelta] = []  # all of them, in their order
 
     def push(self, piece: str) -> str:
         """Take in a piece of the answer and return the content that is certain now."""
-        return self._take(*self._parser.push(piece))
+        return self._take(*self._reasoning.push(piece))
 
     def finish(self) -> str:
         """The answer has ended: the content that was still held back."""
-        return self._take(*self._parser.finish())
+        content = self._take(*self._reasoning.finish())
+        return content + self._take_calls(*self._calls.finish()) if self._calls is not None else content
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next is thought, as far as is known."""
+        return self._reasoning.is_thinking
+
+    @property
+    def num_whole_calls(self) -> int:
+        """How many of the calls are over."""
+        return self._calls.num_whole if self._calls is not None else 0
 
     @property
     def is_over(self) -> bool:
         """Whether the answer has all the calls that it may have."""
-        return self._format.only_one and bool(self.tool_calls)
+        return self._format.only_one and self.num_whole_calls > 0
 
     def finish_reason(self, reason: str | None) -> str | None:
         """ "tool_calls" where the model ended its answer with calls of its own choice, as OpenAI has it."""
         chose = bool(self.tool_calls) and not self._format.is_named
+        if self._calls is not None and self._calls.is_within_arguments:  # a stop string, say, has cut the call off
+            chose = False
         return "tool_calls" if chose and reason == "stop" else reason
 
-    def _take(self, content: str, calls: list[ToolCall]) -> str:
-        if self.is_over:
-            return ""
-        self.tool_calls += calls
-        if self.is_over:
-            del self.tool_calls[1:]
+    def _take(self, reasoning: str, content: str) -> str:
+        self.reasoning += reasoning
+        return content if self._calls is None else self._take_calls(*self._calls.push(content))
+
+    def _take_calls(self, content: str, deltas: list[ToolCallDelta]) -> str:
+        self.tool_call_deltas += deltas
+        self.tool_calls = joined_calls(deltas, self.tool_calls)
         return content
 
 
@@ -138,12 +164,7 @@ class ChatFormat:
 
         With `add_special_tokens` a BOS that the template does not write is added, if the model's texts have one.
         """
-        if not isinstance(add_special_tokens, bool):
-            raise RequestError(
-                f"add_special_tokens is {add_special_tokens!r:.60}; it must be True or False.",
-                param="add_special_tokens",
-            )
-        return self._tokenizer.encode_prompt(self.text(messages, variables), add_special_tokens, self._most_tokens)
+        return self._encode(self.text(messages, variables), add_special_tokens)
 
     def request(
         self,
@@ -154,15 +175,13 @@ class ChatFormat:
         add_special_tokens: bool = False,
     ) -> ChatRequest:
         """A conversation with tools or without. Raises RequestError for tools that cannot be shown, or forced."""
-        continues = bool(variables.get("continue_final_message"))
         if options.tools is None:
             if options.tool_choice not in (None, "none"):
                 raise RequestError(
                     f"tool_choice is {options.tool_choice!r:.80}, and there are no tools to choose from.",
                     param="tool_choice",
                 )
-            token_ids = self.prompt(messages, variables, add_special_tokens)
-            return ChatRequest(ChatPrompt(token_ids, continues=continues), params)
+            return ChatRequest(self._prompt(messages, variables, add_special_tokens, AnswerFormat()), params)
         tools, format = checked_tools(options.tools), self._tool_format(options.tool_format)
         grammar = tool_grammar(
             tools,
@@ -179,16 +198,41 @@ class ChatFormat:
                     param="tool_choice",
                 )
             params = replace(params, structured_outputs=grammar)
-        answers = None
+        answers = AnswerFormat()
         if options.tool_choice != "none":
             answers = AnswerFormat(
-                format,
-                self._shown_ids(format),
+                tool_format=format,
+                tools=tuple(tools),
+                shown_ids=self._shown_ids(format_named(format).tags),
                 only_one=not options.parallel_tool_calls,
                 is_named=isinstance(options.tool_choice, Mapping),
             )
-        token_ids = self.prompt(messages, {**variables, "tools": tools}, add_special_tokens)
-        return ChatRequest(ChatPrompt(token_ids, answers, continues), params)
+        return ChatRequest(self._prompt(messages, {**variables, "tools": tools}, add_special_tokens, answers), params)
+
+    def _prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        add_special_tokens: bool,
+        answers: AnswerFormat,
+    ) -> ChatPrompt:
+        text = self.text(messages, variables)
+        continues = bool(variables.get("continue_final_message"))
+        thinking = thinking_after(text)
+        if continues:
+            content = messages[-1].get("content")
+            thinking = thinking_within(content if isinstance(content, str) else "")
+        shown_ids = answers.shown_ids | self._shown_ids((OPENS, CLOSES))
+        answers = replace(answers, thinking=thinking, shown_ids=shown_ids)
+        return ChatPrompt(self._encode(text, add_special_tokens), answers, continues)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if not isinstance(add_special_tokens, bool):
+            raise RequestError(
+                f"add_special_tokens is {add_special_tokens!r:.60}; it must be True or False.",
+                param="add_special_tokens",
+            )
+        return self._tokenizer.encode_prompt(text, add_special_tokens, self._most_tokens)
 
     def _tool_format(self, given: str | None) -> str:
         format = given if given is not None else tool_format(self._tool_template.source)
@@ -201,6 +245,5 @@ class ChatFormat:
         format_named(format)
         return format
 
-    def _shown_ids(self, format: str) -> frozenset[int]:
-        tags = format_named(format).opens + format_named(format).closes
+    def _shown_ids(self, tags: Sequence[str]) -> frozenset[int]:
         return frozenset(token for text, token in self._tokenizer.specials.items() if text in tags)

@@ -23,6 +23,7 @@ from tinyserve.text import template_process
 _END = "\ufdd0end\ufdd0"  # where a message that is continued ends; no character of any text
 _MOST_LEVELS = 100  # of lists and objects in one another
 _TRIAL_SECONDS = 0.5  # for a few letters, several times before the first chat
+_OTHER_TOOLS = frozenset({"xml_tools", "python_tools"})
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -88,8 +89,10 @@ class ChatTemplate:
             "documents": None,
             **{name: _plain(value, name, "the template variables.") for name, value in variables.items()},
             "add_generation_prompt": add_generation_prompt,
-            "tools": _plain(tools, "tools"),
+            "tools": (shown := _plain(tools, "tools")),
         }
+        if not variables.keys() & _OTHER_TOOLS:  # SmolLM3's name for tools that are called by JSON
+            context["xml_tools"] = shown
         try:
             text = template_process.render(self.source, self._special_tokens | context | {"messages": plain})
         except (template_process.InvalidTemplateError, template_process.LimitError) as error:
@@ -115,6 +118,8 @@ class ChatTemplate:
         """A checked message in the form in which this template reads it."""
         if message["role"] == "developer" and "developer" not in self.source:
             message["role"] = "system"  # OpenAI's newer name for it
+        if "reasoning" in message:
+            message.setdefault("reasoning_content", message["reasoning"])  # which is what templates read
         message["content"] = self._content(message["role"], message["content"])
         for holder, key in ((message, "tool_call_id"), *((call, "id") for call in message.get("tool_calls", ()))):
             if isinstance(holder.get(key), str) and self._wants_short_ids:

@@ -1,7 +1,6 @@
-"""Structured outputs: grammars compiled for a vocabulary, and for each sequence a matcher that fills its grammar mask.
+"""Structured outputs: grammars compiled for a vocabulary, and for each sequence a matcher in its grammar.
 
-Knows llguidance and a tokenizer's bytes; nothing about models, batches or requests. A mask is a row of uint32 words:
-bit t % 32 of word t // 32 is set if token t is allowed.
+Knows llguidance and a tokenizer's bytes; nothing about models, batches or requests.
 """
 
 from __future__ import annotations
@@ -10,26 +9,25 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tinyserve.errors import RequestError, TinyserveError
+from tinyserve.errors import RequestError
 from tinyserve.sampling_params import StructuredOutputs
 from tinyserve.text.grammar_probe import POLL, CancelledError, GrammarProbe, Vocabulary, compiled, vocabulary_of
 from tinyserve.text.json_schema import with_options
+from tinyserve.text.masks import TokenMatcher, allow_only, fill_masks, words_of
 from tinyserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
-    import numpy as np
-    from numpy.typing import NDArray
 
-    Masks = NDArray[np.uint32]
+    from tinyserve.text.masks import Masks
 
 _KEPT = 64  # compiled grammars; a service asks for the same few again and again
 
@@ -160,7 +158,7 @@ class Grammar:
         return matcher.reason
 
 
-class Matcher:
+class Matcher(TokenMatcher):
     """How far one sequence has come in its grammar."""
 
     def __init__(self, at: llguidance.LLMatcher, vocab_size: int, end_tokens: frozenset[int]) -> None:
@@ -171,19 +169,24 @@ class Matcher:
         self._stuck = False  # seen when a mask is filled
 
     def copy(self) -> Matcher:
-        """A matcher at the same place that goes its own way."""
         twin = Matcher(self._at.deep_copy(), self.vocab_size, self.end_tokens)
         twin._ended, twin._stuck = self._ended, self._stuck
         return twin
 
-    def fill(self, row: Masks) -> None:
-        """Write the mask of the next token into row (words_of(vocab_size),); TinyserveError if the grammar gave up."""
-        fill_masks([self], row[None])
-        if self.error is not None:
-            raise TinyserveError(self.error)
+    def start_mask(self, row: Masks) -> llguidance.LLMatcher | None:
+        if self._ended or self.reason:
+            allow_only(row, self.end_tokens)
+            return None
+        return self._at
+
+    def finish_mask(self, row: Masks) -> None:
+        # llguidance offers an end where nothing goes on, although the text is not complete.
+        offered = min(self.end_tokens)
+        self._stuck = bool(row[offered // 32] >> offered % 32 & 1) and not self._at.is_accepting()
+        if self.reason:
+            allow_only(row, self.end_tokens)
 
     def advance(self, token: int) -> bool:
-        """Take in the chosen token; False, and nothing changes, if it is not allowed here."""
         if self._ended:
             return False
         if token in self.end_tokens:
@@ -192,7 +195,6 @@ class Matcher:
         return bool(self._at.try_consume_tokens([token]) == 1)
 
     def count_valid(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, are allowed one after the other; nothing changes."""
         if self._ended:
             return 0
         text = list(takewhile(lambda token: token not in self.end_tokens, tokens))
@@ -202,21 +204,6 @@ class Matcher:
         ahead = self._at.deep_copy()
         ahead.consume_tokens(text)
         return valid + bool(ahead.is_accepting())
-
-    def fill_draft(self, draft: Sequence[int], masks: Masks) -> int:
-        """Write the masks before each token of a draft, and after the last, into masks (len(draft) + 1, words).
-
-        Returns how many tokens of the draft the grammar allows; rows behind the first that it does not are left alone.
-        """
-        ahead = self.copy()
-        ahead.fill(masks[0])
-        for i, token in enumerate(draft):
-            if not ahead.advance(token):
-                return i
-            fill_masks([ahead], masks[None, i + 1])
-            if ahead.error is not None:  # if the model goes there all the same, it will see for itself
-                return i
-        return len(draft)
 
     def rollback(self, count: int) -> None:
         """Take back the last tokens that `advance` took in."""
@@ -228,7 +215,7 @@ class Matcher:
             raise ValueError(f"{count} tokens cannot be taken back: {_sentence(self._at.get_error())}.")
 
     def forced_tokens(self) -> list[int]:
-        """The tokens, as the tokenizer cuts them, that must come next; often none."""
+        """The tokens, as the tokenizer cuts them, that must come next."""
         return [] if self._ended else list(self._at.compute_ff_tokens())
 
     @property
@@ -252,98 +239,6 @@ class Matcher:
     def error(self) -> str | None:
         """`reason` as a sentence."""
         return self.reason and f"The structured output cannot go on: {self.reason}."
-
-
-def words_of(vocab_size: int) -> int:
-    """The uint32 words of a mask."""
-    return (vocab_size + 31) // 32
-
-
-def fill_masks(matchers: Sequence[Matcher | None], masks: Masks) -> None:
-    """Write the next token's mask of each matcher into its row of masks (matchers, words_of(vocab_size)), uint32.
-
-    None allows everything. A matcher that has ended, or that gave up (see its `error`), allows nothing but an end.
-    The interpreter's lock is released meanwhile, once for all rows.
-    """
-    if not masks.flags.c_contiguous or masks.dtype != "uint32" or len(masks) < len(matchers):
-        raise ValueError(
-            f"masks must be contiguous uint32 of {len(matchers)} rows; they are {masks.dtype} {masks.shape}."
-        )
-    running = []
-    for i, matcher in enumerate(matchers):
-        if matcher is None:
-            masks[i] = 0xFFFFFFFF
-        elif matcher._ended or matcher.reason:
-            _allow_ends(masks[i], matcher.end_tokens)
-        else:
-            running.append((matcher, i))
-    if not running:
-        return
-    tasks = [(matcher._at, i) for matcher, i in running]
-    _executor().unsafe_compute_mask_ptr(tasks, masks.ctypes.data, 4 * masks.shape[1], len(masks))
-    for matcher, i in running:
-        # llguidance offers an end where nothing goes on, although the text is not complete.
-        offered = min(matcher.end_tokens)
-        matcher._stuck = bool(masks[i, offered // 32] >> offered % 32 & 1) and not matcher._at.is_accepting()
-        if matcher.reason:
-            _allow_ends(masks[i], matcher.end_tokens)
-
-
-class MaskFiller:
-    """Fills a batch's masks in a thread of its own, while the model computes the logits they are for."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._words = words_of(vocab_size)
-        self._thread = ThreadPoolExecutor(1, "tinyserve-masks")
-        self._filling: Future[Masks] | None = None
-
-    def start(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]] | None = None) -> None:
-        """Begin; until `wait`, nobody else may touch these matchers. drafts: the draft tokens behind each."""
-        self._filling = self._thread.submit(self._fill, list(matchers), drafts or [()] * len(matchers))
-
-    def wait(self) -> Masks:
-        """The masks (places, words) of the last `start`: of each matcher one, and one behind each draft token.
-
-        Behind a draft token that the grammar forbids, and where it gives up, they allow nothing: no answer goes there.
-        """
-        if self._filling is None:
-            raise ValueError("There are no masks to wait for: call start first.")
-        filling, self._filling = self._filling, None
-        return filling.result()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
-
-    def _fill(self, matchers: Sequence[Matcher | None], drafts: Sequence[Sequence[int]]) -> Masks:
-        import numpy as np
-
-        masks = np.zeros((len(matchers) + sum(map(len, drafts)), self._words), np.uint32)
-        if len(masks) == len(matchers):
-            fill_masks(matchers, masks)
-            return masks
-        first = 0
-        for matcher, draft in zip(matchers, drafts, strict=True):
-            rows = masks[first : first + 1 + len(draft)]
-            fill_masks([matcher] if matcher is not None else [None] * len(rows), rows)
-            if matcher is not None and draft and matcher.reason is None:
-                rows[1 + matcher.fill_draft(draft, rows) :] = 0
-            first += len(rows)
-        return masks
-
-
-def _allow_ends(row: Masks, end_tokens: Iterable[int]) -> None:
-    row[:] = 0
-    for token in end_tokens:
-        row[token // 32] |= 1 << token % 32
-
-
-@cache
-def _executor() -> llguidance.LLExecutor:
-    """One thread: a mask takes microseconds, and the other cores are the model's."""
-    import llguidance
-
-    return llguidance.LLExecutor(1)
 
 
 def _source(spec: StructuredOutputs) -> str:

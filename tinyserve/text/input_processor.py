@@ -15,6 +15,7 @@ from tinyserve.engine import Engine
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 from tinyserve.text.chat import ChatPrompt, OutputParser
+from tinyserve.text.reasoning import Thinking, thinking_after
 from tinyserve.text.request import RequestState
 from tinyserve.text.tokenizer import Detokenizer, Tokenizer
 from tinyserve.text.validation import Prompt
@@ -22,6 +23,10 @@ from tinyserve.text.validation import Prompt
 if TYPE_CHECKING:
     from tinyserve.model_runner import ModelRunner
     from tinyserve.text.grammar import Grammar, GrammarCompiler
+    from tinyserve.text.masks import MaskFiller, TokenMatcher
+    from tinyserve.text.reasoning_matcher import ThinkingTokens
+
+_LAST = 16  # tokens, among which there is what a prompt ends with
 
 
 class InputProcessor:
@@ -41,6 +46,8 @@ class InputProcessor:
         self._engine, self._runners, self._seed = engine, runners, seed
         self._text_of = lru_cache(1 << 14)(partial(_text_of, tokenizer)) if tokenizer else None
         self._grammars: GrammarCompiler | None = None
+        self._masks: MaskFiller | None = None
+        self._thinking_tokens: ThinkingTokens | None = None
         self._lock = Lock()
 
     def make(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[RequestState]:
@@ -53,8 +60,9 @@ class InputProcessor:
             params = replace(params, logprobs=params.logprobs or 0)
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         text = text if isinstance(text, str) else None
+        is_chat = isinstance(prompt, ChatPrompt)
         chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt([])
-        calls = chat.answer_format
+        format = chat.answer_format
         first = self._engine.make(ids, params, priority)
         answers = []
         for i, sequence in enumerate((first, *first.siblings)):
@@ -62,12 +70,15 @@ class InputProcessor:
                 # Requests of one program draw from streams of their own, the same in the next run.
                 sequence.seed = (self._seed << 32) + sequence.request_id
             sequence.matcher, sequence.bad_words = grammar and grammar.matcher(), bad_words
+            if is_chat or params.thinking_token_budget is not None:
+                thinking = format.thinking if is_chat else self._thinking_after(ids)
+                sequence.matcher = self._reasoning_matcher(thinking, sequence.matcher, params)
             # An answer to a template begins a text, unless it goes on with a message, as a completion does with the
             # prompt's. A grammar has a say in the first space, too.
             continues = text is not None or chat.continues or grammar is not None
-            shown = calls.shown_ids if calls else frozenset[int]()
+            shown = format.shown_ids
             detokenizer, hidden = self._detokenizer(params, continues, shown), self._hidden(params, shown)
-            parser = OutputParser(calls) if calls else None
+            parser = OutputParser(format) if is_chat else None
             answers.append(RequestState(sequence, text, detokenizer, i, self._text_of, parser, hidden))
         return answers
 
@@ -141,7 +152,7 @@ class InputProcessor:
 
     def compile(self, spec: StructuredOutputs, is_cancelled: Callable[[], bool] = lambda: False) -> "Grammar":
         """The grammar of a spec, which is kept for those who ask again; raises as `GrammarCompiler.compile` does."""
-        from tinyserve.text.grammar import GrammarCompiler, MaskFiller
+        from tinyserve.text.grammar import GrammarCompiler
 
         if self._tokenizer is None:
             raise RequestError(
@@ -151,10 +162,38 @@ class InputProcessor:
         with self._lock:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
-                masks = MaskFiller(self._vocab_size)
-                for runner in self._runners:
-                    runner.masks = masks
+                self._start_masks()
         return self._grammars.compile(spec, is_cancelled)
+
+    def _start_masks(self) -> None:
+        """Have masks filled from now on; the lock is held."""
+        from tinyserve.text.masks import MaskFiller
+
+        if self._masks is None:
+            self._masks = MaskFiller(self._vocab_size)
+            for runner in self._runners:
+                runner.masks = self._masks
+
+    def _reasoning_matcher(
+        self, thinking: Thinking, answer: "TokenMatcher | None", params: SamplingParams
+    ) -> "TokenMatcher | None":
+        """A matcher that lets the model think before what it is to answer, and for as long as it may."""
+        budget = params.thinking_token_budget
+        if (answer is None and budget is None) or self._tokenizer is None or thinking is Thinking.NONE:
+            return answer
+        from tinyserve.text.reasoning_matcher import ReasoningMatcher, ThinkingTokens
+
+        with self._lock:
+            if self._thinking_tokens is None:
+                self._thinking_tokens = ThinkingTokens(self._tokenizer, self._vocab_size, self._engine.eos_token_ids)
+            self._start_masks()
+        return ReasoningMatcher(self._thinking_tokens, thinking, answer, budget)
+
+    def _thinking_after(self, ids: SequenceOf[int]) -> Thinking:
+        """What a prompt that is no conversation leaves open."""
+        if self._tokenizer is None:
+            return Thinking.NONE
+        return thinking_after(self._tokenizer.decode(ids[-_LAST:], skip_special_tokens=False))
 
 
 def _text_of(tokenizer: Tokenizer, token: int) -> str:

@@ -21,6 +21,7 @@ FORMATS = frozenset({
 })  # fmt: skip
 # Where in a schema there are schemas: under any name, or as themselves or in a list.
 _BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+_MOST_REFS = 16  # one behind the other
 _AS_THEY_ARE = frozenset({
     "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not", "oneOf",
     "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
@@ -57,3 +58,37 @@ def _without_other_formats(schema: Any) -> Any:
         else:
             kept[key] = _without_other_formats(value) if key in _AS_THEY_ARE else value
     return kept
+
+
+def resolved(schema: Any, root: Any) -> Any:
+    """The schema that a local `$ref` ("#/$defs/name") stands for in `root`; others are as they are."""
+    for _ in range(_MOST_REFS):
+        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(ref, str) or not ref.startswith("#/"):
+            break
+        found = root
+        for key in ref[2:].split("/"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is None:
+            break
+        schema = found
+    return schema
+
+
+def types_of(schema: Any) -> set[str]:
+    """The types that a schema takes, as far as it says: none where it does not."""
+    if not isinstance(schema, Mapping):
+        return set()
+    if isinstance(kind := schema.get("type"), str | list):
+        return {kind} if isinstance(kind, str) else set(map(str, kind))
+    for one in ("anyOf", "oneOf"):
+        if isinstance(members := schema.get(one), list):
+            return {kind for member in members for kind in types_of(member) or {"other"}}
+    if isinstance(values := schema.get("enum"), list):
+        return {"string" if isinstance(value, str) else "other" for value in values}
+    return {"other"} if schema.keys() & {"$ref", "allOf", "properties", "items"} else set()
+
+
+def takes_text(schema: Any) -> bool:
+    """Whether a schema takes text and nothing else, or does not say."""
+    return types_of(schema) <= {"string"}

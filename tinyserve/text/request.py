@@ -6,6 +6,7 @@ Knows text and the updates of one sequence, which the engine may be ahead of; it
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from tinyserve.engine import Update
 from tinyserve.errors import IncompleteError
@@ -14,7 +15,7 @@ from tinyserve.scheduling.sequence import Logprobs, Metrics, Sequence
 from tinyserve.text.chat import OutputParser
 from tinyserve.text.tokenizer import Detokenizer
 from tinyserve.text.tokenizer.stops import StopFilter
-from tinyserve.text.tool_parser import ToolCall
+from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
 
 
 @dataclass
@@ -22,7 +23,8 @@ class CompletionOutput:
     """One answer. `finish_reason`: "stop" (an end token or a stop string), "tool_calls", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
-    `text` leaves out `tool_calls`. "tool_calls" stands for "stop" where the model chose by itself to call tools.
+    `text` leaves out `tool_calls`, and `reasoning`, what the model thought before it answered a conversation.
+    "tool_calls" stands for "stop" where the model chose by itself to call tools.
     """
 
     index: int = 0
@@ -33,6 +35,8 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     metrics: Metrics = field(default_factory=Metrics, compare=False)
     tool_calls: list[ToolCall] = field(default_factory=list)
+    reasoning: str = ""
+    reasoning_tokens: int = 0  # of token_ids
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -70,9 +74,23 @@ class StreamChunk:
     index: int = 0  # of the answer, where there are several
     stop_reason: str | int | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)  # each as soon as all of it is there
+    tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)  # the same in parts, as they come
+    reasoning: str = ""
+    reasoning_tokens: int = 0  # of token_ids
 
     def __str__(self) -> str:
         return self.text
+
+
+class _Sent(NamedTuple):
+    """How much a stream has handed out."""
+
+    text: int = 0
+    tokens: int = 0
+    calls: int = 0
+    deltas: int = 0
+    reasoning: int = 0
+    reasoning_tokens: int = 0
 
 
 class RequestState:
@@ -105,7 +123,8 @@ class RequestState:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: BaseException | None = None
-        self._sent_text, self._sent_tokens, self._sent_calls = 0, 0, 0  # what a stream has handed out
+        self.reasoning_tokens = 0
+        self._sent = _Sent()
 
     @property
     def finished(self) -> bool:
@@ -115,6 +134,11 @@ class RequestState:
     def tool_calls(self) -> list[ToolCall]:
         """The calls that are certain."""
         return [] if self._parser is None else self._parser.tool_calls
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking that is certain."""
+        return "" if self._parser is None else self._parser.reasoning
 
     @property
     def is_reading(self) -> bool:
@@ -147,7 +171,9 @@ class RequestState:
             self.logprobs.append(self._spelled(update.logprobs))
         if update.finish_reason != "stop":  # the text of an end token is no part of the answer
             if self._detokenizer is not None:
+                is_thought = self._parser is not None and self._parser.is_thinking
                 self._push(self._detokenizer.push(token), self._hidden.get(token, ""))
+                self.reasoning_tokens += is_thought or (self._parser is not None and self._parser.is_thinking)
         elif token in self.sequence.params.stop_token_ids:
             self.stop_reason = token
 
@@ -187,7 +213,7 @@ class RequestState:
         logprobs = self.logprobs if self.sequence.params.logprobs is not None else None
         return CompletionOutput(
             self.index, self.text, self.token_ids, logprobs, self.finish_reason, self.stop_reason, self.metrics,
-            self.tool_calls,
+            self.tool_calls, self.reasoning, self.reasoning_tokens,
         )  # fmt: skip
 
     def prompt_logprobs(self) -> list[Logprobs | None] | None:
@@ -203,22 +229,29 @@ class RequestState:
 
     def has_chunk(self) -> bool:
         """Whether something has come since the last chunk."""
-        return self.finished or len(self.token_ids) > self._sent_tokens
+        return self.finished or len(self.token_ids) > self._sent.tokens
 
     def chunk(self) -> StreamChunk:
         """What has come since the last chunk."""
-        chunk = StreamChunk(
-            self.text[self._sent_text :],
-            self.token_ids[self._sent_tokens :],
-            self.logprobs[self._sent_tokens :] if self.sequence.params.logprobs is not None else None,
+        sent, parser = self._sent, self._parser
+        whole = self.tool_calls if self.finished else self.tool_calls[: parser.num_whole_calls if parser else 0]
+        deltas = parser.tool_call_deltas if parser is not None else []
+        self._sent = _Sent(
+            len(self.text), len(self.token_ids), len(whole), len(deltas), len(self.reasoning), self.reasoning_tokens
+        )
+        return StreamChunk(
+            self.text[sent.text :],
+            self.token_ids[sent.tokens :],
+            self.logprobs[sent.tokens :] if self.sequence.params.logprobs is not None else None,
             self.finish_reason,
             replace(self.metrics, token_times=list(self.metrics.token_times)),
             self.index,
             self.stop_reason,
-            self.tool_calls[self._sent_calls :],
+            whole[sent.calls :],
+            deltas[sent.deltas :],
+            self.reasoning[sent.reasoning :],
+            self.reasoning_tokens - sent.reasoning_tokens,
         )
-        self._sent_text, self._sent_tokens, self._sent_calls = len(self.text), len(self.token_ids), len(self.tool_calls)
-        return chunk
 
 
 def output(answers: list[RequestState], n: int, keeps_logprobs: bool) -> RequestOutput:

@@ -9,18 +9,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import StructuredOutputs, schema_of
-from tinyserve.text.json_schema import with_options
+from tinyserve.text.json_schema import resolved, takes_text, with_options
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a family of models writes a call: JSON with a name and arguments.
+    """How a family of models writes a call: a name and arguments.
 
     opens, closes: what stands before it and behind it, if anything.
+    syntax: "json" is an object of both; "xml" is tags for the name and for each parameter; "named" is the name before
+        its arguments in JSON.
     between: what stands between two of them.
     arguments: the key of the arguments.
     as_list: all calls are one JSON array, even if there is but one.
@@ -33,8 +35,16 @@ class ToolFormat:
     arguments: str = "arguments"
     as_list: bool = False
     bare: bool = False
+    syntax: Literal["json", "xml", "named"] = "json"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The texts that mark a call, some of which may be special tokens."""
+        inner = ("[CALL_ID]", "[ARGS]") if self.syntax == "named" else ()
+        return (self.opens.strip(), self.closes.strip(), *inner)
 
 
+_XML = ToolFormat("<tool_call>\n", "\n</tool_call>", syntax="xml")
 _HERMES = ToolFormat("<tool_call>\n", "\n</tool_call>")
 FORMATS = {
     "llama-3": ToolFormat("<|python_tag|>", between="; ", arguments="parameters", bare=True),
@@ -42,20 +52,27 @@ FORMATS = {
     "granite-3": ToolFormat("<|tool_call|>", between=", ", as_list=True),
     "hermes": _HERMES,  # Qwen's and SmolLM's, too
     "mistral": ToolFormat("[TOOL_CALLS] ", between=", ", as_list=True),
+    "mistral-v11": ToolFormat("[TOOL_CALLS]", between="", syntax="named"),
+    "granite-4.2": _XML,
+    "qwen3-coder": _XML,
     "json": ToolFormat(bare=True),
 }
 
 # What tells the formats apart in a template's text, the most telling first.
 _MARKS = (
+    ("<parameter=", "qwen3-coder"),
+    ("[ARGS]", "mistral-v11"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_call|>", "granite-3"),
     ("<tool_call>", "hermes"),
     ("<|python_tag|>", "llama-3"),
     ("<|start_header_id|>", "llama-3"),
 )
-_READS_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\btools\b", re.DOTALL)
+_READS_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\b(?:xml_)?tools\b", re.DOTALL)
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
+
+_VALUE_CLOSES, _XML_CLOSES = "\n</parameter>\n", "</function>"
 
 MAX_TOOLS = 1024  # OpenAI takes 128
 
@@ -65,7 +82,8 @@ def tool_format(template: str | None) -> str | None:
     if not template or not _READS_TOOLS.search(template):
         return None
     found = next((name for mark, name in _MARKS if mark in template), "json")
-    return "granite-4" if found == "hermes" and "<|start_of_role|>" in template else found
+    granites = {"hermes": "granite-4", "qwen3-coder": "granite-4.2"}
+    return granites.get(found, found) if "<|start_of_role|>" in template else found
 
 
 def format_named(name: str) -> ToolFormat:
@@ -123,6 +141,14 @@ def _checked(tool: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The schemas of a tool's parameters by name; none where there is no such tool."""
+    named = [tool["function"] for tool in tools if tool["function"]["name"] == name]
+    schema = (named[0].get("parameters") or {}) if named else {}
+    properties = schema.get("properties")
+    return {key: resolved(one, schema) for key, one in properties.items()} if isinstance(properties, Mapping) else {}
+
+
 def chosen_tools(tools: Sequence[Mapping[str, Any]], tool_choice: Any) -> list[Mapping[str, Any]] | None:
     """The tools one of which must be called; None if `tool_choice` ("auto", "none", None) leaves it to the model.
 
@@ -168,16 +194,53 @@ def tool_grammar(
         return None
     rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(chosen)))]
     for i, tool in enumerate(chosen):
-        name = json.dumps(tool["function"]["name"])
-        head = json.dumps(f'{{"name": {name}, "{how.arguments}": ')
-        rules.append(f'call_{i}: {head} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {json.dumps(_arguments(tool['function']))}")
+        rules += _call_rules(i, tool["function"], how, special_ids or {})
     opens, closes = (_literal(tag, special_ids or {}) for tag in (how.opens, how.closes))
     several = parallel_tool_calls and tool_choice == "required"
     one = "call" if how.bare or how.as_list else f"{opens} call {closes}"
-    calls = f"{one} ({json.dumps(how.between)} {one})*" if several else one
+    between = json.dumps(how.between) if how.between else ""
+    calls = f"{one} ({between} {one})*" if several else one
     start = f'{opens} "[" {calls} "]"' if how.as_list else calls
     return StructuredOutputs(grammar="\n".join([f"start: {start}", *rules]))
+
+
+def _call_rules(i: int, function: Mapping[str, Any], how: ToolFormat, special_ids: Mapping[str, int]) -> list[str]:
+    """The rule call_{i}, and those that it needs, for calls of one function."""
+    schema = _arguments(function)
+    arguments = f"arguments_{i}: %json {json.dumps(schema)}"
+    match how.syntax:
+        case "json":
+            head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "{how.arguments}": ')
+            return [f'call_{i}: {head} arguments_{i} "}}"', arguments]
+        case "named":
+            return [f"call_{i}: {_literal(function['name'] + '[ARGS]', special_ids)} arguments_{i}", arguments]
+    rules, parts = [], [json.dumps(f"<function={function['name']}>\n")]
+    for k, (name, one) in enumerate(schema.get("properties", {}).items()):
+        parts.append(f"parameter_{i}_{k}" + ("" if name in schema.get("required", ()) else "?"))
+        rules += _parameter_rules(f"{i}_{k}", json.dumps(f"<parameter={name}>\n"), one, schema)
+    if schema.get("additionalProperties", True):
+        parts.append(f"any_{i}*")
+        rules.append(f'any_{i}: "<parameter=" /[a-zA-Z0-9_.-]{{1,64}}/ ">\\n" text_{i}')
+        rules.append(f"text_{i}[suffix={json.dumps(_VALUE_CLOSES)}]: /(?s:.*)/")
+    return [f"call_{i}: {' '.join(parts)} {json.dumps(_XML_CLOSES)}", *rules]
+
+
+def _parameter_rules(key: str, opens: str, schema: Any, root: Mapping[str, Any]) -> list[str]:
+    """The rule parameter_{key}: a text as it is (its pattern or format is left to the model), anything else as JSON."""
+    schema = resolved(schema, root)
+    values = schema.get("enum") if isinstance(schema, Mapping) else None
+    closes = json.dumps(_VALUE_CLOSES)
+    if values and all(isinstance(value, str) and value and "\n" not in value for value in values):
+        choices = " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+        return [f"parameter_{key}: {opens} ({choices}) {closes}"]
+    if takes_text(schema):
+        schema = schema if isinstance(schema, Mapping) else {}
+        least, most = (schema.get(name) for name in ("minLength", "maxLength"))
+        length = f"{{{least or 0},{'' if most is None else most}}}" if least or most is not None else "*"
+        return [f"parameter_{key}: {opens} text_{key}", f"text_{key}[suffix={closes}]: /(?s:.{length})/"]
+    definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    value = json.dumps(with_options({**schema, **definitions}, param="tools"))
+    return [f"parameter_{key}: {opens} value_{key} {closes}", f"value_{key}: %json {value}"]
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
