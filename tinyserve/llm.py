@@ -209,7 +209,10 @@ class LLM:
         add_special_tokens: add the model's BOS, if it has one, to a template that does not write it.
         chat_template_kwargs: what else the template reads, such as enable_thinking; keywords that are not among these
             are the same, and add_generation_prompt (by default True) and continue_final_message (the model goes on with
-            the last message) among them.
+            the last message) among them. A reasoning_effort of "none" is enable_thinking=False as well.
+
+        What a model thinks before it answers, between <think> and </think>, comes as `reasoning`; tool calls and
+        structured outputs begin behind it.
 
         Raises RequestError for a malformed message, tool or choice, and for a model that has no chat template.
         """
@@ -367,7 +370,10 @@ def _template_variables(kwargs: Any, others: Mapping[str, Any]) -> dict[str, Any
         if not isinstance(name, str) or name in _RESERVED:
             field = f"chat_template_kwargs.{name}"
             raise RequestError(f"{field} is given, and it is no variable for the template: leave it out.", param=field)
-    return {**others, **(kwargs or {})}
+    variables = {**others, **(kwargs or {})}
+    if variables.get("reasoning_effort") == "none":
+        variables.setdefault("enable_thinking", False)
+    return variables
 
 
 def _refuse_sampling(keywords: Mapping[str, Any]) -> None:

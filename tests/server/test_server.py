@@ -179,9 +179,22 @@ def test_tools_are_called(tool_client: openai.OpenAI) -> None:
     streamed = list(
         ask(client, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=64, stream=True)
     )
-    (delta,) = [c for chunk in streamed for choice in chunk.choices for c in choice.delta.tool_calls or []]
-    assert (delta.index, delta.function.name) == (0, "get_weather")
-    assert delta.function.arguments == call.function.arguments
+    first, *parts = [c for chunk in streamed for choice in chunk.choices for c in choice.delta.tool_calls or []]
+    assert (first.index, first.function.name, first.function.arguments, first.type) == (
+        0,
+        "get_weather",
+        "",
+        "function",
+    )
+    assert first.id and len(parts) > 3, "the arguments come as they are written"
+    assert {(part.index, part.id, part.function.name) for part in parts} == {(0, None, None)}
+    assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    with client.chat.completions.stream(
+        model="smollm2-135m", messages=QUESTION, temperature=0, tools=[WEATHER], tool_choice="required",
+        parallel_tool_calls=False, max_tokens=64,
+    ) as stream:  # fmt: skip
+        (put_together,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert put_together.function.arguments == call.function.arguments
     conversation = [
         *QUESTION,
         {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},

@@ -8,13 +8,15 @@ from tinyserve.text.request import StreamChunk
 from tinyserve.text.tokenizer import Detokenizer, Tokenizer
 
 
-def usage(metrics: Metrics, output_tokens: int) -> dict[str, Any]:
-    """OpenAI's usage of one prompt, with how many of its tokens were in the cache."""
+def usage(metrics: Metrics, output_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
+    """OpenAI's usage of one prompt: how many of its tokens were in the cache, and of the answer's were thinking."""
+    thought = {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}} if reasoning_tokens else {}
     return {
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": metrics.prompt_tokens + output_tokens,
         "prompt_tokens_details": {"cached_tokens": metrics.cached_tokens},
+        **thought,
     }
 
 
@@ -29,27 +31,21 @@ class UsageCounter:
     """Adds up the chunks of one prompt's answers."""
 
     def __init__(self) -> None:
-        self._tokens, self._metrics = 0, Metrics()
+        self._tokens, self._reasoning_tokens, self._metrics = 0, 0, Metrics()
         self._seen: set[int] = set()
-        self._calls: dict[int, int] = {}
 
     def is_first(self, chunk: StreamChunk) -> bool:
         """Count a chunk; returns whether it is its answer's first."""
         self._tokens += len(chunk.token_ids)
+        self._reasoning_tokens += chunk.reasoning_tokens
         self._metrics = chunk.metrics
         first = chunk.index not in self._seen
         self._seen.add(chunk.index)
         return first
 
-    def calls(self, chunk: StreamChunk) -> int:
-        """Count a chunk's tool calls; returns how many its answer had before."""
-        before = self._calls.get(chunk.index, 0)
-        self._calls[chunk.index] = before + len(chunk.tool_calls)
-        return before
-
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage of all of them."""
-        return usage(self._metrics, self._tokens)
+        return usage(self._metrics, self._tokens, self._reasoning_tokens)
 
 
 def chat_logprobs(

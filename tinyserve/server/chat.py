@@ -19,7 +19,7 @@ from tinyserve.server.sse import EventStream, SSEWriter
 from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
 from tinyserve.text.chat import ChatRequest
 from tinyserve.text.request import CompletionOutput, StreamChunk
-from tinyserve.text.tool_parser import ToolCall
+from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
 
 
 async def chat_completions(request: Request) -> Response:
@@ -59,7 +59,12 @@ class _Chat:
                     watch.ended(answer.metrics, answer.finish_reason)
             choices = [self._choice(engine.llm, answer) for answer in output.outputs]
             tokens = sum(len(answer.token_ids) for answer in output.outputs)
-            return {**self._head("chat.completion"), "choices": choices, "usage": usage(output.metrics, tokens)}
+            thought = sum(answer.reasoning_tokens for answer in output.outputs)
+            return {
+                **self._head("chat.completion"),
+                "choices": choices,
+                "usage": usage(output.metrics, tokens, thought),
+            }
 
     async def stream(self, events: SSEWriter) -> None:
         """The response as events; the first of each choice has its role."""
@@ -72,7 +77,7 @@ class _Chat:
                     async for chunk in chunks:
                         if counter.is_first(chunk):
                             self._send(events, {"index": chunk.index, "delta": {"role": "assistant", "content": ""}})
-                        self._send_chunk(events, engine.llm, chunk, counter)
+                        self._send_chunk(events, engine.llm, chunk)
                         if chunk.finish_reason is not None:
                             watch.ended(chunk.metrics, chunk.finish_reason)
         options = self._body.stream_options
@@ -84,7 +89,9 @@ class _Chat:
         return self._state.engine(self._model, self._body, self._answers, progress)
 
     def _request(self, llm: LLM) -> ChatRequest:
-        body = self._body
+        body, variables = self._body, template_options(self._body)
+        if body.reasoning_effort is not None:
+            variables["reasoning_effort"] = body.reasoning_effort
         return llm.chat_request(
             body.messages,
             chat_params(body, llm),
@@ -92,15 +99,14 @@ class _Chat:
             tool_format=self._state.tool_format if body.tools else None,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             add_special_tokens=body.add_special_tokens is True,
-            **template_options(body),
+            **variables,
         )
 
-    def _send_chunk(self, events: SSEWriter, llm: LLM, chunk: StreamChunk, counter: UsageCounter) -> None:
+    def _send_chunk(self, events: SSEWriter, llm: LLM, chunk: StreamChunk) -> None:
         """An event with what has come, and one of its own for the end: clients read no text in that one."""
-        delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
-        if chunk.tool_calls:
-            first = counter.calls(chunk)
-            delta["tool_calls"] = [{"index": first + i, **_call(llm, call)} for i, call in enumerate(chunk.tool_calls)]
+        delta = self._reasoning(chunk.reasoning) | ({"content": chunk.text} if chunk.text else {})
+        if chunk.tool_call_deltas:
+            delta["tool_calls"] = [_part(llm, part) for part in chunk.tool_call_deltas]
         choice = {"index": chunk.index, "delta": delta}
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs(llm, chunk)
@@ -118,6 +124,7 @@ class _Chat:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.tool_calls:
             message |= {"content": answer.text or None, "tool_calls": [_call(llm, call) for call in answer.tool_calls]}
+        message |= self._reasoning(answer.reasoning)
         return {
             "index": answer.index,
             "message": message,
@@ -126,12 +133,23 @@ class _Chat:
             "stop_reason": answer.stop_reason,
         }
 
+    def _reasoning(self, text: str) -> dict[str, Any]:
+        """What was thought, under vLLM's name and the one that clients know from DeepSeek."""
+        return {"reasoning": text, "reasoning_content": text} if text and self._body.include_reasoning else {}
+
     def _logprobs(self, llm: LLM, answer: CompletionOutput | StreamChunk) -> dict[str, Any]:
         assert llm.tokenizer is not None  # it has encoded the conversation
         return chat_logprobs(llm.tokenizer, answer.token_ids, answer.logprobs or [], self._body.top_logprobs or 0)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
+
+
+def _part(llm: LLM, part: ToolCallDelta) -> dict[str, Any]:
+    """What a call has more, in a stream: its first part has all but the arguments."""
+    if part.name is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **_call(llm, ToolCall(part.name, part.arguments))}
 
 
 def _call(llm: LLM, call: ToolCall) -> dict[str, Any]:

@@ -25,13 +25,11 @@ IGNORED: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
-    "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "verbosity": ("medium",),
     # vLLM's
     "guided_decoding_backend": (),
-    "include_reasoning": (True,),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "mm_processor_kwargs": (),
@@ -126,12 +124,16 @@ class ChatBody(Decoding):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
 
 class CompletionBody(Decoding):
     """POST /v1/completions."""
+
+    ignored = {**IGNORED, "include_reasoning": (True,), "reasoning_effort": ()}  # noqa: RUF012  # nothing is thought
 
     prompt: Any
     add_special_tokens: bool | None = None
