@@ -363,6 +363,37 @@ def test_markdown_is_drawn_and_code_is_copied(open_page: Opener, fake: FakeServe
     assert copied == 'if 1 < 2:\n    print("<img src=x onerror=alert(1)>")'
 
 
+THOUGHTS = [Token("<think>", shown=""), Token("Paris", shown="reasoning"), Token(", surely.", shown="reasoning")]
+
+
+@pytest.mark.parametrize("glass", [True, False])
+def test_what_was_thought_is_folded_and_not_copied(open_page: Opener, fake: FakeServer, glass: bool) -> None:
+    page = open_page(fake.url, permissions=["clipboard-read", "clipboard-write"])
+    if not glass:
+        page.get_by_role("switch", name="Glass box").click()
+    gate = Gate()
+    fake.scripts.append([*THOUGHTS, gate, Token("</think>", shown=""), Token("It is"), Token(" Paris.")])
+    ask(page, "Where?")
+    thought = page.locator(".turn.assistant details.thought")
+    expect(thought.locator("summary")).to_have_text("Thinking")
+    expect(thought.locator("div")).to_be_hidden()
+    thought.locator("summary").click()
+    expect(thought.locator("div")).to_have_text("Paris, surely.")
+    gate.opened.set()
+    status(page, "Ready")
+    expect(thought.locator("summary")).to_have_text("Thought")
+    expect(thought.locator("div")).to_be_visible()
+    expect(answers(page)).to_have_text("It is Paris.", use_inner_text=True)
+    page.locator(".turn.assistant .foot").get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("() => navigator.clipboard.readText()") == "It is Paris."
+    ask(page, "And?")
+    status(page, "Ready")
+    assert sent(fake)["messages"][1] == {"role": "assistant", "content": "It is Paris."}
+    page.reload()
+    expect(page.locator(".turn.assistant").first.locator(".thought div")).to_have_text("Paris, surely.")
+
+
 @pytest.mark.parametrize("glass", [True, False])
 def test_markup_in_an_answer_stays_text(page: Page, fake: FakeServer, glass: bool) -> None:
     if not glass:

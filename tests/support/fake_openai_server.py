@@ -28,6 +28,7 @@ class Token:
     probability: float = 1.0
     others: Mapping[str, float] = field(default_factory=dict)
     raw: bytes | None = None
+    shown: str = "content"  # or "reasoning", or "" for a tag between the two
 
     def entry(self, top: int) -> dict[str, Any]:
         """What the API says of it, with the `top` likeliest tokens."""
@@ -242,7 +243,8 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 def _chat_chunk(token: Token, body: dict[str, Any]) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0, "delta": {"content": token.text}, "finish_reason": None}
+    delta = {token.shown: token.text} if token.shown else {}
+    choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
     if body.get("logprobs"):
         choice["logprobs"] = {"content": [token.entry(body["top_logprobs"])]}
     return {"choices": [choice]}

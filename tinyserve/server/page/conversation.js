@@ -14,11 +14,12 @@ function addTurn(turn) {
   const view = {
     body: el("div", { className: "body" }), foot: el("div", { className: "foot" }), spans: [],
     progress: text("div", "Waiting for the first token", { className: "progress" }),
+    thought: el("details", { className: "thought", hidden: true }, text("summary", ""), el("div", {})),
   };
   views.set(turn, view);
   $("welcome").hidden = true;
   const properties = { className: `turn ${turn.role}`, ariaLabel: who };
-  $("talk").append(el("article", properties, text("h2", who), view.body, view.foot));
+  $("talk").append(el("article", properties, text("h2", who), view.thought, view.body, view.foot));
   drawTurn(turn);
   $("scroll").scrollTop = $("scroll").scrollHeight;
 }
@@ -32,11 +33,19 @@ function drawTurn(turn) {
   else if (isRunning && turn.first === undefined) view.body.replaceChildren(view.progress);
   else if ($("glass").checked && turn.tokens.length) drawTokens(turn, view);
   else view.body.replaceChildren(...markdown(turn.text));
+  drawThought(turn, view, isRunning);
   if (isRunning && turn.first !== undefined) setStatus("busy", "Answering");
   if (turn.error) view.body.append(text("p", turn.error, { className: "error", role: "alert" }));
   drawFoot(turn);
   if (!questions(turn)) show(turn);
   if (follows) scroll.scrollTop = scroll.scrollHeight;
+}
+
+/** What the model thought before it answered: folded, and no part of what is copied or sent back. */
+function drawThought(turn, { thought }, isRunning) {
+  thought.hidden = !turn.reasoning;
+  thought.firstChild.textContent = isRunning && !turn.text ? "Thinking" : "Thought";
+  thought.lastChild.textContent = turn.reasoning;
 }
 
 /** What can be done with a turn, and how an answer ended. */

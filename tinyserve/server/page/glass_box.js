@@ -23,6 +23,7 @@ function drawTokens(turn, view) {
     const properties = { className: "token", role: "option", tabIndex: index ? -1 : 0 };
     const span = el("span", properties, ...tokenText(whole, token));
     span.dataset.heat = heat(token);
+    span.hidden = token.thought ?? false; // what was thought is folded, above
     span.ariaLabel = spoken(token); // once it is pointed at, the alternatives too
     placeOf.set(span, { turn, index });
     view.spans.push(span);

@@ -159,7 +159,7 @@ async function answer() {
   const asked = [...turns];
   running = new AbortController();
   if (!models.length) await loadModels(); // somebody was quicker than the list
-  const turn = { role: "assistant", model: $("model").value, text: "", tokens: [] };
+  const turn = { role: "assistant", model: $("model").value, text: "", reasoning: "", tokens: [] };
   const isKnown = typeof currentModel()?.chat === "boolean";
   turns.push(turn);
   setBusy(true);
@@ -209,11 +209,18 @@ function receive(turn, chunk, now) {
   if (!choice) return;
   const piece = choice.delta?.content ?? choice.text ?? "";
   const tokens = tokensOf(choice.logprobs);
-  if (piece || tokens.length) {
+  const thought = choice.delta?.reasoning ?? choice.delta?.reasoning_content ?? "";
+  if (piece || thought || tokens.length) {
     turn.first ??= now;
     turn.seconds = now;
   }
   turn.text += piece;
+  if (thought && !turn.reasoning) { // so was what came before it, a tag
+    for (const token of turn.tokens) token.thought = true;
+    views.get(turn).list = undefined;
+  }
+  turn.reasoning += thought;
+  for (const token of tokens) token.thought = turn.reasoning !== "" && !turn.text;
   turn.tokens.push(...tokens);
   turn.end = choice.finish_reason ?? turn.end;
   speak(piece);
