@@ -46,6 +46,19 @@ def test_a_packed_folder_is_its_original(
     )
 
 
+@pytest.mark.parametrize("key", ["intermediate_size", "vocab_size", "num_hidden_layers"])
+def test_a_config_that_is_not_the_packed_files_takes_no_memory(
+    tmp_path: Path, folder_of: Callable[[str], Path], key: str
+) -> None:
+    out = tmp_path / "packed"
+    quantize.write(str(folder_of("llama")), out, "int8")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {key: 2**31 - 1}))
+    with pytest.raises(CheckpointError) as refused:
+        LLM(out, kv_cache_memory=1 << 20)
+    assert str(out) in str(refused.value)
+
+
 def test_a_packed_gguf_is_its_original(tmp_path: Path) -> None:
     file = checkpoints.write_model_gguf(tmp_path / "model.gguf", checkpoints.CONFIGS["llama-grouped"])
     quantize.write(str(file), tmp_path / "packed", "int8")

@@ -108,6 +108,9 @@ def gguf_names(
     return renamed
 
 
+_MOST_PACKED = 8  # numbers to a stored value: of 4 bits in 32
+
+
 class Loader:
     """Builds layers from a checkpoint, tensor by tensor, and counts what they take."""
 
@@ -133,6 +136,7 @@ class Loader:
         for key in checkpoint:
             layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{STREAM}") else []
             if layers and all(layer in shapes for layer in layers):
+                self._check_size(key, [shapes[layer] for layer in layers])
                 packed.update(layers)
                 parts.add(key)
         for name, shape in shapes.items():
@@ -141,6 +145,16 @@ class Loader:
             self._total += math.prod(shape)
         checkpoint.check_nothing_is_left_over(shapes.keys() | parts)
         self._shapes = shapes
+
+    def _check_size(self, key: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raise CheckpointError where a packed matrix cannot be of these shapes: room is taken by what they say."""
+        stored = math.prod(self.checkpoint.tensors[key].shape)
+        numbers = sum(map(math.prod, shapes))
+        if numbers > _MOST_PACKED * stored:
+            raise CheckpointError(
+                f"{self.checkpoint.source}: {key!r} is packed in {stored} values, and config.json makes it matrices of "
+                f"{' and '.join(str(list(shape)) for shape in shapes)}: the two do not belong together."
+            )
 
     def array(self, name: str) -> Array:
         """A tensor as float32, for norms, biases and positions."""
