@@ -36,8 +36,12 @@ def client(server: FakeOpenAI) -> Iterator[Client]:
         yield client
 
 
+def texts(reply: Answer) -> list[str]:
+    return [piece.text for piece in reply]
+
+
 def ask(client: Client) -> str:
-    return "".join(client.chat(HELLO, {"model": "fake-1b"}))
+    return "".join(texts(client.chat(HELLO, {"model": "fake-1b"})))
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ def test_an_answer_however_it_is_cut(server: FakeOpenAI, client: Client, size: i
     whole = b": waiting\n\n".join(answer(*PIECES, prompt=9, cached=4)).replace(b"\n", ends.encode())
     server.says(*(whole[i : i + size] for i in range(0, len(whole), size)))
     reply = client.chat(HELLO, {"model": "fake-1b"})
-    assert list(reply) == list(PIECES)
+    assert texts(reply) == list(PIECES)
     assert (reply.finish_reason, reply.prompt_tokens, reply.output_tokens) == ("stop", 9, len(PIECES))
     assert reply.cached_tokens == 4
 
@@ -87,9 +91,9 @@ def test_what_is_asked(server: FakeOpenAI) -> None:
     server.says(*answer("Hi"))
     server.says(fake_openai.text("Hi"), fake_openai.text("", "length"), DONE)
     with Client(server.url + "/v1/", " secret\n") as client:
-        assert list(client.chat(HELLO, {"model": "m", "top_k": 3})) == ["Hi"]
+        assert texts(client.chat(HELLO, {"model": "m", "top_k": 3})) == ["Hi"]
         reply = client.complete("Once", {"model": "m"})
-        assert list(reply) == ["Hi"]
+        assert texts(reply) == ["Hi"]
     assert (reply.finish_reason, reply.prompt_tokens, reply.output_tokens) == ("length", None, None)
     assert reply.decode_tokens_per_second is None
     chat, complete = server.posted
@@ -111,17 +115,30 @@ def test_models(server: FakeOpenAI, client: Client) -> None:
     assert client.models() == server.models
 
 
+def test_thinking_is_apart_under_either_name(server: FakeOpenAI, client: Client) -> None:
+    deltas = [
+        {"role": "assistant", "content": ""}, {"reasoning": "Hm"}, {"reasoning_content": "."},
+        {"reasoning": "!", "reasoning_content": "!"}, {"content": "Yes"}, {"reasoning": None, "content": "."},
+    ]  # fmt: skip
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    server.says(*(f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks), b"data: [DONE]\n\n")
+    pieces = list(client.chat(HELLO, {"model": "m"}))
+    assert "".join(piece.reasoning for piece in pieces) == "Hm.!"
+    assert "".join(piece.text for piece in pieces) == "Yes." and not any(piece.text for piece in pieces[:3])
+
+
 def test_times_are_of_the_text(server: FakeOpenAI, client: Client) -> None:
     server.says(*answer("a", "b", "c"))
     reply = client.chat(HELLO, {"model": "m"})
     assert (reply.time_to_first_token, reply.decode_tokens_per_second) == (None, None)
-    assert list(reply) == ["a", "b", "c"]
+    assert texts(reply) == ["a", "b", "c"]
     assert reply._first is not None and reply._last is not None
     assert reply.time_to_first_token == reply._first - reply._started > 0
     assert reply.decode_tokens_per_second == pytest.approx(2 / (reply._last - reply._first))
     server.says(*answer("one"))
     single = client.chat(HELLO, {"model": "m"})
-    assert list(single) == ["one"]
+    assert texts(single) == ["one"]
     assert single.decode_tokens_per_second is None
 
 
@@ -130,14 +147,14 @@ def test_comments_that_tell_how_far_it_is(server: FakeOpenAI, client: Client) ->
     comments = b": load a b-135m 40/100\n\n: prefill 512/4096\n\n: waiting\n\n: prefill x/9\n\n:\n\n: OPENROUTER\n\n"
     server.says(comments, *answer("Hi"))
     reply = client.chat(HELLO, {"model": "m"}, progress=lambda *news: said.append(news))
-    assert list(reply) == ["Hi"]
+    assert texts(reply) == ["Hi"]
     assert said == [("load", 40, 100), ("prefill", 512, 4096)]
 
 
 def test_leaving_the_loop_cancels(server: FakeOpenAI, client: Client) -> None:
     server.says(delta("a"), wait_for_the_client_to_leave)
     pieces = iter(client.chat(HELLO, {"model": "m"}))
-    assert next(pieces) == "a"
+    assert next(pieces).text == "a"
     assert not server.closed.is_set()
     pieces.close()  # type: ignore[attr-defined]
     assert server.closed.wait(60)
@@ -220,7 +237,7 @@ def test_no_list_of_models(server: FakeOpenAI, client: Client, body: bytes) -> N
 def test_malformed_chunks(server: FakeOpenAI, client: Client, data: str) -> None:
     server.says(delta("a"), f"data: {data}\n\n".encode(), DONE)
     pieces = iter(client.chat(HELLO, {"model": "m"}))
-    assert next(pieces) == "a"
+    assert next(pieces).text == "a"
     with pytest.raises(TinyserveError, match=r"sent what is no part of an answer .* OpenAI-compatible") as caught:
         next(pieces)
     assert caught.value.exit_code == 1
@@ -230,7 +247,7 @@ def test_malformed_chunks(server: FakeOpenAI, client: Client, data: str) -> None
 def test_an_error_in_mid_stream(server: FakeOpenAI, client: Client, said: Any) -> None:
     server.says(delta("a"), fake_openai.event({"error": said}), DONE)
     pieces = iter(client.chat(HELLO, {"model": "m"}))
-    assert next(pieces) == "a"
+    assert next(pieces).text == "a"
     with pytest.raises(
         TinyserveError, match=f"{server.url} broke the answer off: The weights are damaged\\."
     ) as caught:
@@ -241,7 +258,7 @@ def test_an_error_in_mid_stream(server: FakeOpenAI, client: Client, said: Any) -
 def test_a_server_that_dies(server: FakeOpenAI, client: Client) -> None:
     server.says(delta("a"), die)
     pieces = iter(client.chat(HELLO, {"model": "m"}))
-    assert next(pieces) == "a"
+    assert next(pieces).text == "a"
     with pytest.raises(
         TinyserveError, match=rf"The connection to {server.url} broke \(.+\): is `tinyserve serve` still"
     ):

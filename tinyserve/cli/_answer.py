@@ -14,8 +14,10 @@ from tinyserve.errors import TinyserveError, UserError
 from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
-    from tinyserve.cli._backends import Backend
+    from tinyserve.cli._backends import Backend, Completion, Piece
+    from tinyserve.progress import LoadProgress
 
+_DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 BYTE_ORDER_MARK = "\ufeff"  # editors on Windows, and PowerShell's pipes, begin a text with it
 
 
@@ -80,27 +82,66 @@ def answer(question: Question, backend: "Backend") -> None:
         raw = "continued as it is (--raw)" if question.raw else "continued as it is: the model has no chat template"
         backend.line.clear()
         print(completion.explain("by the model's chat template" if chats else raw), file=sys.stderr)
-    text = ""
+    printer = AnswerPrinter(backend.line, is_silent=question.json)
     try:
-        with closing(completion.stream()) as pieces:
-            for piece in pieces:
-                backend.line.clear()
-                text += piece
-                if not question.json:
-                    print(piece, end="", flush=True)
+        printer.print(completion)
     except (KeyboardInterrupt, TinyserveError):
-        backend.line.clear()
-        if text and not question.json:
-            print(flush=True)  # what follows in the terminal begins on a line of its own
+        printer.end_line()  # what follows in the terminal begins on a line of its own
         raise
-    backend.line.clear()
     statistics = completion.statistics()
     if question.json:
-        print(json.dumps({"text": text, **statistics}, ensure_ascii=False))
+        thought = {"reasoning": printer.reasoning} if printer.reasoning else {}
+        print(json.dumps({"text": printer.text, **thought, **statistics}, ensure_ascii=False))
         return
     print(flush=True)
     if not question.quiet:
         print(describe(statistics, backend.max_model_len), file=sys.stderr)
+
+
+class AnswerPrinter:
+    """Prints an answer as it comes: its text on stdout; what is thought before it dimmed on stderr, on a terminal."""
+
+    def __init__(self, line: "LoadProgress", is_silent: bool = False) -> None:
+        """`line` shows what is being done until something comes; `is_silent` only gathers."""
+        self.text = self.reasoning = ""
+        self._line, self._is_silent = line, is_silent
+
+    def print(self, completion: "Completion") -> None:
+        """Print all of it."""
+        try:
+            with closing(completion.stream()) as pieces:
+                for piece in pieces:
+                    self._take(piece)
+        finally:
+            self._line.clear()
+            if self.reasoning and not self.text:
+                self._end_thinking()
+
+    def end_line(self) -> None:
+        """End the line of an answer that has come to no end of its own."""
+        if self.text and not self._is_silent:
+            print(flush=True)
+
+    def _take(self, piece: "Piece") -> None:
+        self._line.clear()
+        if piece.reasoning:
+            if self._shows_thinking:
+                print(("" if self.reasoning else _DIM) + piece.reasoning, end="", file=sys.stderr, flush=True)
+            self.reasoning += piece.reasoning
+        if piece.text:
+            if self.reasoning and not self.text:
+                self._end_thinking()
+            self.text += piece.text
+            if not self._is_silent:
+                print(piece.text, end="", flush=True)
+
+    @property
+    def _shows_thinking(self) -> bool:
+        return not self._is_silent and sys.stderr is not None and sys.stderr.isatty()
+
+    def _end_thinking(self) -> None:
+        if self._shows_thinking:
+            print(f"{_PLAIN}\n", file=sys.stderr, flush=True)
 
 
 def describe(statistics: dict[str, Any], max_model_len: int | None) -> str:

@@ -6,7 +6,7 @@ Knows how each is reached and which statistics it has; reading prompts and print
 import json
 import os
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tinyserve.checkpoints import presets
 from tinyserve.errors import UserError
@@ -16,15 +16,23 @@ from tinyserve.server.options import API_KEY_VARIABLE
 if TYPE_CHECKING:
     from tinyserve.llm import StreamChunk
     from tinyserve.server.client import Answer
+    from tinyserve.text.chat import ChatPrompt
 
 Prompt = str | list[dict[str, str]]  # a text to continue, or a conversation to answer
+
+
+class Piece(NamedTuple):
+    """What comes of an answer: its text, or what the model thinks before it."""
+
+    text: str
+    reasoning: str = ""
 
 
 class Completion(Protocol):
     """One answer, and how it came about."""
 
-    def stream(self) -> Generator[str, None, None]:
-        """The pieces of its text as they come; closing the generator cancels it."""
+    def stream(self) -> Generator[Piece, None, None]:
+        """Its pieces as they come; closing the generator cancels it."""
 
     def explain(self, prompt_is: str) -> str:
         """Lines for --verbose: each parameter, and where its value comes from."""
@@ -54,12 +62,13 @@ def find_backend(
     chat_template: str | None,
     server: str | None,
     api_key: str | None,
+    reasoning_effort: str | None = None,
 ) -> Backend:
     """The model, by default the preset; with a server, the server's model of this name, by default its first."""
     if server is None:
         if api_key is not None:
             raise UserError("--api-key is for a server, and none is given: add --server URL.")
-        return LocalBackend(model or presets.DEFAULT, dtype, threads, chat_template)
+        return LocalBackend(model or presets.DEFAULT, dtype, threads, chat_template, reasoning_effort)
     decided = {
         "--dtype": dtype != "auto",
         "--threads": threads is not None,
@@ -68,7 +77,7 @@ def find_backend(
     for option, said in decided.items():
         if said:
             raise UserError(f"{option} is the server's to decide: leave it out, or leave out --server.")
-    return RemoteBackend(server, api_key or os.environ.get(API_KEY_VARIABLE), model)
+    return RemoteBackend(server, api_key or os.environ.get(API_KEY_VARIABLE), model, reasoning_effort)
 
 
 # --- a model in this process ------------------------------------------------------------------------------------------
@@ -77,13 +86,21 @@ def find_backend(
 class LocalBackend:
     """A model that is loaded here."""
 
-    def __init__(self, model: str, dtype: str, threads: int | None, chat_template: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        threads: int | None,
+        chat_template: str | None = None,
+        reasoning_effort: str | None = None,
+    ):
         from tinyserve.cli._load import load
 
         self.llm, self.line = load(model, dtype, threads, max_num_seqs=1, chat_template=chat_template)
         self.name = self.llm.name
         self.introduction = f"{self.name}, loaded in {self.line.seconds:.1f} s."
         self.chats = self.llm.chat_template is not None
+        self.variables: dict[str, Any] = {"reasoning_effort": reasoning_effort} if reasoning_effort is not None else {}
         self.max_model_len: int | None = self.llm.max_model_len
 
     def complete(self, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int) -> Completion:
@@ -97,16 +114,21 @@ class LocalCompletion:
         from tinyserve.cli._sampling import decide
 
         self._backend, llm = backend, backend.llm
-        self._prompt = prompt if isinstance(prompt, str) else llm.chat_prompt(prompt)
-        self._decoding = decide(llm, sampling, self._prompt, max_tokens)
+        self._prompt: str | ChatPrompt
+        if isinstance(prompt, str):
+            self._prompt = prompt
+            self._decoding = decide(llm, sampling, prompt, max_tokens)
+        else:
+            self._prompt = llm.chat_request(prompt, **backend.variables).prompt
+            self._decoding = decide(llm, sampling, self._prompt.token_ids, max_tokens)
         self._token_ids: list[int] = []
         self._end: StreamChunk | None = None
 
-    def stream(self) -> Generator[str, None, None]:
+    def stream(self) -> Generator[Piece, None, None]:
         for chunk in self._backend.llm.stream(self._prompt, self._decoding.params):
             self._token_ids += chunk.token_ids
             self._end = chunk
-            yield chunk.text
+            yield Piece(chunk.text, chunk.reasoning)
 
     def explain(self, prompt_is: str) -> str:
         from tinyserve.cli._sampling import explain
@@ -138,7 +160,7 @@ class LocalCompletion:
 class RemoteBackend:
     """A model of a server that speaks OpenAI's API."""
 
-    def __init__(self, server: str, api_key: str | None, model: str | None):
+    def __init__(self, server: str, api_key: str | None, model: str | None, reasoning_effort: str | None = None):
         from tinyserve.server.client import Client
 
         self.client = Client(server, api_key)
@@ -156,6 +178,7 @@ class RemoteBackend:
         self.chats = about.get("chat") is not False
         self.max_model_len: int | None = about.get("max_model_len")
         self.dtype: str | None = about.get("dtype")
+        self.variables: dict[str, Any] = {"reasoning_effort": reasoning_effort} if reasoning_effort is not None else {}
 
     def complete(self, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int) -> Completion:
         return RemoteCompletion(self, prompt, sampling, max_tokens)
@@ -167,6 +190,8 @@ class RemoteCompletion:
     def __init__(self, backend: RemoteBackend, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int):
         self._backend, client = backend, backend.client
         self._options, self._limit = request_options(sampling), max_tokens
+        if not isinstance(prompt, str):
+            self._options |= backend.variables
         # A server's own limit may be the context: minutes of text.
         fields = {"model": backend.name, "max_tokens": max_tokens, **self._options}
         self._answer: Answer = (
@@ -175,9 +200,9 @@ class RemoteCompletion:
             else client.chat(prompt, fields, backend.line)
         )
 
-    def stream(self) -> Generator[str, None, None]:
+    def stream(self) -> Generator[Piece, None, None]:
         self._backend.line.wait(f"waiting for {self._backend.client.server}")
-        yield from self._answer
+        yield from (Piece(*delta) for delta in self._answer)
 
     def explain(self, prompt_is: str) -> str:
         lines = [("asked", f"{self._backend.client.server}/v1/{self._answer.path}"), ("model", self._backend.name)]

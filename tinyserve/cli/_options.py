@@ -63,6 +63,16 @@ ApiKey = Annotated[
 ]
 
 
+ReasoningEffort = Annotated[
+    str | None,
+    typer.Option(
+        "--reasoning-effort",
+        metavar="TEXT",
+        help="How much a model that thinks is to think, in its chat template's words: none, low, medium, high.",
+    ),
+]
+
+
 # --- many at once -----------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from tinyserve.cli._options import (
     ChatTemplateFile,
     Dtype,
     JsonSchema,
+    ReasoningEffort,
     Regex,
     Server,
     System,
@@ -103,6 +104,7 @@ class AskOptions:
     regex: Regex = None
     system: System = None
     chat_template: ChatTemplateFile = None
+    reasoning_effort: ReasoningEffort = None
     raw: Raw = False
     dtype: Dtype = "auto"
     threads: Threads = None
@@ -142,6 +144,7 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
         chat_template=options.chat_template,
         server=options.server,
         api_key=options.api_key,
+        reasoning_effort=options.reasoning_effort,
     )
     answer(question, backend)
 

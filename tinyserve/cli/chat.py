@@ -5,7 +5,7 @@ Knows the loop of asking and answering; what answers is in _backends.py.
 
 import sys
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +17,7 @@ from tinyserve.cli._options import (
     ApiKey,
     ChatTemplateFile,
     Dtype,
+    ReasoningEffort,
     Server,
     System,
     Threads,
@@ -50,6 +51,7 @@ def chat(
     *,
     sampling: dict[str, Any],
     chat_template: ChatTemplateFile = None,
+    reasoning_effort: ReasoningEffort = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
     server: Server = None,
@@ -69,7 +71,13 @@ def chat(
     """
     given(**sampling)
     backend = find_backend(
-        model, dtype=dtype, threads=threads, chat_template=chat_template, server=server, api_key=api_key
+        model,
+        dtype=dtype,
+        threads=threads,
+        chat_template=chat_template,
+        server=server,
+        api_key=api_key,
+        reasoning_effort=reasoning_effort,
     )
     if not backend.chats:
         command = f"tinyserve ask {model or backend.name}" + (f" --server {server}" if server else "")
@@ -113,31 +121,25 @@ def _turn(
     backend: Backend, messages: list[dict[str, str]], line: str, sampling: Mapping[str, Any], verbose: bool
 ) -> list[dict[str, str]]:
     """Ask and answer once; the two messages that the conversation has more, or none where there is no answer."""
-    from tinyserve.cli._answer import check_text
+    from tinyserve.cli._answer import AnswerPrinter, check_text
 
     question = {"role": "user", "content": line}
-    text = ""
+    printer = AnswerPrinter(backend.line)
     try:
         check_text(line)
         completion = backend.complete([*messages, question], sampling, DEFAULT_MAX_TOKENS)
         if verbose:
             backend.line.clear()
             print(completion.explain("the conversation so far"), file=sys.stderr)
-        with closing(completion.stream()) as pieces:
-            for piece in pieces:
-                backend.line.clear()
-                text += piece
-                print(piece, end="", flush=True)
-        backend.line.clear()
+        printer.print(completion)
     except KeyboardInterrupt:
         backend.line.clear()
         print(" [stopped]", end="", file=sys.stderr)
     except TinyserveError as error:
         backend.line.clear()
-        if text:
-            print(flush=True)
+        printer.end_line()
         way_out = " (/reset begins anew)" if isinstance(error, UserError) else ""
         print(f"tinyserve: {error}{way_out}", file=sys.stderr)
         return []
     print(flush=True)
-    return [question, {"role": "assistant", "content": text}]
+    return [question, {"role": "assistant", "content": printer.text}]

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from ipaddress import ip_address
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tinyserve import __version__
 from tinyserve.errors import TinyserveError, UserError
@@ -143,8 +143,15 @@ class Client:
         return UserError(f"{self.server} answers {reason} at {path}: is it an OpenAI-compatible server?")
 
 
+class Delta(NamedTuple):
+    """A piece of an answer, or of what the model thought before it."""
+
+    text: str
+    reasoning: str
+
+
 class Answer:
-    """One answer. Iterating asks the server and gives the pieces of the text; leaving the loop cancels the request.
+    """One answer. Iterating asks the server and gives its pieces; leaving the loop cancels the request.
 
     What is known of the answer grows on the way: what the server does not tell stays None.
     """
@@ -163,7 +170,7 @@ class Answer:
         self._first: float | None = None
         self._last: float | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Delta]:
         self._started = perf_counter()
         server = self._client.server
         with self._client.request("POST", self.path, self.body) as response:
@@ -177,7 +184,7 @@ class Answer:
                     self._report_progress(value)
                 elif value == "[DONE]":
                     return
-                elif piece := self._take(value):
+                elif any(piece := self._take(value)):
                     yield piece
         if self.finish_reason is None:
             raise TinyserveError(f"{server} ended the answer without a reason: it broke off. Is the server still up?")
@@ -200,8 +207,8 @@ class Answer:
         if match := re.fullmatch(r"(prefill|load|download \S+)(?: .*)? (\d+)/(\d+)", comment):
             self._progress(match[1], int(match[2]), int(match[3]))
 
-    def _take(self, data: str) -> str:
-        """Take in one chunk; the text in it."""
+    def _take(self, data: str) -> Delta:
+        """Take in one chunk; what is in it."""
         server = self._client.server
         try:
             chunk = json.loads(data)
@@ -209,18 +216,20 @@ class Answer:
                 raise TinyserveError(f"{server} broke the answer off: {_sentence(_message_in(error))}")
             if usage := chunk.get("usage"):
                 self._count(usage)
-            text = ""
+            text = reasoning = ""
             for choice in chunk.get("choices") or ():
-                text += (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
+                delta = choice["delta"] if "delta" in choice else {"content": choice["text"]}
+                text += delta.get("content") or ""
+                reasoning += delta.get("reasoning") or delta.get("reasoning_content") or ""
                 self.finish_reason = choice.get("finish_reason") or self.finish_reason
         except (ValueError, KeyError, TypeError, AttributeError):
             raise TinyserveError(
                 f"{server} sent what is no part of an answer ({_words(data, 60)!r}): is it an OpenAI-compatible server?"
             ) from None
-        if text:
+        if text or reasoning:
             self._last = perf_counter()
             self._first = self._first or self._last
-        return text
+        return Delta(text, reasoning)
 
     def _count(self, usage: Mapping[str, Any]) -> None:
         self.prompt_tokens, self.output_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
