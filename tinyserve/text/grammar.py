@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 from tinyserve.errors import RequestError, TinyserveError
 from tinyserve.sampling_params import StructuredOutputs
-from tinyserve.text.grammar_probe import POLL, CancelledError, GrammarProbe, Vocabulary, compiled, vocabulary_of
+from tinyserve.text.grammar_probe import GrammarProbe, Vocabulary, compiled, vocabulary_of
 from tinyserve.text.json_schema import with_options
+from tinyserve.text.limited_process import POLL, CancelledError
 from tinyserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
