@@ -4,15 +4,33 @@ import hashlib
 import hmac
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.server.errors import ApiError
+from tinyserve.server.options import ServeOptions
 from tinyserve.server.state import IGNORED, State
 
 # Paths that need no key: the page, which asks its user for one, and the probes of supervisors.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Who may call, and with how much; by default everybody of no other origin.
+
+    api_keys: a request must carry one of these; empty for no authentication.
+    hosts: the Host headers that are accepted; empty for all.
+    cors_origins: pages of these origins may call, "*" for all.
+    max_body: bytes.
+    """
+
+    api_keys: Sequence[str] = ()
+    hosts: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    max_body: int = ServeOptions.max_body
 
 
 class Guard(ABC):
