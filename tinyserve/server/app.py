@@ -96,7 +96,8 @@ def _routes() -> list[Route]:
 
 def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> list[Middleware]:
     """What a request passes before it comes to its handler, from the outside in."""
-    middleware = [Middleware(guards.PlainPaths), Middleware(guards.RequestMetrics, state=state, paths=paths)]
+    middleware = [Middleware(guards.ReadToTheEnd, limit=admission.max_body), Middleware(guards.PlainPaths)]
+    middleware.append(Middleware(guards.RequestMetrics, state=state, paths=paths))
     if admission.cors_origins:
         middleware.append(
             Middleware(
@@ -134,7 +135,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: an unknown path or method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method").response()
+        what = f"{status.path_of(request)} does not take {request.method:.20}"
+        return ApiError(405, f"{what}.", code="method").response()
     return await status.not_found(request, error)
 
 
