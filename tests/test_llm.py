@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -810,7 +809,6 @@ print(sum(len(chunk.token_ids) for chunk in running))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_a_child_of_a_fork_has_threads_of_its_own(folder_of: Callable[[str], Path]) -> None:
     """Also of one that comes while the engine works; the parent goes on."""
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(folder_of("llama"))]

@@ -42,4 +42,4 @@ def test_a_grammar_takes_in_what_it_allows() -> None:
     broken = Sampled(-1, error="no number")
     assert advance_grammar(grammar, [broken]) == [broken] and grammar.said == [5, 6]
     assert advance_grammar(Grammar(1), tokens(5, 6, 7)) == tokens(5)
-    assert advance_grammar(Grammar(0), tokens(5, 6)) == [Sampled(-1, error="no text matches it")]
+    assert advance_grammar(Grammar(0), tokens(5, 6)) == [Sampled(-1, error="no text matches it", is_request_error=True)]

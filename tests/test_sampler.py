@@ -357,5 +357,6 @@ def test_who_forbids_everything_is_told_so_and_harms_nobody(temperature: float) 
     made = [sequence(i, temperature=temperature, seed=3, logprobs=1, **o) for i, o in enumerate(options)]
     sampled = Sampler(frozenset({EOS})).sample(made, logits.copy(), [None, None, nothing, None, None])
     assert [one.error for one in sampled] == [None, NOTHING_LEFT, NOTHING_LEFT, None, DAMAGED]
+    assert [one.is_request_error for one in sampled] == [False, True, True, False, False]
     assert sampled[0] == one(logits[0], made[0])
     assert sampled[3].token_id != 50 and sampled[1].logprobs is None

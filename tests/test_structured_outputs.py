@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import StructuredOutputs
-from tinyserve.text.json_schema import FORMATS, ONE_LINE, with_options
+from tinyserve.text.json_schema import FORMATS, LARGEST, ONE_LINE, with_options
 
 pytestmark = pytest.mark.fast
 
@@ -107,6 +107,69 @@ def test_a_schema_chooses_its_white_space_but_not_to_be_ignored() -> None:
     assert own["x-guidance"] == {"whitespace_flexible": False, "lenient": False}
     with pytest.raises(RequestError, match=r"json\['x-guidance'\] is 'no'; it must be an object"):
         with_options({"x-guidance": "no"})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 + 1},
+        {"enum": ["a", 123456789012345678]},
+        {"const": {"a": [0, -(10**30)]}},
+        {"properties": {"a": {"items": {"anyOf": [{"enum": [1e22]}]}}}},
+        {"$defs": {"d": {"const": 10**400}}},
+    ],
+)
+def test_a_constant_that_would_be_answered_as_another_number_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="whole numbers beyond 9007199254740992 are not held exactly") as error:
+        with_options(schema, "tools")
+    assert error.value.param == "tools" and len(str(error.value)) < 300
+
+
+def test_constants_that_are_exact_and_names_that_look_like_bounds_stay() -> None:
+    for schema in (
+        {"const": [2**53, -(2**53), 0.1, 1e-320, True, None, "9007199254740993"]},
+        {"properties": {"const": {"type": "integer"}, "minimum": {"maximum": 5}}},
+        {"default": 2**60, "examples": [2**60], "minimum": "x", "exclusiveMinimum": True, "maximum": 0.5},
+    ):
+        assert with_options(schema) == {**schema, "x-guidance": {**ONE_LINE, "lenient": False}}
+
+
+@pytest.mark.parametrize(
+    ("bound", "given", "read"),
+    [
+        ("minimum", 2**53 + 1, 2**53 + 2),
+        ("exclusiveMinimum", 2**53 + 1, 2**53 + 2),
+        ("maximum", 2**53 + 1, 2**53),
+        ("maximum", 2**53 + 3, 2**53 + 2),
+        ("exclusiveMaximum", -(2**53) - 1, -(2**53) - 2),
+        ("minimum", -(2**53) - 1, -(2**53)),
+        ("minimum", -(2**63), -LARGEST),
+        ("maximum", 2**63 - 1, LARGEST),
+        ("maximum", 2**64, LARGEST),
+        ("maximum", 1e300, LARGEST),
+        ("maximum", 2**53, 2**53),
+        ("minimum", 0.1, 0.1),
+        ("exclusiveMinimum", -0.0, 0),
+    ],
+)
+def test_a_bound_is_read_as_a_number_that_is_held_and_never_wider(bound: str, given: float, read: float) -> None:
+    found = with_options({"properties": {"a": {bound: given}}})["properties"]["a"][bound]
+    assert repr(found) == repr(read) and float(found) == found
+    assert found >= given if "inimum" in bound else found <= given
+
+
+@pytest.mark.parametrize(("bound", "value"), [("minimum", 2**63), ("exclusiveMinimum", 1e30), ("maximum", -(2**64))])
+def test_a_bound_beyond_all_answers_is_refused(bound: str, value: float) -> None:
+    with pytest.raises(RequestError, match=f"as {bound}, and no whole number beyond {LARGEST} is ever answered"):
+        with_options({bound: value})
+
+
+@pytest.mark.parametrize("kind", ["json", "regex", "grammar", "choice"])
+def test_half_a_character_is_refused(kind: str) -> None:
+    text: Any = {"json": {"properties": {"a\ud83d": {}}}, "choice": ["b", "a\udfff"]}.get(kind, 'start: "\ud800"')
+    with pytest.raises(RequestError, match=rf"^{kind} has the lone surrogate U\+D[8F]\w\w, which is no ch") as error:
+        StructuredOutputs(**{kind: text})
+    assert error.value.param == kind
 
 
 @pytest.mark.parametrize("name", ["password", "path", "binary", "byte", "int64", "uri-reference", "foo"])

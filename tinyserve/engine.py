@@ -155,7 +155,7 @@ class Engine:
         """Take in what a step has computed of a sequence: its accepted draft tokens and one more, up to its end."""
         sequence = work.sequence
         if sampled and sampled[0].error is not None:
-            sequence.error = sampled[0].error
+            sequence.error, sequence.is_request_error = sampled[0].error, sampled[0].is_request_error
             # The error may come from earlier chunks: drop them from the prefix cache.
             self.scheduler.blocks.evict(sequence.cache.block_table)
             self.finish(sequence, "error")
@@ -354,13 +354,19 @@ def _updates_of(sequence: Sequence) -> list[Update]:
     """One update for each new token, or one with the error."""
     computed, reason = sequence.cache.num_computed, sequence.finish_reason
     if sequence.error:
-        return [Update(sequence, computed, finish_reason=reason, error=TinyserveError(sequence.error))]
+        return [Update(sequence, computed, finish_reason=reason, error=_error_of(sequence, sequence.error))]
     first, sequence.num_delivered = sequence.num_delivered, sequence.num_output
     tokens = sequence.output_token_ids[first:]
     logprobs: SequenceOf[Logprobs | None] = sequence.logprobs[first:] or [None] * len(tokens)
     times = sequence.metrics.token_times[first:]
     ends = [None] * (len(tokens) - 1) + [reason]
     return [Update(sequence, computed, *one) for one in zip(tokens, times, logprobs, ends, strict=True)]
+
+
+def _error_of(sequence: Sequence, message: str) -> TinyserveError:
+    if not sequence.is_request_error:
+        return TinyserveError(message)
+    return RequestError(message, param=None if sequence.matcher is None else "structured_outputs")
 
 
 def _dead(error: BaseException | None) -> EngineDeadError:

@@ -214,5 +214,5 @@ def advance_grammar(matcher: Any, sampled: list[Sampled]) -> list[Sampled]:
         if one.error is None:
             matcher.advance(one.token_id)
         if matcher.error is not None:  # where there are tokens before, the next step comes here again
-            return sampled[:i] or [Sampled(-1, error=matcher.error)]
+            return sampled[:i] or [Sampled(-1, error=matcher.error, is_request_error=True)]
     return sampled

@@ -58,7 +58,7 @@ class Sampler:
         for row in np.flatnonzero(token_ids < 0).tolist():
             forbids = params[row].changes_logits or (masks and masks[row] is not None)
             is_empty = forbids and logits[row].max() == -np.inf
-            results[row] = Sampled(-1, error=NOTHING_LEFT if is_empty else DAMAGED)
+            results[row] = Sampled(-1, error=NOTHING_LEFT if is_empty else DAMAGED, is_request_error=bool(is_empty))
         healthy = [i for i, row in enumerate(wanted) if token_ids[row] >= 0]
         rows = [wanted[i] for i in healthy]
         found = logprobs_of(own[healthy], token_ids[rows], [params[row].logprobs or 0 for row in rows])

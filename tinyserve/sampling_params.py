@@ -163,6 +163,8 @@ class StructuredOutputs(Options):
             object.__setattr__(self, "json", json.dumps(schema_of(self.json), ensure_ascii=False))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
+        for text in (self.json, self.regex, self.grammar, *(self.choice or ())):
+            _check_unicode(text, self.kind)
         for name in ("regex", "grammar"):
             text = getattr(self, name)
             if text is not None and not (isinstance(text, str) and text.strip()):
@@ -199,6 +201,16 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     if "$defs" in schema:
         closed["$defs"] = {name: _closed(one) for name, one in schema["$defs"].items()}
     return closed
+
+
+def _check_unicode(text: Any, where: str) -> None:
+    """Raise RequestError for half a character."""
+    try:
+        _ = text.encode() if isinstance(text, str) else b""
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(error.object[error.start]):04X}"
+        message = f"{where} has the lone surrogate {code}, which is no character: nothing can match it."
+        raise RequestError(message, param=where) from None
 
 
 def _choices(choice: Any) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ token. What is right is an answer or an error of tinyserve's own; the exit code 
 """
 
 import argparse
-import copy
 import json
 import random
 import shutil
@@ -16,14 +15,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path[:0] = [str(ROOT / "scripts" / "fuzz"), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
+from common import change_bytes, changed, no_sentence  # noqa: E402
 
 from tinyserve import LLM, SamplingParams, quantize  # noqa: E402
 from tinyserve.errors import TinyserveError  # noqa: E402
@@ -32,26 +32,6 @@ SLOWEST = 10.0  # seconds of the processor for one case: others may be at work
 NAMES = ("llama-grouped", "gpt2", "granite-hybrid", "falcon-7b", "mistral", "qwen3", "llama-3")
 PACKED = "packed"  # what `tinyserve quantize` makes of the first of them
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 40, "eos_token_id": [5, 6], "max_new_tokens": 9}
-ODD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64, 10**30, 10**400),
-    *(0.5, -0.0, 1e-320, 1e38, 1e308, float("inf"), float("-inf"), float("nan")),
-    *(
-        "",
-        "x",
-        "auto",
-        "inf",
-        "\ud800",
-        "\0",
-        "\ufeff",
-        "../x",
-        "/etc/passwd",
-        "ü" * 9,
-        "{{",
-        "{% for x in y %}",
-        "x" * 5000,
-    ),
-    *([], [None], [1], ["x"], [[1]], [{}], [-1, 2**40], {}, {"x": 1}, {"content": 5}, {"type": "x"}, [[]] * 9),
-]
 FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"),
     *("vocab.json", "model.safetensors", "model.safetensors.index.json"),
@@ -60,57 +40,6 @@ TEXTS = ["", "{", "[" * 50_000, '{"a":' * 50_000, "null", '"x"', "5", "\ufeff{}"
 
 
 # --- what is changed ------------------------------------------------------------------------------------------------
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a JSON value, with each of its keys."""
-    if isinstance(value, dict | list):
-        for key in list(value) if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from places(value[key])
-
-
-def changed(value: Any, rng: random.Random) -> Any:
-    """A JSON value with one or two places changed, gone, or new."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        found = list(places(value))
-        if not found:
-            return rng.choice(ODD)
-        # Of long lists and vocabularies not all are as interesting as what names them.
-        tops = [place for place in found if place[0] is value]
-        container, key = rng.choice(tops if rng.random() < 0.5 else found)
-        other, other_key = rng.choice(found)
-        match rng.randrange(7):
-            case 0 if isinstance(container, dict):
-                del container[key]
-            case 1:
-                container[key] = [container[key]]
-            case 2:
-                container[key] = {"x": container[key]}
-            case 3:
-                container[key] = copy.deepcopy(other[other_key])
-            case 4 if isinstance(container[key], int):
-                container[key] += rng.choice((-1, 1, 3, 2**20, -(2**20)))
-            case _:
-                container[key] = copy.deepcopy(rng.choice(ODD))
-    return value
-
-
-def change_bytes(data: bytes, rng: random.Random, end: int) -> bytes:
-    """A few of the first `end` bytes changed, or the file cut off, or a piece of it gone."""
-    content = bytearray(data)
-    match rng.randrange(6):
-        case 0:
-            return bytes(content[: rng.randrange(len(content))])
-        case 1:
-            at = rng.randrange(end)
-            del content[at : at + rng.choice((1, 2, 8, 50))]
-        case _:
-            for _ in range(rng.choice((1, 1, 2, 4))):
-                at = rng.randrange(end)
-                content[at] = rng.choice((0, 1, 7, 8, 9, 127, 128, 255, rng.randrange(256)))
-    return bytes(content)
 
 
 def change_json(path: Path, rng: random.Random) -> None:
@@ -239,8 +168,8 @@ def fault(path: Path, run: Callable[[Path], None] = load) -> tuple[str, str]:
     try:
         run(path)
     except TinyserveError as error:
-        if "\n" in str(error) or str(error)[-1:] not in (".", "?") or len(str(error)) > 1500:
-            return f"no sentence: {error!r:.300}", traceback.format_exc()
+        if wrong := no_sentence(str(error)):
+            return wrong, traceback.format_exc()
         if "internal" in str(error):
             return f"a mistake: {error!r:.300}", traceback.format_exc()
     except (KeyboardInterrupt, SystemExit):

@@ -1,6 +1,5 @@
 """docs/cli.md is what scripts/make_cli_docs.py writes today."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +7,14 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_cli_docs.py"
+from scripts import SCRIPTS, load_script
+
+SCRIPT = SCRIPTS / "make_cli_docs.py"
 
 
 @pytest.fixture(scope="module")
 def make_cli_docs() -> Any:
-    specification = importlib.util.spec_from_file_location("make_cli_docs", SCRIPT)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("make_cli_docs.py")
 
 
 def test_the_page_is_current(make_cli_docs: Any) -> None:

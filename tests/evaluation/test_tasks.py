@@ -1,22 +1,21 @@
 """The tasks' questions, how answers are marked and counted, and what a real model makes of them."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from scripts import SCRIPTS, load_script
 from tinyserve import LLM
 from tinyserve.errors import UserError
 from tinyserve.evaluation.likelihood import Likelihood
 from tinyserve.evaluation.tasks import TASKS, Score, find, run, score
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tasks.py"
+SCRIPT = SCRIPTS / "make_tasks.py"
 NUMBERS = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
@@ -30,9 +29,7 @@ NUMBERS = {
 def test_the_files_are_what_the_script_writes(tmp_path, monkeypatch, capsys):
     done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    specification = importlib.util.spec_from_file_location("make_tasks", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_script("make_tasks.py")
     (tmp_path / "harness").mkdir()
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["make_tasks.py", "--check"])

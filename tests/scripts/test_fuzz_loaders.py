@@ -1,28 +1,23 @@
 """The fuzzer of the loaders finds nothing in some hundred damaged checkpoints, and would say so if it did."""
 
-import importlib.util
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+from scripts import SCRIPTS, load_script
 from tinyserve.errors import CheckpointError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz" / "loaders.py"
+SCRIPT = SCRIPTS / "fuzz" / "loaders.py"
 
 
 @pytest.fixture(scope="module")
-def fuzzer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_loaders", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def fuzzer() -> Any:
+    return load_script("fuzz/loaders.py")
 
 
 def test_every_damaged_checkpoint_is_a_model_or_a_sentence() -> None:
@@ -33,7 +28,7 @@ def test_every_damaged_checkpoint_is_a_model_or_a_sentence() -> None:
     assert found and int(found[1]) > 20
 
 
-def test_what_is_no_sentence_is_told(fuzzer: ModuleType, tmp_path: Path) -> None:
+def test_what_is_no_sentence_is_told(fuzzer: Any, tmp_path: Path) -> None:
     class PanicException(BaseException):
         pass
 
@@ -51,7 +46,7 @@ def test_what_is_no_sentence_is_told(fuzzer: ModuleType, tmp_path: Path) -> None
     assert fuzzer.fault(tmp_path, lambda path: None) == ("", "")
 
 
-def test_a_case_is_made_again_by_its_number(fuzzer: ModuleType, tmp_path: Path) -> None:
+def test_a_case_is_made_again_by_its_number(fuzzer: Any, tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -65,7 +60,7 @@ def test_a_case_is_made_again_by_its_number(fuzzer: ModuleType, tmp_path: Path) 
     assert made[0] == made[1]
 
 
-def test_a_change_leaves_the_original_alone(fuzzer: ModuleType) -> None:
+def test_a_change_leaves_the_original_alone(fuzzer: Any) -> None:
     value = {"a": [1, {"b": 2}], "c": "x"}
     outcomes = {repr(fuzzer.changed(value, random.Random(seed))) for seed in range(50)}
     assert value == {"a": [1, {"b": 2}], "c": "x"} and len(outcomes) > 25

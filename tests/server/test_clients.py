@@ -10,6 +10,7 @@ import pytest
 from servers import Running, running
 
 from tinyserve.server import protocol
+from tinyserve.server.guards import Admission
 from tinyserve.server.protocol import IGNORED, UNBUILT, ChatBody, CompletionBody, parse
 from tinyserve.server.sse import dumps
 
@@ -27,8 +28,10 @@ BODIES: dict[str, tuple[type[protocol.Body], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def server(folder_of: Callable[[str], Path]) -> Iterator[Running]:
-    app = {"cors_origins": ["https://a.example"]}
-    with running({"tiny": folder_of("llama")}, 16, app=app, dtype="float32", num_threads=1, max_num_seqs=4) as one:
+    admission = Admission(cors_origins=["https://a.example"])
+    with running(
+        {"tiny": folder_of("llama")}, 16, admission=admission, dtype="float32", num_threads=1, max_num_seqs=4
+    ) as one:
         yield one
 
 

@@ -1,20 +1,22 @@
-"""Connections that ask for nothing: they are closed after a while, make room for others, and fill no log."""
+"""Connections that ask for nothing, or for what is none: they are closed, make room for others, and fill no log."""
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers import Running, running
 
-from tinyserve.server import connections
+from tinyserve.server import connections, guards
 from tinyserve.server.connections import most_connections, tell_once_of_no_files
 
 MOST = 12
@@ -106,3 +108,86 @@ def test_a_process_without_files_says_so_once(caplog: pytest.LogCaptureFixture) 
         loop.call_exception_handler({"message": "something else", "exception": ValueError("a mistake")})
     assert "something else" in caplog.text
     loop.close()
+
+
+def answer_to(one: socket.socket) -> tuple[int, dict[str, Any]]:
+    """The status and the body of a response."""
+    response = HTTPResponse(one)
+    response.begin()
+    return response.status, json.loads(response.read())
+
+
+POST = b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: %b\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        (b"/tokenize", b"text/plain", 415),
+        (b"/health", b"text/plain", 405),
+        (b"/nothing", b"text/plain", 404),
+    ],
+)
+def test_whoever_still_sends_hears_why_he_is_refused(server: Running, path: bytes, kind: bytes, status: int) -> None:
+    """A connection that is closed with bytes unread is reset, and its answer is lost."""
+    size = 3_000_000
+    for _ in range(5):
+        with connect(server, POST % (path, kind) + b"Content-Length: %d\r\n\r\n" % size) as one:
+            for _ in range(size // 100_000):
+                one.sendall(b" " * 100_000)
+            assert answer_to(one)[0] == status
+
+
+def test_a_rest_that_does_not_come_is_not_waited_for(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "REST_SECONDS", 0.2)
+    with connect(server, POST % (b"/nothing", b"text/plain") + b"Content-Length: 1000\r\n\r\nab") as one:
+        assert answer_to(one)[0] == 404
+
+
+def test_who_asks_before_he_sends_is_not_told_to_go_on(server: Running) -> None:
+    head = POST % (b"/nothing", b"text/plain") + b"Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
+    with connect(server, head) as one:
+        assert one.recv(1000).startswith(b"HTTP/1.1 404 ")
+
+
+CHUNKED = POST % (b"/tokenize", b"application/json") + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /" + b"x" * 70_000,
+        CHUNKED + b"zz\r\n",
+        CHUNKED + b"5\r\nab",
+    ],
+)
+def test_what_is_no_http_is_told_and_leaves_no_traceback(
+    server: Running, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    """Also where its body breaks off, and a handler waits for the rest."""
+    with connect(server, sent) as one:
+        if not sent.endswith(b"ab"):
+            status, body = answer_to(one)
+            assert status == 400 and body["error"]["message"] == "The request is no HTTP/1.1."
+        else:
+            one.shutdown(socket.SHUT_WR)
+            assert is_closed(one)
+    assert server.get("/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+def test_an_answer_that_has_begun_is_not_answered_again(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with connect(server, HEADERS + b"\r\n" + HEADERS + b"\r\n" + b"\0garbage\r\n\r\n") as one:
+        assert is_closed(one)
+    assert server.get("/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("path", ["/" + "x" * 5000, "/a%0Ab", "/v1/models/" + "y" * 5000, "/%F0%9F%98%80"])
+def test_a_path_that_is_not_there_is_a_sentence(server: Running, path: str) -> None:
+    with connect(server, f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()) as one:
+        status, body = answer_to(one)
+    message = body["error"]["message"]
+    assert status == 404 and len(message) < 300 and "\n" not in message and message.endswith(".")

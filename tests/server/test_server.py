@@ -22,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from tool_templates import HERMES
 
 from tinyserve import LLM, SamplingParams
+from tinyserve.server.guards import Admission
 from tinyserve.text.chat_template import ChatTemplate
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -536,13 +537,10 @@ def test_paths_methods_types_and_models(server: Running) -> None:
 
 
 def test_keys_hosts_and_sizes(folder_of: Callable[[str], Path]) -> None:
-    app = {
-        "api_keys": ["first", "second"],
-        "hosts": ["127.0.0.1"],
-        "max_body": 1000,
-        "cors_origins": ["https://a.example"],
-    }
-    with running({"tiny": folder_of("llama")}, app=app, dtype="float32", num_threads=1) as server:
+    admission = Admission(
+        api_keys=["first", "second"], hosts=["127.0.0.1"], max_body=1000, cors_origins=["https://a.example"]
+    )
+    with running({"tiny": folder_of("llama")}, admission=admission, dtype="float32", num_threads=1) as server:
         body = {"prompt": "a", "max_tokens": 1}
         for key in ("", "Bearer", "Bearer wrong", "Basic first", "first", "Bearer first second"):
             refused = server.post(TEXT, body, authorization=key)

@@ -14,10 +14,12 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import QuietHandler
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LARGE = (".safetensors", ".gguf", ".bin", ".pt")  # what a Hub keeps in Git LFS
@@ -96,12 +98,8 @@ class FakeHub:
         return entry
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     hub: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._route()

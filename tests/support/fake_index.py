@@ -11,8 +11,10 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from loopback import QuietHandler
 
 
 @dataclass
@@ -47,12 +49,8 @@ class FakeIndex:
         return [headers for path, headers in self.requests if path.endswith(suffix)]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     index: FakeIndex
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         index, path = self.index, urlsplit(self.path).path

@@ -16,7 +16,7 @@ from tinyserve.async_engine import AsyncEngine
 from tinyserve.engine_options import EngineOptions
 from tinyserve.server.app import create_app
 from tinyserve.server.connections import limit_connections
-from tinyserve.server.guards import MAX_HEADERS
+from tinyserve.server.guards import MAX_HEADERS, Admission
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
 
@@ -63,6 +63,7 @@ def running(
     max_queue: int = 64,
     memory: int = 8 << 30,
     app: Mapping[str, Any] | None = None,
+    admission: Admission | None = None,
     connections: int = 1000,
     **options: Any,
 ) -> Iterator[Running]:
@@ -70,7 +71,7 @@ def running(
     pool = ModelPool(
         {name: str(source) for name, source in models.items()}, EngineOptions.of(options), memory, max_queue
     )
-    application = create_app(pool, **(app or {}))
+    application = create_app(pool, admission, **(app or {}))
     protocol = limit_connections(connections)
     config = uvicorn.Config(
         application, host="127.0.0.1", port=0, http=protocol, ws="none", log_config=None, lifespan="on",

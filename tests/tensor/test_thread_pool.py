@@ -280,7 +280,6 @@ def python(code: str) -> tuple[str, float]:
     return done.stdout.strip(), ended
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_the_child_of_a_fork_has_threads_of_its_own() -> None:
     """Whether or not another thread was running a program, which no longer exists in the child."""
     code = """
@@ -313,7 +312,6 @@ print("fine")
     assert python(code)[0] == "fine"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_a_program_between_programs() -> None:
     code = """
 signal.signal(signal.SIGINT, signal.default_int_handler)

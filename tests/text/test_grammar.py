@@ -19,9 +19,10 @@ from test_tokenizer import CASES as VOCABULARIES
 from test_tokenizer import KEY, metadata_of
 
 from tinyserve.checkpoints.gguf import open_gguf
-from tinyserve.errors import TinyserveError
+from tinyserve.errors import RequestError, TinyserveError
 from tinyserve.sampling_params import StructuredOutputs
 from tinyserve.text.grammar import Grammar, GrammarCompiler, Matcher
+from tinyserve.text.grammar_probe import GrammarProbe
 from tinyserve.text.json_schema import FORMATS
 from tinyserve.text.masks import MaskFiller, fill_masks, words_of
 from tinyserve.text.tokenizer import Tokenizer
@@ -351,6 +352,70 @@ def test_a_grammar_that_cannot_be_is_refused(
 ) -> None:
     with refused("structured_outputs", sentence):
         compiler_of("bytes").compile(StructuredOutputs(**spec))
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0, "maximum": 0.5},
+        {"exclusiveMinimum": 0.0, "exclusiveMaximum": 0.001},
+        {"exclusiveMinimum": 0, "maximum": 1},
+        {"exclusiveMinimum": 1, "maximum": 1.5},
+        {"exclusiveMinimum": -1, "exclusiveMaximum": -0.5},
+        {"minimum": -0.5, "exclusiveMaximum": 0},
+        {"exclusiveMinimum": -0.5, "exclusiveMaximum": 0},
+        {"exclusiveMinimum": 0, "minimum": 0.25, "maximum": 0.5},
+        {"exclusiveMinimum": 0},
+    ],
+)
+def test_a_number_that_is_excluded_is_not_answered(
+    bounds: dict[str, float], compiler_of: Callable[[str], GrammarCompiler]
+) -> None:
+    grammar = compiler_of("bytes").compile(StructuredOutputs(json={"type": "number", **bounds}))
+    validator = jsonschema.Draft202012Validator(bounds)
+    texts = [
+        "0",
+        "-0",
+        "0.0",
+        "0.00",
+        "1",
+        "-1",
+        "1.0",
+        "-1.0",
+        "0.5",
+        "-0.5",
+        "0.25",
+        "0.001",
+        "0.0005",
+        "1.5",
+        "-0.75",
+    ]
+    accepted = set()
+    for text in texts:
+        matcher = grammar.matcher()
+        if all(map(matcher.advance, text.encode())) and matcher.is_complete:
+            accepted.add(text)
+    assert accepted and accepted <= {text for text in texts if validator.is_valid(json.loads(text))}
+
+
+@pytest.mark.parametrize("schema", [{"type": "x" * 5000}, {"$ref": "#/" + "y" * 5000}])
+def test_a_reason_is_not_longer_than_it_is_read(
+    schema: dict[str, Any], compiler_of: Callable[[str], GrammarCompiler]
+) -> None:
+    with pytest.raises(RequestError) as error:
+        compiler_of("bytes").compile(StructuredOutputs(json=schema))
+    assert len(str(error.value)) < 600 and str(error.value).endswith(".")
+
+
+def test_a_panic_of_the_compiler_is_a_sentence(
+    compiler_of: Callable[[str], GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "panic: assertion failed: grammar.symbols.len() < 65525\n<backtrace>\n 0: <unknown>\n 1: <unknown>"
+    monkeypatch.setattr(GrammarProbe, "check", lambda *_: said)
+    with pytest.raises(RequestError) as error:
+        compiler_of("bytes").compile(StructuredOutputs(choice=["a choice that nobody else has"]))
+    words = "choice is refused: the compiler fails on it: assertion failed: grammar.symbols.len() < 65525."
+    assert str(error.value) == words
 
 
 def test_a_dead_end_allows_an_end_and_says_so(compiler_of: Callable[[str], GrammarCompiler]) -> None:

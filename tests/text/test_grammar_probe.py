@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tinyserve.text import grammar_probe
-from tinyserve.text.grammar_probe import CancelledError, GrammarProbe, Vocabulary
+from tinyserve.text import grammar_probe, limited_process
+from tinyserve.text.grammar_probe import GrammarProbe, Vocabulary
+from tinyserve.text.limited_process import CancelledError
 
 LETTERS = Vocabulary([bytes([i]) for i in range(256)] + [b"<end>"], [256], [256])
 
@@ -68,7 +69,7 @@ def test_a_stack_that_overflows_is_the_probes(probe: GrammarProbe, source: str) 
 
 def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_probe, "MAX_SECONDS", 60.0)
-    monkeypatch.setattr(grammar_probe, "_PROGRAM", _with(MAX_MEMORY=700 << 20))
+    monkeypatch.setattr(grammar_probe, "MAX_MEMORY", 700 << 20)
     probe = GrammarProbe(LETTERS)
     reason = probe.check(of_schema(patterns(50)))
     assert reason and "memory" in reason
@@ -93,7 +94,9 @@ def test_bytes_are_limited(probe: GrammarProbe) -> None:
 
 def test_who_leaves_ends_the_work(probe: GrammarProbe, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(grammar_probe, "_end", lambda process, end=grammar_probe._end: ended.append(end(process) or 1))
+    monkeypatch.setattr(
+        limited_process, "_end", lambda process, end=limited_process._end: ended.append(end(process) or 1)
+    )
     left = threading.Event()
     threading.Timer(0.2, left.set).start()
     with pytest.raises(CancelledError):
@@ -110,20 +113,15 @@ def test_several_are_tried_at_a_time_and_one_process_is_kept(probe: GrammarProbe
         thread.start()
     for thread in threads:
         thread.join()
-    assert probe._idle.qsize() == 1
-    (process,) = probe._idle.queue
+    assert probe._processes._idle.qsize() == 1
+    (process,) = probe._processes._idle.queue
     ask(7)
-    assert list(probe._idle.queue) == [process]
+    assert list(probe._processes._idle.queue) == [process]
 
 
 def test_a_process_that_was_ended_meanwhile_is_started_again(probe: GrammarProbe) -> None:
     assert probe.check(of_lark('start: "a"')) is None
-    (process,) = probe._idle.queue
+    (process,) = probe._processes._idle.queue
     os.kill(process.pid, 9)
     process.wait()
     assert probe.check(of_lark('start: "b"')) is None
-
-
-def _with(**limits: int) -> str:
-    settings = "; ".join(f"grammar_probe.{name} = {value}" for name, value in limits.items())
-    return grammar_probe._PROGRAM.replace("grammar_probe.main()", f"{settings}\ngrammar_probe.main()")

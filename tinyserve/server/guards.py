@@ -1,18 +1,38 @@
 """ASGI middleware around the handlers: refusals in OpenAI's form, and counts of responses."""
 
+import asyncio
 import hashlib
 import hmac
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.server.errors import ApiError
+from tinyserve.server.options import ServeOptions
 from tinyserve.server.state import IGNORED, State
 
 # Paths that need no key: the page, which asks its user for one, and the probes of supervisors.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """Who may call, and with how much; by default everybody of no other origin.
+
+    api_keys: a request must carry one of these; empty for no authentication.
+    hosts: the Host headers that are accepted; empty for all.
+    cors_origins: pages of these origins may call, "*" for all.
+    max_body: bytes.
+    """
+
+    api_keys: Sequence[str] = ()
+    hosts: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    max_body: int = ServeOptions.max_body
 
 
 class Guard(ABC):
@@ -93,6 +113,7 @@ class AllowedHosts(Guard):
 
 
 MAX_HEADERS = 16 << 10  # bytes
+REST_SECONDS = 5.0  # for what is left of a body that nobody reads
 
 
 class SizeLimits:
@@ -129,6 +150,40 @@ class SizeLimits:
         return ApiError(
             413, f"The body has {size} bytes or more, and {self._limit} are the most.", code="body_too_large"
         )
+
+
+class ReadToTheEnd:
+    """Reads what is left of a body, up to `limit` bytes, before an answer is complete.
+
+    A connection that is closed with bytes unread is reset, and whoever still sends never sees why he was refused.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # Who waits to be told to go on is told to stop.
+        left = 0 if Headers(scope=scope).get("expect") else self._limit
+
+        async def counted_receive() -> Message:
+            nonlocal left
+            message = await receive()
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            left = left - len(message.get("body", b"")) if more else 0
+            return message
+
+        async def last_send(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REST_SECONDS):
+                        while left > 0:
+                            await counted_receive()
+            await send(message)
+
+        await self.app(scope, counted_receive, last_send)
 
 
 class PlainPaths:

@@ -72,7 +72,7 @@ class ModelPool:
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(
-                404, f"There is no model {name!r}: this server has {known}.", param="model", code="model_not_found"
+                404, f"There is no model {name!r:.80}: this server has {known}.", param="model", code="model_not_found"
             )
         return self.models[name]
 

@@ -20,7 +20,7 @@ from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import create_app
 from tinyserve.server.connections import limit_connections, most_connections
-from tinyserve.server.guards import MAX_HEADERS
+from tinyserve.server.guards import MAX_HEADERS, Admission
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
@@ -56,10 +56,7 @@ def serve(options: ServeOptions) -> int:
     )
     app = create_app(
         _pool(options),
-        api_keys=options.api_keys,
-        hosts=hosts,
-        cors_origins=options.cors_origins,
-        max_body=options.max_body,
+        Admission(api_keys=options.api_keys, hosts=hosts, cors_origins=options.cors_origins, max_body=options.max_body),
         tool_format=options.tool_format,
         strict=options.strict,
         on_failure=fail,

@@ -99,5 +99,11 @@ def _inspection(model: ServedModel) -> dict[str, Any]:
 
 async def not_found(request: Request, error: Exception) -> Response:
     """404 in OpenAI's form."""
-    message = f"There is no {request.method} {request.url.path}; docs/serving.md lists what there is."
+    message = f"There is no {request.method:.20} {path_of(request)}; docs/serving.md lists what there is."
     return ApiError(404, message, code="not_found").response()
+
+
+def path_of(request: Request) -> str:
+    """The path as it was sent, on one line and not longer than it is read."""
+    raw: bytes = request.scope.get("raw_path") or request.url.path.encode()
+    return raw[:80].decode("ascii", "backslashreplace")

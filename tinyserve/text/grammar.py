@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from tinyserve.errors import RequestError
 from tinyserve.sampling_params import StructuredOutputs
-from tinyserve.text.grammar_probe import POLL, CancelledError, GrammarProbe, Vocabulary, compiled, vocabulary_of
+from tinyserve.text.grammar_probe import GrammarProbe, Vocabulary, compiled, vocabulary_of
 from tinyserve.text.json_schema import with_options
+from tinyserve.text.limited_process import POLL, CancelledError
 from tinyserve.text.masks import TokenMatcher, allow_only, fill_masks, words_of
 from tinyserve.text.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from tinyserve.text.masks import Masks
 
+_LONGEST_REASON = 500  # characters: a name of the client's may stand in it
 _KEPT = 64  # compiled grammars; a service asks for the same few again and again
 
 
@@ -298,9 +300,11 @@ def _sentence(error: str) -> str:
     """llguidance's reason on one line, without its drawings of where in the grammar it is, and of its state."""
     if not error or error.startswith("NoExtension"):
         return "no text matches it"
+    error = error.replace("panic: ", "the compiler fails on it: ").split("<backtrace>")[0]
     lines = [line.strip() for line in error.split("<state>")[0].splitlines()]
     kept = [line for line in lines if line.strip("^ ") and line != "<non-verbose/>" and not _DRAWN.match(line)]
-    return " ".join(kept).split("(in regex): ")[-1].rstrip(".")
+    text = " ".join(kept).split("(in regex): ")[-1].rstrip(".")
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
 _DRAWN = re.compile(r"\d+ \|")  # a line of the grammar, as a compiler shows it

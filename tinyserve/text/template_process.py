@@ -1,27 +1,19 @@
 """Chat templates are run in a process of their own, of limited time and memory: they are programs of strangers.
 
 Jinja's sandbox lets none of them out, but `{{ 2**100000000000 }}` hangs whoever compiles it, and one expression takes
-all memory. Knows Jinja and pipes, nothing of conversations: a source goes in with its variables, and a text comes out.
+all memory. Knows Jinja, nothing of conversations: a source goes in with its variables, and a text comes out.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 import pickle
-import queue
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from tinyserve.errors import TinyserveError
+from tinyserve.text.limited_process import EndedError, Excess, LimitedProcesses, Limits, limit_processor
 
 if TYPE_CHECKING:
     import jinja2
@@ -34,14 +26,6 @@ MAX_CHARACTERS = 16_000_000  # ten contexts of 128k tokens
 MAX_PROCESSES = 2  # that run at a time; who comes then waits
 _MOST_COMPILED = 8  # templates that a process keeps
 _LONGEST_REASON = 1000  # characters: a template's author may write any
-
-# Modules come from where they come from here, and not from whatever folder this is.
-_PROGRAM = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from tinyserve.text import template_process
-template_process.main({max_seconds}, {max_memory}, {max_characters})
-"""
 
 
 class InvalidTemplateError(Exception):
@@ -67,26 +51,23 @@ class LimitError(Exception):
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (InvalidTemplateError, RenderError, RefusedError, LimitError)
 }
-_free = threading.BoundedSemaphore(MAX_PROCESSES)
-_idle: queue.LifoQueue[subprocess.Popen[bytes]] = queue.LifoQueue()
+_processes = LimitedProcesses(
+    __name__, "renders chat templates", Limits(MAX_MEMORY), most_running=MAX_PROCESSES, most_idle=MAX_PROCESSES
+)
 
 
 class _Question(NamedTuple):
-    """A template, what it is rendered with, and for how long; compiling it has a time of its own."""
+    """A template, what it is rendered with, and the seconds of the processor for compiling and for rendering it."""
 
     source: str
-    variables: dict[str, Any] | None = None
-    max_seconds: float | None = None
-
-
-class _Answer(NamedTuple):
-    text: str
-    error: list[Any] | None  # its class and arguments
+    variables: dict[str, Any] | None
+    compile_seconds: float
+    render_seconds: float
 
 
 def check(source: str) -> None:
     """Raise InvalidTemplateError for what does not compile, and LimitError."""
-    _ask(_Question(source))
+    _ask(_Question(source, None, MAX_SECONDS, MAX_SECONDS))
 
 
 def render(source: str, variables: Mapping[str, Any], max_seconds: float | None = None) -> str:
@@ -94,161 +75,63 @@ def render(source: str, variables: Mapping[str, Any], max_seconds: float | None 
 
     TinyserveError where no process can be started.
     """
-    return _ask(_Question(source, dict(variables), max_seconds))
+    return _ask(_Question(source, dict(variables), MAX_SECONDS, max_seconds or MAX_SECONDS))
 
 
 def close() -> None:
     """End the processes that wait."""
-    with suppress(queue.Empty):
-        while True:
-            _end(_idle.get_nowait())
-
-
-def _forget() -> None:
-    """In the child of a fork: the processes are its parent's."""
-    global _free, _idle
-    _free, _idle = threading.BoundedSemaphore(MAX_PROCESSES), queue.LifoQueue()
-
-
-atexit.register(close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    _processes.close()
 
 
 def _ask(question: _Question) -> str:
-    with _free:
-        process = _take()
-        is_late = threading.Event()
-
-        def end_late() -> None:
-            is_late.set()
-            process.kill()
-
-        timer = threading.Timer(MAX_WAIT, end_late)
-        timer.daemon = True
-        timer.start()
-        try:
-            answer = _exchange(process, question)
-        except BaseException:  # an interruption, say: what it would answer now nobody waits for
-            _end(process)
-            raise
-        finally:
-            timer.cancel()
-        if answer is None:
-            _end(process)
-            raise LimitError(_how_it_ended(process.returncode, is_late.is_set(), question.max_seconds or MAX_SECONDS))
-        _idle.put(process)
-    if answer.error is not None:
-        kind, *arguments = answer.error
+    try:
+        answer = _processes.ask(pickle.dumps(tuple(question)), MAX_WAIT)
+    except EndedError as error:
+        raise LimitError(_how_it_ended(error.excess, question.render_seconds)) from None
+    head, _, text = answer.partition(b"\n")
+    if (failure := json.loads(head)) is not None:
+        kind, *arguments = failure
         raise _ERRORS[kind](*arguments)
-    return answer.text
+    return text.decode("utf-8", "surrogatepass")
 
 
-def _take() -> subprocess.Popen[bytes]:
-    with suppress(queue.Empty):
-        while True:
-            process = _idle.get_nowait()
-            if process.poll() is None:
-                return process
-            _end(process)
-    program = _PROGRAM.format(max_seconds=MAX_SECONDS, max_memory=MAX_MEMORY, max_characters=MAX_CHARACTERS)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-c", program, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError as error:
-        raise TinyserveError(f"The process that renders chat templates cannot be started ({error.strerror}).") from None
-
-
-def _exchange(process: subprocess.Popen[bytes], question: _Question) -> _Answer | None:
-    """Ask and hear the answer; None where the process has ended."""
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        _write(process.stdin, pickle.dumps(tuple(question)))
-        head = _read(process.stdout)
-        body = _read(process.stdout)
-    except (OSError, EOFError):
-        return None
-    return _Answer(body.decode("utf-8", "surrogatepass"), json.loads(head))
-
-
-def _how_it_ended(code: int, is_late: bool, max_seconds: float) -> str:
-    if is_late:
-        return f"takes longer than {MAX_WAIT:g} s"
-    if code == -getattr(signal, "SIGPROF", code + 1):
-        return f"takes longer than {max_seconds:g} s"
-    return "takes more memory, or a deeper stack, than there is for rendering one"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()  # does nothing where it has ended
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(OSError):
-                pipe.close()
-
-
-def _write(pipe: BinaryIO | Any, data: bytes) -> None:
-    pipe.write(len(data).to_bytes(8, "little"))
-    pipe.write(data)
-    pipe.flush()
-
-
-def _read(pipe: BinaryIO | Any) -> bytes:
-    size = pipe.read(8)
-    data: bytes = pipe.read(int.from_bytes(size, "little"))
-    if len(size) < 8 or len(data) < int.from_bytes(size, "little"):
-        raise EOFError
-    return data
+def _how_it_ended(excess: Excess, max_seconds: float) -> str:
+    match excess:
+        case Excess.WAIT:
+            return f"takes longer than {MAX_WAIT:g} s"
+        case Excess.PROCESSOR:
+            return f"takes longer than {max_seconds:g} s"
+        case _:
+            return "takes more memory, or a deeper stack, than there is for rendering one"
 
 
 # --- in the process ---------------------------------------------------------------------------------------------------
 
 
-def main(max_seconds: float, max_memory: int, max_characters: int) -> None:
-    """Answer until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; it is the parent's to answer
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+def answerer(setup: bytes) -> Callable[[bytes], bytes]:
+    """The function that renders: its answer is a line, null or an error's class and arguments, and then the text."""
     environment, compiled = _environment(), dict[str, "jinja2.Template"]()
-    questions, answers = sys.stdin.buffer, sys.stdout.buffer
 
-    def answer(source: str, variables: dict[str, Any] | None, seconds: float | None) -> bytes:
-        template = _compiled(environment, compiled, source)
-        if variables is None:
+    def render(question: _Question) -> bytes:
+        limit_processor(question.compile_seconds)
+        template = _compiled(environment, compiled, question.source)
+        if question.variables is None:
             return b""
-        _time(seconds or max_seconds)
-        return _text(template, variables, max_characters).encode("utf-8", "surrogatepass")
+        limit_processor(question.render_seconds)
+        return _text(template, question.variables).encode("utf-8", "surrogatepass")
 
-    with suppress(EOFError):
-        while True:
-            text, error = b"", None
-            try:
-                question = _read(questions)
-                _time(max_seconds)
-                text = answer(*pickle.loads(question))
-            except (InvalidTemplateError, LimitError) as caught:
-                error = [type(caught).__name__, *caught.args]
-            except MemoryError:
-                error = [LimitError.__name__, f"takes more than {max_memory >> 20} MB of memory"]
-            _time(0)
-            _write(answers, json.dumps(error).encode())
-            _write(answers, text)
+    def answer(question: bytes) -> bytes:
+        text, error = b"", None
+        try:
+            text = render(_Question(*pickle.loads(question)))
+        except (InvalidTemplateError, LimitError) as caught:
+            error = [type(caught).__name__, *caught.args]
+        except MemoryError:
+            error = [LimitError.__name__, f"takes more than {MAX_MEMORY >> 20} MB of memory"]
+        limit_processor(0)
+        return json.dumps(error).encode() + b"\n" + text
 
-
-def _time(seconds: float) -> None:
-    """End this process after so many seconds of its own, wherever it is then; 0 lets it live."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    return answer
 
 
 def _compiled(
@@ -266,15 +149,15 @@ def _compiled(
     return compiled[source]
 
 
-def _text(template: jinja2.Template, variables: dict[str, Any], max_characters: int) -> str:
+def _text(template: jinja2.Template, variables: dict[str, Any]) -> str:
     import jinja2
 
     pieces, size = [], 0
     try:
         for piece in template.generate(variables):
             size += len(piece)
-            if size > max_characters:
-                raise LimitError(f"writes more than {max_characters} characters")
+            if size > MAX_CHARACTERS:
+                raise LimitError(f"writes more than {MAX_CHARACTERS} characters")
             pieces.append(piece)
     except (MemoryError, LimitError):
         raise

@@ -124,7 +124,7 @@ def _checked(tool: Any, where: str) -> dict[str, Any]:
     where += ".function"
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise RequestError(
-            f"{where}.name is {function.get('name')!r:.80}; it must be 1 to 64 of a-z A-Z 0-9 _ . -",
+            f"{where}.name is {function.get('name')!r:.80}; it must be 1 to 64 of a-z, A-Z, 0-9, _, . and -.",
             param=f"{where}.name",
         )
     if not isinstance(function.get("description", ""), str | None):

@@ -28,7 +28,7 @@ from tinyserve.checkpoints.hub.failures import (
     unreachable,
 )
 from tinyserve.checkpoints.hub.patience import within
-from tinyserve.checkpoints.hub.transfer import Transfer
+from tinyserve.checkpoints.hub.transfer import Transfer, append
 from tinyserve.checkpoints.shard_index import INDEX, WHOLE
 from tinyserve.errors import CheckpointError, HubError
 from tinyserve.progress import Progress, silent, size
@@ -282,12 +282,7 @@ def _stream(url: str, partial: Path, have: int, report: Callable[[int], None]) -
     timeout = (CONNECT_TIMEOUT, TIMEOUT, TIMEOUT, TIMEOUT)  # connect, read, write, pool
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
         hf_raise_for_status(answer)
-        have = have if answer.status_code == 206 else 0
-        with partial.open("ab" if have else "wb") as out:
-            for chunk in answer.iter_bytes():
-                out.write(chunk)
-                have += len(chunk)
-                report(have)
+        append(answer, partial, have, report)
 
 
 def _check(path: Path, file: RemoteFile, *, whole: bool) -> None:

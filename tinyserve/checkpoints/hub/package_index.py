@@ -18,6 +18,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from tinyserve.checkpoints.hub.failures import reason_of
 from tinyserve.checkpoints.hub.patience import within
+from tinyserve.checkpoints.hub.transfer import append
 from tinyserve.errors import TinyserveError
 
 if TYPE_CHECKING:
@@ -156,12 +157,7 @@ def _stream(client: "Client", url: str, index: str, partial: Path, report: Calla
         if answer.status_code == 416:  # nothing is missing; the hash tells whether too much is here
             return
         answer.raise_for_status()
-        have = have if answer.status_code == 206 else 0
-        with partial.open("ab" if have else "wb") as out:
-            for chunk in answer.iter_bytes():
-                out.write(chunk)
-                have += len(chunk)
-                report(have)
+        append(answer, partial, have, report)
 
 
 def _password(url: str, index: str) -> tuple[str, str] | None:

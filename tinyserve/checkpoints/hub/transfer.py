@@ -1,9 +1,19 @@
-"""How far a download is, told to a Progress: several files towards one total. It knows no network."""
+"""How far a download is, told to a Progress: several files towards one total; and the bytes of one, put where they go.
 
+It knows no addresses, and opens no connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tinyserve.progress import Progress
+
+if TYPE_CHECKING:
+    from httpx2 import Response
 
 _INTERVAL = 0.1  # seconds between two reports: a file comes in thousands of pieces
 
@@ -32,3 +42,16 @@ class Transfer:
     def _report(self, done: int) -> None:
         self._reported = monotonic()
         self._progress(self._stage, max(0, done), self._total)
+
+
+def append(answer: Response, partial: Path, have: int, report: Callable[[int], None]) -> None:
+    """Write a body behind the `have` bytes that were asked to be left out; a server that ignores that starts over.
+
+    report: hears how many bytes there are.
+    """
+    have = have if answer.status_code == 206 else 0
+    with partial.open("ab" if have else "wb") as out:
+        for chunk in answer.iter_bytes():
+            out.write(chunk)
+            have += len(chunk)
+            report(have)
