@@ -1,11 +1,13 @@
 """What clients send beside what is needed, and how they read: nulls, fields of other APIs, odd paths and lines."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from servers import Running, running
 
@@ -105,6 +107,29 @@ def test_fields_are_ignored_or_refused_and_never_both(kind: type[protocol.Decodi
         with pytest.raises(protocol.ApiError, match="not built") as caught:
             parse(kind, json.dumps({**needed, name: [1]}).encode())
         assert caught.value.param == name and way_out in caught.value.message
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_what_is_off_asks_for_nothing(server: Running, name: str) -> None:
+    for value in (None, False, "", []):
+        answer = server.post(CHAT, {**BODIES[CHAT][1], name: value})
+        assert answer.status_code == 200 and "x-tinyserve-ignored" not in answer.headers, value
+    for value in (True, {}, "a", [{}]):
+        error = server.post(CHAT, {**BODIES[CHAT][1], name: value}).json()["error"]
+        assert (error["param"], error["code"]) == (name, "unsupported_field"), value
+
+
+def test_every_parameter_of_openais_client_is_known() -> None:
+    client = openai.OpenAI(api_key="none")
+    methods = {
+        ChatBody: client.chat.completions.create,
+        CompletionBody: client.completions.create,
+        protocol.EmbeddingBody: client.embeddings.create,
+    }
+    for kind, method in methods.items():
+        names = inspect.signature(method).parameters.keys() - {"extra_headers", "extra_query", "extra_body", "timeout"}
+        assert len(names) > 4
+        assert not names - kind.model_fields.keys() - kind.ignored.keys() - kind.unbuilt.keys()
 
 
 @pytest.mark.parametrize(

@@ -29,37 +29,58 @@ IGNORED: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "verbosity": ("medium",),
     # vLLM's
+    "ec_transfer_params": (),
     "guided_decoding_backend": (),
     "kv_transfer_params": (),
-    "length_penalty": (1.0,),
+    "length_penalty": (1.0,),  # of beam search, which is refused
+    "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "request_id": (),
+    "return_mm_kwargs": (True,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "session_id": (),
     "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
+    "stream_interval": (1,),
+    "truncation_side": (),  # of truncate_prompt_tokens, which is refused
+    # llama.cpp's and Ollama's
+    "cache_prompt": (True,),
+    "id_slot": (-1,),
+    "keep_alive": (),
+    "timings_per_token": (False,),
     # Anthropic's
     "anthropic_beta": (),
     "anthropic_version": (),
     "betas": (),
     "inference_geo": (),
 }
-# With these it would be another one: what to do instead.
+# With these it would be another one: what to do instead. Those that are off (OFF) ask for nothing.
 UNBUILT: Mapping[str, str] = {
     "audio": "answers are text: leave it out",
+    "cache_salt": "all prompts share a cache: leave it out, or run a server for yourself",
     "chat_template": "the server's templates are its own (--chat-template): leave it out",
     "container": "there are no containers: leave it out",
     "documents": "write the documents into a message",
     "function_call": "use tool_choice",
     "functions": "use tools",
     "logits_processors": "use logit_bias, bad_words or structured_outputs",
+    "logprob_token_ids": "ask for the likeliest tokens' logprobs",
     "mcp_servers": "call the servers yourself, as tools",
+    "moderation": "judge texts yourself: leave it out",
     "prompt_embeds": "send the prompt as text or token ids",
+    "repetition_detection": "use repetition_penalty, or stop",
+    "return_prompt_text": "ask /apply-template",
     "return_token_ids": "ask for logprobs, or /tokenize the answer",
     "return_tokens_as_token_ids": "ask for logprobs, or /tokenize the answer",
     "suffix": "these models only go on with a text: leave it out",
     "structural_tag": "use structured_outputs",
     "truncate_prompt_tokens": "shorten the prompt: /tokenize counts",
+    "use_beam_search": "use LLM.beam_search in Python: leave it out",
+    "vllm_xargs": "there are no extensions: leave it out",
+    "watermarking": "texts bear no mark: leave it out",
     "web_search_options": "search yourself, as a tool",
 }
+OFF: tuple[Any, ...] = (None, False, "", [])  # and not {}, which is a web search with all its defaults
 
 
 class Body(BaseModel):
@@ -91,8 +112,8 @@ _Sampling: Any = create_model("_Sampling", __base__=Body, **_FIELDS)
 class Decoding(_Sampling):  # type: ignore[misc]  # which fields it has, the table says
     """What chat and completions share: how tokens are chosen, and how the answer is sent."""
 
-    ignored = IGNORED
-    unbuilt = UNBUILT
+    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = IGNORED
+    unbuilt: ClassVar[Mapping[str, str]] = UNBUILT
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -111,6 +132,8 @@ class Decoding(_Sampling):  # type: ignore[misc]  # which fields it has, the tab
 
 class ChatBody(Decoding):
     """POST /v1/chat/completions."""
+
+    unbuilt: ClassVar[Mapping[str, str]] = {**UNBUILT, "echo": "the last message is yours already: leave it out"}
 
     messages: Any
     max_completion_tokens: int | None = None
@@ -192,8 +215,8 @@ def parse(kind: type[B], data: bytes, strict: bool = False) -> tuple[B, list[str
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     ignored = list[str]()
-    for name in fields.keys() - kind.model_fields.keys():
-        if fields[name] is None and (name in kind.ignored or name in kind.unbuilt):
+    for name in [name for name in fields if name not in kind.model_fields]:  # in their order: the first is named
+        if (fields[name] is None and name in kind.ignored) or (fields[name] in OFF and name in kind.unbuilt):
             continue
         if name in kind.unbuilt:
             raise ApiError(400, f"{name} is not built: {kind.unbuilt[name]}.", param=name, code="unsupported_field")

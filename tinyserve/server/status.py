@@ -97,10 +97,36 @@ def _inspection(model: ServedModel) -> dict[str, Any]:
     return inspection(parse_config(raw, source), ref, source)
 
 
+# Of other APIs, and of OpenAI's that only some models can answer: what to ask instead.
+_INSTEAD = {
+    "/v1/responses": "the Responses API is not built: ask /v1/chat/completions, which its clients know as well",
+    "/v1/messages": "Anthropic's API is not built: ask /v1/chat/completions, as OpenAI's clients do",
+    "/v1/moderations": "no model here judges texts: leave it out",
+    "/v1/audio": "answers are text: ask /v1/chat/completions",
+    "/v1/images": "answers are text: ask /v1/chat/completions",
+    "/v1/files": "no files are kept: send texts in messages",
+    "/v1/batches": "batches are not built: send the requests at once, and they run together",
+    "/api": "Ollama's API is not built: ask /v1/chat/completions, as OpenAI's clients do",
+    "/completion": "llama.cpp's API is not built: ask /v1/completions",
+}
+
+
 async def not_found(request: Request, error: Exception) -> Response:
-    """404 in OpenAI's form."""
-    message = f"There is no {request.method:.20} {path_of(request)}; docs/serving.md lists what there is."
+    """404 in OpenAI's form, with what to ask instead."""
+    message = f"There is no {request.method:.20} {path_of(request)}: {_instead(request, request.url.path)}."
     return ApiError(404, message, code="not_found").response()
+
+
+def _instead(request: Request, path: str) -> str:
+    known = {getattr(route, "path", "") for route in request.app.routes}
+    if f"/v1{path}" in known:
+        return f"it is at /v1{path}, so a client's base URL ends in /v1"
+    if path.startswith("/v1/") and (rest := path.removeprefix("/v1")) in known:
+        return f"it is at {rest}, so a client's base URL has a /v1 too many"
+    for prefix, instead in _INSTEAD.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return instead
+    return "docs/serving.md lists what there is"
 
 
 def path_of(request: Request) -> str:
