@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
+from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.metrics import ServerMetrics
@@ -40,6 +41,7 @@ def create_app(
     max_body: int = ServeOptions.max_body,
     tool_format: str | None = None,
     strict: bool = False,
+    access_log: bool = False,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The ASGI application that serves the models of a pool; it loads the first when it starts.
@@ -50,6 +52,7 @@ def create_app(
     max_body: bytes.
     tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
     strict: refuse every field that is not built, also those that an answer is as good without.
+    access_log: log a line for each request.
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
@@ -71,7 +74,8 @@ def create_app(
         Route("/", _page()),
     ]
     paths = [route.path for route in routes]
-    middleware = [Middleware(guards.PlainPaths), Middleware(guards.RequestMetrics, state=state, paths=paths)]
+    middleware = [Middleware(AccessLog)] if access_log else []
+    middleware += [Middleware(guards.PlainPaths), Middleware(guards.RequestMetrics, state=state, paths=paths)]
     if cors_origins:
         middleware.append(
             Middleware(

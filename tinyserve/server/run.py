@@ -62,6 +62,7 @@ def serve(options: ServeOptions) -> int:
         max_body=options.max_body,
         tool_format=options.tool_format,
         strict=options.strict,
+        access_log=options.access_log,
         on_failure=fail,
     )
     protocol = limit_connections(most_connections())
