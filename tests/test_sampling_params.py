@@ -37,6 +37,24 @@ def test_the_defaults_change_nothing_and_are_vllms() -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "shown"),
+    [
+        (SamplingParams(), "SamplingParams()"),
+        (SamplingParams(temperature=0, max_tokens=3), "SamplingParams(temperature=0, max_tokens=3)"),
+        (SamplingParams(stop="a", logit_bias={5: 1.5}), "SamplingParams(logit_bias={5: 1.5}, stop=('a',))"),
+        (
+            SamplingParams(structured_outputs=StructuredOutputs(regex="a+")),
+            "SamplingParams(structured_outputs=StructuredOutputs(regex='a+'))",
+        ),
+        (BeamSearchParams(beam_width=2, max_tokens=3), "BeamSearchParams(beam_width=2, max_tokens=3)"),
+    ],
+)
+def test_parameters_show_what_differs_from_the_defaults_and_can_be_copied(params: Options, shown: str) -> None:
+    assert repr(params) == shown
+    assert eval(shown) == params
+
+
+@pytest.mark.parametrize(
     ("name", "value", "range_"),
     [
         ("typical_p", 0, "above 0 and at most 1"),

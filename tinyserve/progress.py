@@ -221,13 +221,19 @@ def _in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-def _new_bar(total: int) -> Any:
+def import_tqdm() -> Any:
+    """tqdm for a terminal or a notebook, imported without its warning; call it before what imports tqdm by itself."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that ipywidgets are missing: a bar of characters does
         from tqdm.auto import tqdm
 
+    return tqdm
+
+
+def _new_bar(total: int) -> Any:
+    tqdm = import_tqdm()
     bar = type("Bar", (tqdm,), {"monitor_interval": 0})  # no thread that looks after it
     # A terminal that does not know its size has none for tqdm, which then draws nothing; a notebook's is in pixels.
     shape = {"ncols": None if _in_notebook() else min(_WIDEST, get_terminal_size().columns) - 1, "nrows": 20}

@@ -71,6 +71,12 @@ class Options:
             raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}", param=name)
         return super().__new__(cls)
 
+    def __repr__(self) -> str:
+        """The call that makes it: what differs from the defaults."""
+        values = ((name, getattr(self, name), each.default) for name, each in self.__dataclass_fields__.items())
+        given = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+        return f"{type(self).__name__}({given})"
+
     @classmethod
     def _reason(cls, name: str) -> str:
         """What follows "has no option": the rest of the sentence, and the way out."""
@@ -133,7 +139,7 @@ DEFAULT_MAX_TOKENS = 256  # of an answer, where neither a request nor a model's 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StructuredOutputs(Options):
     """Exactly one kind of structure. Raises RequestError, with the field, for what is none.
 
@@ -260,7 +266,7 @@ _TOKEN_IDS: Rule = (_are_token_ids, "token ids, whole numbers from 0 on")
 
 
 @_table
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SamplingParams(Options):
     """How to choose tokens, and when to stop. Raises RequestError, with the number, for a value outside its range."""
 
@@ -492,7 +498,7 @@ class SamplingParams(Options):
 
 
 @_table
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BeamSearchParams(Options):
     """How wide and how far to search for the likeliest answers. Raises RequestError as SamplingParams does."""
 

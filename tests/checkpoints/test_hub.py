@@ -149,6 +149,24 @@ def test_a_second_resolve_asks_nothing_and_imports_nothing(hub: FakeHub) -> None
     assert hub.requests == []
 
 
+def test_a_download_in_a_notebook_without_ipywidgets_warns_of_nothing(hub: FakeHub) -> None:
+    code = """
+import sys, types, warnings
+shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules["IPython"] = sys.modules["ipykernel.zmqshell"] = types.SimpleNamespace(get_ipython=lambda: shell)
+sys.modules["ipywidgets"] = None
+warnings.simplefilter("always")
+from tinyserve.checkpoints.hub import resolve
+from tinyserve.progress import LoadProgress
+with LoadProgress("owner/single") as progress:
+    resolve("owner/single", progress=progress)
+assert "huggingface_hub.file_download" in sys.modules and "tqdm.auto" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stderr
+    assert "Downloaded owner/single" in done.stderr
+
+
 def test_a_preset_is_its_repository_at_its_pinned_revision(hub: FakeHub) -> None:
     make_repo(hub.root, DEFAULT_REPO, SINGLE)
     preset = presets.get("smollm2-135m")

@@ -124,6 +124,26 @@ def test_rm_of_what_is_not_there_says_so_before_it_asks() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gpt2", "gpt2 is not among the downloaded models"),  # a preset
+        ("qwen", "qwen is not among the downloaded models"),  # a family
+        ("owner/other", "owner/other is not among the downloaded models"),
+        ("owner/name@other", "owner/name@other is not among the downloaded models"),
+        ("/nowhere/model.gguf", "/nowhere/model.gguf is not among the downloaded models"),
+        (".", ". is a path of yours"),
+        ("", "The name of what is to be removed is empty"),
+    ],
+)
+def test_rm_asks_about_nothing_that_is_not_there(hub: FakeHub, name: str, says: str) -> None:
+    runner.invoke(app, ["pull", "owner/name"])
+    with Terminal("rm", name) as terminal:
+        assert terminal.end() == 2
+    assert terminal.shown.startswith(f"tinyserve: {says}")
+    assert "[y/N]" not in terminal.shown
+
+
 def test_rm_tells_the_bytes_that_others_share(tmp_path: Path) -> None:
     path = Path(runner.invoke(app, ["pull", "owner/name"]).stdout.strip())
     (tmp_path / "second-name").hardlink_to((path / "model.safetensors").resolve())

@@ -159,6 +159,24 @@ def test_keys_come_from_the_environment(arguments: list[str]) -> None:
         assert "secret" not in listed.stdout
 
 
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_the_access_log_is_on_stderr(arguments: list[str], quiet: tuple[str, ...]) -> None:
+    with serving(*arguments, "--access-log", *quiet) as server:
+        server.wait_ready()
+        server.signal(signal.SIGTERM)
+        code, errors = server.end()
+    assert code == 0
+    assert re.search(r"^\d\d:\d\d:\d\d 127\.0\.0\.1 POST /tokenize 200 \d+ ms$", errors, re.MULTILINE)
+
+
+def test_a_log_that_nobody_reads_any_more_disturbs_no_request(arguments: list[str]) -> None:
+    with serving(*arguments, "--access-log") as server:
+        assert server._process.stderr is not None
+        server._process.stderr.close()
+        for _ in range(3):
+            server.wait_ready()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

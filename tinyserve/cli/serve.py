@@ -73,6 +73,9 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
     max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = ServeOptions.max_body / 1e6,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A line on stderr for each request: who, what, status, time, tokens.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")] = False,
 ) -> None:
     """Serve models over HTTP, as OpenAI does.
@@ -93,6 +96,8 @@ def serve(
         raise UserError(f"serve needs the extra of that name ({error}): pip install 'tinyserve[serve]'.") from None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("tinyserve").setLevel(logging.WARNING if quiet else logging.INFO)
+    if access_log:
+        logging.getLogger("tinyserve.server.access").setLevel(logging.INFO)  # beside --quiet, too
     if engine.chat_template is not None:
         from tinyserve.text.chat_template import read_template
 
@@ -110,6 +115,7 @@ def serve(
         memory=_bytes(memory),
         tool_format=tool_format,
         strict=strict,
+        access_log=access_log,
         max_queue=max_queue,
         max_body=round(max_body * 1e6),
         drain_timeout=drain_timeout,

@@ -42,7 +42,7 @@ class Metrics:
 
     arrival: float = field(default_factory=perf_counter)
     first_scheduled: float | None = None
-    token_times: list[float] = field(default_factory=list)  # of each token of the answer
+    token_times: list[float] = field(default_factory=list, repr=False)  # of each token of the answer
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt: they were in the cache and not computed
     preemptions: int = 0  # how often it had to give up its blocks

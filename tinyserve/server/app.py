@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
+from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
 from tinyserve.server.guards import Admission
@@ -37,12 +38,14 @@ def create_app(
     *,
     tool_format: str | None = None,
     strict: bool = False,
+    access_log: bool = False,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The ASGI application that serves the models of a pool; it loads the first when it starts.
 
     tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
     strict: refuse every field that is not built, also those that an answer is as good without.
+    access_log: log a line for each request.
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
@@ -60,7 +63,10 @@ def create_app(
 
     app = Starlette(
         routes=routes,
-        middleware=_middleware(admission or Admission(), state, [route.path for route in routes]),
+        middleware=[
+            *([Middleware(AccessLog)] if access_log else []),
+            *_middleware(admission or Admission(), state, [route.path for route in routes]),
+        ],
         lifespan=lifespan,
         exception_handlers={
             ApiError: _api_error,

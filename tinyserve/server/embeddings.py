@@ -7,6 +7,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinyserve.server.access_log import count_tokens
 from tinyserve.server.completions import prompts_of
 from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import EmbeddingBody
@@ -32,6 +33,7 @@ async def embeddings(request: Request) -> Response:
             for i, output in enumerate(outputs)
         ]
         tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        count_tokens(tokens, 0)
         counts = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": model.name, "usage": counts}
 

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from tinyserve.engine import EngineStats
 from tinyserve.scheduling.sequence import Metrics
+from tinyserve.server.access_log import count_tokens
 from tinyserve.server.pool import ModelPool
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
@@ -100,6 +101,7 @@ class Watch:
         self._metrics, self._model, self.count = metrics, model, 0
 
     def ended(self, metrics: Metrics, reason: str | None) -> None:
+        count_tokens(0 if self.count else metrics.prompt_tokens, metrics.output_tokens)
         self.count += 1
         self._metrics.answered(self._model, metrics, reason)
 

@@ -22,6 +22,7 @@ class ServeOptions:
     memory: int | None = None  # bytes; by default four fifths of what is free
     tool_format: str | None = None
     strict: bool = False  # refuse fields that are not built, also those that an answer is as good without
+    access_log: bool = False  # log a line for each request
     max_queue: int = 128  # answers that may wait for each model
     max_body: int = 16_000_000  # bytes: a context of 128k tokens is half a megabyte of text
     drain_timeout: float = 30.0  # seconds that SIGTERM waits for what runs

@@ -59,6 +59,7 @@ def serve(options: ServeOptions) -> int:
         Admission(api_keys=options.api_keys, hosts=hosts, cors_origins=options.cors_origins, max_body=options.max_body),
         tool_format=options.tool_format,
         strict=options.strict,
+        access_log=options.access_log,
         on_failure=fail,
     )
     protocol = limit_connections(most_connections())

@@ -16,14 +16,15 @@ from tinyserve.progress import ProgressBar, is_shown
 from tinyserve.sampling_params import BeamSearchParams, SamplingParams
 from tinyserve.scheduling.sequence import Logprobs
 from tinyserve.text.request import RequestOutput, RequestState
+from tinyserve.text.short_repr import ShortRepr
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.validation import Prompt
 
 __all__ = ["BeamSearch", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence", "beam_search"]
 
 
-@dataclass
-class BeamSearchSequence:
+@dataclass(repr=False)
+class BeamSearchSequence(ShortRepr):
     """One answer behind its prompt. `finish_reason` is "stop" (its last token is an end token), "length" or "abort".
 
     `logprobs` has for each new token those of the likeliest at its place; `cum_logprob` is the sum of the chosen ones,
@@ -31,15 +32,15 @@ class BeamSearchSequence:
     """
 
     tokens: list[int]  # the prompt's among them
-    logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    logprobs: list[Mapping[int, float]] = field(default_factory=list, repr=False)
     cum_logprob: float = 0.0
     text: str = ""  # the prompt's with it
     finish_reason: str | None = None
     score: float = 0.0
 
 
-@dataclass
-class BeamSearchOutput:
+@dataclass(repr=False)
+class BeamSearchOutput(ShortRepr):
     """A prompt and what may follow it: `beam_width` sequences, or all there are, the best first."""
 
     sequences: list[BeamSearchSequence]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tinyserve.engine import EngineThread
 from tinyserve.errors import RequestError, TinyserveError
 from tinyserve.scheduling.scheduler import Scheduler
+from tinyserve.text.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class EmbeddingOutput:
+@dataclass(eq=False, repr=False)
+class EmbeddingOutput(ShortRepr):
     """A text and its vector (hidden,) float32."""
 
     prompt: str | None

@@ -13,13 +13,14 @@ from tinyserve.errors import IncompleteError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs, Metrics, Sequence
 from tinyserve.text.chat import OutputParser
+from tinyserve.text.short_repr import ShortRepr
 from tinyserve.text.tokenizer import Detokenizer
 from tinyserve.text.tokenizer.stops import StopFilter
 from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
 
 
-@dataclass
-class CompletionOutput:
+@dataclass(repr=False)
+class CompletionOutput(ShortRepr):
     """One answer. `finish_reason`: "stop" (an end token or a stop string), "tool_calls", "length", "abort" or "error".
 
     `stop_reason` is the stop string or the id among `stop_token_ids` that ended it, None for the model's own end.
@@ -30,10 +31,10 @@ class CompletionOutput:
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] | None = None
+    logprobs: list[Logprobs] | None = field(default=None, repr=False)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    metrics: Metrics = field(default_factory=Metrics, compare=False)
+    metrics: Metrics = field(default_factory=Metrics, compare=False, repr=False)
     tool_calls: list[ToolCall] = field(default_factory=list)
     reasoning: str = ""
     reasoning_tokens: int = 0  # of token_ids
@@ -46,8 +47,8 @@ class CompletionOutput:
         return math.fsum(row[token] for token, row in zip(self.token_ids, self.logprobs, strict=True))
 
 
-@dataclass
-class RequestOutput:
+@dataclass(repr=False)
+class RequestOutput(ShortRepr):
     """A prompt with its answers, and the times of the first.
 
     `prompt_logprobs`, where asked for, has an entry for each token of the prompt, None for the first.
@@ -58,19 +59,19 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    metrics: Metrics
-    prompt_logprobs: list[Logprobs | None] | None = None
+    metrics: Metrics = field(repr=False)
+    prompt_logprobs: list[Logprobs | None] | None = field(default=None, repr=False)
 
 
-@dataclass
-class StreamChunk:
+@dataclass(repr=False)
+class StreamChunk(ShortRepr):
     """What came since the last chunk: printing the chunks one after the other prints the answer."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[Logprobs] | None
+    logprobs: list[Logprobs] | None = field(repr=False)
     finish_reason: str | None
-    metrics: Metrics
+    metrics: Metrics = field(repr=False)
     index: int = 0  # of the answer, where there are several
     stop_reason: str | int | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)  # each as soon as all of it is there

@@ -86,6 +86,8 @@ def remove(name: str) -> int:
 def _not_downloaded(name: str, ref: ModelRef | None) -> str:
     from tinyserve.checkpoints.hub import removal
 
+    if not name.strip():
+        return "The name of what is to be removed is empty: `tinyserve list` shows what is downloaded."
     if Path(name).exists():
         return f"{name} is a path of yours, and `tinyserve rm` removes downloads only: delete it yourself."
     if ref is not None and removal.unfinished_bytes(ref.repo):

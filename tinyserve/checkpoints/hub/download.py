@@ -31,7 +31,7 @@ from tinyserve.checkpoints.hub.patience import within
 from tinyserve.checkpoints.hub.transfer import Transfer, append
 from tinyserve.checkpoints.shard_index import INDEX, WHOLE
 from tinyserve.errors import CheckpointError, HubError
-from tinyserve.progress import Progress, silent, size
+from tinyserve.progress import Progress, import_tqdm, silent, size
 
 TIMEOUT = 8.0  # seconds without an answer, or without a byte, after which a sentence is better than waiting
 CONNECT_TIMEOUT = 3.0  # for each address of a host
@@ -191,6 +191,7 @@ def _download(listing: Listing, names: list[str], progress: Progress) -> None:
     missing = total - sum(_size_of(_partial(blobs, file)) for file in wanted if file.etag)
     if missing > (free := shutil.disk_usage(blobs).free):
         raise HubError(no_room(listing.repo, f"{size(missing)} more, and {size(free)} are free"))
+    import_tqdm()  # before the library does, which would have a notebook told that ipywidgets are missing
     import huggingface_hub.file_download  # noqa: F401  # half a second in which a bar would stand still
 
     with Transfer(listing.repo, total, progress) as transfer:
