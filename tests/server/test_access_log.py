@@ -15,6 +15,8 @@ import pytest
 from hold import hold
 from servers import Running, running
 
+from tinyserve.server.guards import Admission
+
 TEXT = "/v1/completions"
 KEY = {"authorization": "Bearer secret"}
 LINE = re.compile(r"127\.0\.0\.1 (.*) \d+ ms(.*)")
@@ -22,8 +24,9 @@ LINE = re.compile(r"127\.0\.0\.1 (.*) \d+ ms(.*)")
 
 @pytest.fixture(scope="module")
 def server(folder_of: Callable[[str], Path]) -> Iterator[Running]:
-    options = {"access_log": True, "max_body": 100_000, "api_keys": ["secret"]}
-    with running({"tiny": folder_of("granite-hybrid")}, dtype="float32", num_threads=1, app=options) as one:
+    admission = Admission(max_body=100_000, api_keys=["secret"])
+    options: dict[str, Any] = {"admission": admission, "app": {"access_log": True}, "num_threads": 1}
+    with running({"tiny": folder_of("granite-hybrid")}, dtype="float32", **options) as one:
         assert one.post("/tokenize", {"prompt": "a"}, **KEY).status_code == 200  # the model is loaded
         yield one
 

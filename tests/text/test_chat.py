@@ -314,9 +314,11 @@ def test_a_forced_answer_is_a_call(chatty: Callable[..., LLM], template: str, sp
 
 def test_a_model_that_shows_no_tools(chatty: Callable[..., LLM]) -> None:
     llm = chatty(PLAIN)
-    for choice in (None, "none", "required"):
+    for choice in (None, "auto", "required"):
         with refused("tools", "does not show tools to the model. Leave out tools; or describe them"):
             llm.chat(QUESTION, sampled(), tools=TOOLS, tool_choice=choice)
+    none = llm.chat(QUESTION, sampled(), tools=TOOLS, tool_choice="none")[0].outputs[0]
+    assert none == llm.chat(QUESTION, sampled())[0].outputs[0], "what may not be called need not be shown"
     got = answer(llm, sampled(), tools=[NOW], tool_choice="required", parallel_tool_calls=False, tool_format="json")
     assert got.tool_calls == [NOW_CALL]
     got = answer(llm, saying(f"<tool_call>{ONE}</tool_call>"), tools=[WEATHER], tool_format="hermes")

@@ -336,6 +336,23 @@ def test_a_call_without_parameters_has_an_empty_object(given: dict[str, Any]) ->
     assert render(source, [{"role": "assistant", "content": None, "tool_calls": [call]}]) == "{}False"
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}",
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}",
+        "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}",
+        "{% for m in messages %}<{% if m.content is not none %}{{ m.content }}{% endif %}>{% endfor %}",
+        "{% for m in messages %}<{{ m.content or '' }}>{% endfor %}",
+    ],
+)
+def test_a_message_of_calls_alone_says_nothing(source: str) -> None:
+    said: list[dict[str, Any]] = [{"content": None}, {"content": ""}, {}]
+    for content in said:
+        message = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], **content}
+        assert ChatTemplate(source, {}, "m").render([{"role": "user", "content": "a"}, message]) == "<a><>"
+
+
 def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert render(PLAIN, messages) == "system:Be brief.;user:Hi;"

@@ -182,7 +182,12 @@ class ChatFormat:
                     param="tool_choice",
                 )
             return ChatRequest(self._prompt(messages, variables, add_special_tokens, AnswerFormat()), params)
-        tools, format = checked_tools(options.tools), self._tool_format(options.tool_format)
+        tools = checked_tools(options.tools)
+        if options.tool_choice == "none":  # a template may show them all the same, and need not
+            return ChatRequest(
+                self._prompt(messages, {**variables, "tools": tools}, add_special_tokens, AnswerFormat()), params
+            )
+        format = self._tool_format(options.tool_format)
         grammar = tool_grammar(
             tools,
             options.tool_choice,
@@ -198,15 +203,13 @@ class ChatFormat:
                     param="tool_choice",
                 )
             params = replace(params, structured_outputs=grammar)
-        answers = AnswerFormat()
-        if options.tool_choice != "none":
-            answers = AnswerFormat(
-                tool_format=format,
-                tools=tuple(tools),
-                shown_ids=self._shown_ids(format_named(format).tags),
-                only_one=not options.parallel_tool_calls,
-                is_named=isinstance(options.tool_choice, Mapping),
-            )
+        answers = AnswerFormat(
+            tool_format=format,
+            tools=tuple(tools),
+            shown_ids=self._shown_ids(format_named(format).tags),
+            only_one=not options.parallel_tool_calls,
+            is_named=isinstance(options.tool_choice, Mapping),
+        )
         return ChatRequest(self._prompt(messages, {**variables, "tools": tools}, add_special_tokens, answers), params)
 
     def _prompt(
@@ -239,7 +242,8 @@ class ChatFormat:
         if format is None:
             raise RequestError(
                 f"The chat template of {self._name} does not show tools to the model. Leave out tools; or describe "
-                f"them in a message, and say by tool_format how calls are written: {', '.join(FORMATS)}.",
+                "them in a message, and say by tool_format (serve --tool-format) how calls are written: "
+                f"{', '.join(FORMATS)}.",
                 param="tools",
             )
         format_named(format)

@@ -82,9 +82,13 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         self.compile()
-        plain = [self._adapted(message) for message in checked_messages(messages)]
+        checked = checked_messages(messages)
+        if continue_final_message and not isinstance(checked[-1]["content"], str) and not checked[-1]["content"]:
+            where = f"messages[{len(checked) - 1}]"
+            raise RequestError(f"{where} has no text that could be continued.", param=f"{where}.content")
+        plain = [self._adapted(message) for message in checked]
         if continue_final_message:
-            _mark_end(plain[-1], f"messages[{len(plain) - 1}]")
+            _mark_end(plain[-1])
         context = {
             "documents": None,
             **{name: _plain(value, name, "the template variables.") for name, value in variables.items()},
@@ -133,9 +137,17 @@ class ChatTemplate:
             return content
         reads_text = form.text or not form.part
         if content is None:
-            return None if reads_text else []
+            return self._nothing if reads_text else []
         text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
         return text if reads_text else [{"type": "text", "text": text}]
+
+    @cached_property
+    def _nothing(self) -> str | None:
+        """The content of a message that has calls and no words: null, if this template takes that."""
+        user = {"role": "user", "content": self._content("user", "a")}
+        call = {**_call_message("a" * 9), "content": None}
+        text = self._trial([user, call])
+        return "" if text is None or "None" in text else None
 
     def _form(self, role: str) -> ContentForm:
         """What a content may be in messages of this role; where none comes out, as in those of the user."""
@@ -237,15 +249,13 @@ def _short_id(call_id: str) -> str:
     return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
 
 
-def _mark_end(message: dict[str, Any], where: str) -> None:
+def _mark_end(message: dict[str, Any]) -> None:
     """Put a mark behind the text of a message."""
     content = message["content"]
     if isinstance(content, str):
         message["content"] = content + _END
-    elif content:
-        content[-1]["text"] += _END
     else:
-        raise RequestError(f"{where} has no text that could be continued.", param=f"{where}.content")
+        content[-1]["text"] += _END
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
