@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.cli._answer_printer import AnswerPrinter
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
@@ -80,20 +81,21 @@ def answer(question: Question, backend: "Backend") -> None:
         raw = "continued as it is (--raw)" if question.raw else "continued as it is: the model has no chat template"
         backend.line.clear()
         print(completion.explain("by the model's chat template" if chats else raw), file=sys.stderr)
-    text = ""
+    printer, text = AnswerPrinter(backend.line), ""
     try:
         with closing(completion.stream()) as pieces:
             for piece in pieces:
-                backend.line.clear()
                 text += piece
-                if not question.json:
-                    print(piece, end="", flush=True)
+                if question.json:
+                    printer.clear()
+                else:
+                    printer.write(piece)
     except (KeyboardInterrupt, TinyserveError):
-        backend.line.clear()
-        if text and not question.json:
+        printer.clear()
+        if printer.text:
             print(flush=True)  # what follows in the terminal begins on a line of its own
         raise
-    backend.line.clear()
+    printer.clear()
     statistics = completion.statistics()
     if question.json:
         print(json.dumps({"text": text, **statistics}, ensure_ascii=False))

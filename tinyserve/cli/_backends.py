@@ -23,6 +23,10 @@ Prompt = str | list[dict[str, str]]  # a text to continue, or a conversation to 
 class Completion(Protocol):
     """One answer, and how it came about."""
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Known before the answer if the prompt is counted here."""
+
     def stream(self) -> Generator[str, None, None]:
         """The pieces of its text as they come; closing the generator cancels it."""
 
@@ -102,6 +106,10 @@ class LocalCompletion:
         self._token_ids: list[int] = []
         self._end: StreamChunk | None = None
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self._decoding.prompt_tokens
+
     def stream(self) -> Generator[str, None, None]:
         for chunk in self._backend.llm.stream(self._prompt, self._decoding.params):
             self._token_ids += chunk.token_ids
@@ -174,6 +182,10 @@ class RemoteCompletion:
             if isinstance(prompt, str)
             else client.chat(prompt, fields, backend.line)
         )
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self._answer.prompt_tokens
 
     def stream(self) -> Generator[str, None, None]:
         self._backend.line.wait(f"waiting for {self._backend.client.server}")
