@@ -63,6 +63,14 @@ def cache_bytes(llm: "LLM", blocks: int, states: int) -> int:
     return blocks * llm.cache_plan.block_nbytes + (states + 1) * llm.cache_plan.state_nbytes
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `chat` keeps of what is typed stays out of the user's own history."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
     """Imports what a test compares with; in CI one that is missing is a failure."""

@@ -439,9 +439,9 @@ def test_chat_remembers_and_forgets(chatty: Path) -> None:
     assert result.code == 0
     assert result.out == "".join(answer + "\n" for answer in [*answers, answers[0]])
     banner, reset, unknown = result.err.splitlines()
-    assert re.fullmatch(rf"{re.escape(str(chatty))}, loaded in \d+\.\d s\. /reset .*", banner)
+    assert re.fullmatch(rf"{re.escape(str(chatty))}, loaded in \d+\.\d s\. /help .*", banner)
     assert reset == "The conversation is forgotten."
-    assert unknown.startswith("There is no /nothing: /reset ")
+    assert unknown == "There is no /nothing. /help lists what there is."
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
@@ -456,7 +456,7 @@ def test_chat_goes_on_when_the_context_is_full(shell: Shell, chatty: Path) -> No
     result = shell("chat", chatty, "--max-tokens", "5", stdin="x" * 200 + "\nHi\n")
     assert result.code == 0
     assert len(result.out.splitlines()) >= 1
-    assert re.search(r"^tinyserve: The prompt has 2\d\d tokens .* \(/reset begins anew\)$", result.err, re.MULTILINE)
+    assert re.search(r"^tinyserve: The prompt has 2\d\d tokens .*: shorten the prompt\.$", result.err, re.MULTILINE)
 
 
 def test_chat_needs_a_template_and_text(shell: Shell, plain: Path, chatty: Path) -> None:
@@ -474,7 +474,7 @@ def test_chat_needs_a_template_and_text(shell: Shell, plain: Path, chatty: Path)
 def test_chat_in_a_terminal(endless: Path) -> None:
     """Ctrl-C ends the answer and not the conversation; Ctrl-D ends that."""
     with Terminal("chat", endless, "--max-tokens", "50000", "--verbose") as terminal:
-        assert "/reset forgets the conversation" in terminal.wait_for("> ")
+        assert "/help lists the commands" in terminal.wait_for("> ")
         terminal.type("Hello\n")
         terminal.wait_for("[--max-tokens]\n")  # the last line before the answer
         terminal.wait_for_more()

@@ -3,16 +3,14 @@
 import io
 import json
 import sys
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import CHAT_TEMPLATE, CONFIGS, write_folder
 from command_line import Shell
 from servers import running
 
-from tinyserve.cli._answer import AnswerPrinter
+from tinyserve.cli._answer_printer import AnswerPrinter
 from tinyserve.cli._backends import Piece
 from tinyserve.progress import LoadProgress
 
@@ -23,22 +21,6 @@ PIECES = [Piece("", "Let me"), Piece("", " see."), Piece("Yes"), Piece(".")]
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(monkeypatch, capsys)
-
-
-class Said:
-    """An answer that is written beforehand."""
-
-    def __init__(self, *pieces: Piece) -> None:
-        self.pieces = pieces
-
-    def stream(self) -> Generator[Piece, None, None]:
-        yield from self.pieces
-
-    def explain(self, prompt_is: str) -> str:
-        return prompt_is
-
-    def statistics(self) -> dict[str, Any]:
-        return {}
 
 
 class Terminal(io.StringIO):
@@ -53,7 +35,9 @@ def printed(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, *pieces: Piece, 
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", error)
     printer = AnswerPrinter(line, **options)
-    printer.print(Said(*pieces))
+    for piece in pieces:
+        printer.write(piece)
+    printer.clear()
     monkeypatch.undo()
     assert (printer.text, printer.reasoning) == ("".join(p.text for p in pieces), "".join(p.reasoning for p in pieces))
     return out.getvalue(), error.getvalue()

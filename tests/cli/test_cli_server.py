@@ -289,7 +289,7 @@ def test_chat_keeps_the_conversation_here(shell: Shell, server: FakeOpenAI) -> N
     typed = "One\n\nTwo\n/reset\nThree\n/exit\n"
     result = shell("chat", "--server", server.url, "--system", "S", "--max-tokens", "5", stdin=typed)
     assert (result.code, result.out) == (0, "Eins\nZwei\nDrei\n")
-    assert result.err.startswith(f"first at {server.url}. /reset forgets")
+    assert result.err.startswith(f"first at {server.url}. /help lists")
     said = [[message["content"] for message in asked.body["messages"]] for asked in server.posted]
     assert said == [["S", "One"], ["S", "One", "Eins", "Two"], ["S", "Three"]]
     assert all(asked.body["max_tokens"] == 5 for asked in server.posted)

@@ -160,6 +160,8 @@ class Terminal:
         except OSError:  # Linux's end of file in a terminal
             return False
         text = data.decode(errors="replace").replace("\r\n", "\n")
+        # A cursor that goes right passes over what is blank, and back first where a row could be full.
+        text = re.sub(r"(\x08*)\x1b\[(\d*)C", lambda move: " " * (int(move[2] or 1) - len(move[1])), text)
         self.shown += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
         return bool(data)
 

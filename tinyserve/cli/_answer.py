@@ -10,14 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinyserve.cli._answer_printer import AnswerPrinter
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
-    from tinyserve.cli._backends import Backend, Completion, Piece
-    from tinyserve.progress import LoadProgress
+    from tinyserve.cli._backends import Backend
 
-_DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 BYTE_ORDER_MARK = "\ufeff"  # editors on Windows, and PowerShell's pipes, begin a text with it
 
 
@@ -84,10 +83,15 @@ def answer(question: Question, backend: "Backend") -> None:
         print(completion.explain("by the model's chat template" if chats else raw), file=sys.stderr)
     printer = AnswerPrinter(backend.line, is_silent=question.json)
     try:
-        printer.print(completion)
+        with closing(completion.stream()) as pieces:
+            for piece in pieces:
+                printer.write(piece)
     except (KeyboardInterrupt, TinyserveError):
-        printer.end_line()  # what follows in the terminal begins on a line of its own
+        printer.clear()
+        if printer.text and not question.json:
+            print(flush=True)  # what follows in the terminal begins on a line of its own
         raise
+    printer.clear()
     statistics = completion.statistics()
     if question.json:
         thought = {"reasoning": printer.reasoning} if printer.reasoning else {}
@@ -96,52 +100,6 @@ def answer(question: Question, backend: "Backend") -> None:
     print(flush=True)
     if not question.quiet:
         print(describe(statistics, backend.max_model_len), file=sys.stderr)
-
-
-class AnswerPrinter:
-    """Prints an answer as it comes: its text on stdout; what is thought before it dimmed on stderr, on a terminal."""
-
-    def __init__(self, line: "LoadProgress", is_silent: bool = False) -> None:
-        """`line` shows what is being done until something comes; `is_silent` only gathers."""
-        self.text = self.reasoning = ""
-        self._line, self._is_silent = line, is_silent
-
-    def print(self, completion: "Completion") -> None:
-        """Print all of it."""
-        try:
-            with closing(completion.stream()) as pieces:
-                for piece in pieces:
-                    self._take(piece)
-        finally:
-            self._line.clear()
-            if self.reasoning and not self.text:
-                self._end_thinking()
-
-    def end_line(self) -> None:
-        """End the line of an answer that has come to no end of its own."""
-        if self.text and not self._is_silent:
-            print(flush=True)
-
-    def _take(self, piece: "Piece") -> None:
-        self._line.clear()
-        if piece.reasoning:
-            if self._shows_thinking:
-                print(("" if self.reasoning else _DIM) + piece.reasoning, end="", file=sys.stderr, flush=True)
-            self.reasoning += piece.reasoning
-        if piece.text:
-            if self.reasoning and not self.text:
-                self._end_thinking()
-            self.text += piece.text
-            if not self._is_silent:
-                print(piece.text, end="", flush=True)
-
-    @property
-    def _shows_thinking(self) -> bool:
-        return not self._is_silent and sys.stderr is not None and sys.stderr.isatty()
-
-    def _end_thinking(self) -> None:
-        if self._shows_thinking:
-            print(f"{_PLAIN}\n", file=sys.stderr, flush=True)
 
 
 def describe(statistics: dict[str, Any], max_model_len: int | None) -> str:

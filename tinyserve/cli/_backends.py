@@ -31,6 +31,10 @@ class Piece(NamedTuple):
 class Completion(Protocol):
     """One answer, and how it came about."""
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Known before the answer if the prompt is counted here."""
+
     def stream(self) -> Generator[Piece, None, None]:
         """Its pieces as they come; closing the generator cancels it."""
 
@@ -124,6 +128,10 @@ class LocalCompletion:
         self._token_ids: list[int] = []
         self._end: StreamChunk | None = None
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self._decoding.prompt_tokens
+
     def stream(self) -> Generator[Piece, None, None]:
         for chunk in self._backend.llm.stream(self._prompt, self._decoding.params):
             self._token_ids += chunk.token_ids
@@ -199,6 +207,10 @@ class RemoteCompletion:
             if isinstance(prompt, str)
             else client.chat(prompt, fields, backend.line)
         )
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self._answer.prompt_tokens
 
     def stream(self) -> Generator[Piece, None, None]:
         self._backend.line.wait(f"waiting for {self._backend.client.server}")

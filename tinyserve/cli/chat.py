@@ -1,18 +1,18 @@
 """`tinyserve chat`: a conversation in the terminal.
 
-Knows the loop of asking and answering; what answers is in _backends.py.
+Knows the commands; what is typed is read in _lines.py, what was said is kept in _conversation.py.
 """
 
+import re
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 from tinyserve.checkpoints import presets
-from tinyserve.cli import _names
-from tinyserve.cli._backends import Backend, find_backend
+from tinyserve.cli import _lines, _names
+from tinyserve.cli._backends import find_backend
 from tinyserve.cli._options import (
     ApiKey,
     ChatTemplateFile,
@@ -26,10 +26,22 @@ from tinyserve.cli._options import (
     with_options,
 )
 from tinyserve.cli._sampling import given
-from tinyserve.errors import TinyserveError, UserError
+from tinyserve.errors import UserError, did_you_mean
 
 DEFAULT_MAX_TOKENS = 512
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line."
+COMMANDS = {
+    "/help": "lists commands and keys",
+    "/reset": "forgets the conversation",
+    "/quit": "leaves, as /exit and Ctrl-D do",
+}
+KEYS = {
+    "Ctrl-C": "stops an answer, or drops what is typed",
+    "Alt-Enter": "begins another line of a message; lines that are pasted are one message",
+    "Up, Down": "bring back what was typed, in earlier sessions too",
+    "Tab": "completes a command",
+}
+BANNER = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."
+_COMMAND = re.compile(r"/\w*(?=\s|$)")  # and not /etc/hosts, nor // a comment
 
 
 @with_options(
@@ -60,8 +72,9 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    It remembers the conversation until its context is full. Inside, /reset forgets the conversation, /exit or
-    Ctrl-D leaves, Ctrl-C stops an answer.
+    It remembers the conversation; where the context is full the oldest turns are dropped, which is said. Inside,
+    /help lists the commands, /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer. Lines
+    that are pasted are one message. The arrow keys bring back what was typed, in earlier sessions too.
 
     \b
     Examples:
@@ -82,64 +95,49 @@ def chat(
     if not backend.chats:
         command = f"tinyserve ask {model or backend.name}" + (f" --server {server}" if server else "")
         raise UserError(f"{backend.name} has no chat template: let it continue a text with `{command}`.")
-    print(f"{backend.introduction} {HELP}", file=sys.stderr)
-    beginning = [{"role": "system", "content": system}] if system else []
-    messages = list(beginning)
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    if prompt:
-        with suppress(ImportError):
-            import readline  # noqa: F401  # arrow keys and history for input()
-    interrupted = False
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            if interrupted or not prompt:
-                raise
-            interrupted = True
-            print("\n(Ctrl-C once more, Ctrl-D or /exit leaves)", file=sys.stderr)
-            continue
-        except UnicodeDecodeError:
-            raise UserError("Standard input is not UTF-8 text: convert it first.") from None
-        interrupted = False
-        command = line.split()[0].lower() if line else ""
-        if command in ("/exit", "/quit") or line.lower() in ("exit", "quit"):
+    from tinyserve.cli._conversation import Conversation
+
+    print(f"{backend.introduction} {BANNER}", file=sys.stderr)
+    conversation = Conversation(backend, sampling, DEFAULT_MAX_TOKENS, system, verbose)
+    for message in _messages():
+        command = _command(message)
+        if command in ("/quit", "/exit"):
             return
         if command == "/reset":
-            messages = list(beginning)
+            conversation.reset()
             print("The conversation is forgotten.", file=sys.stderr)
-        elif line.startswith("/"):
-            print(f"There is no {command}: {HELP}", file=sys.stderr)
-        elif line:
-            messages += _turn(backend, messages, line, sampling, verbose)
+        elif command == "/help":
+            print("\n".join(f"{name:<10} {words}" for name, words in {**COMMANDS, **KEYS}.items()), file=sys.stderr)
+        elif command:
+            nearest = did_you_mean(command, [*COMMANDS, "/exit"])
+            print(f"There is no {command}.{nearest} /help lists what there is.", file=sys.stderr)
+        elif message:
+            conversation.answer(message)
 
 
-def _turn(
-    backend: Backend, messages: list[dict[str, str]], line: str, sampling: Mapping[str, Any], verbose: bool
-) -> list[dict[str, str]]:
-    """Ask and answer once; the two messages that the conversation has more, or none where there is no answer."""
-    from tinyserve.cli._answer import AnswerPrinter, check_text
+def _messages() -> Iterator[str]:
+    """What is typed, until its end."""
+    read, interrupted = _lines.reader(COMMANDS), False
+    while True:
+        try:
+            message = read().strip()
+        except EOFError:
+            if not _lines.is_interactive():
+                print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            if interrupted or not _lines.is_interactive():
+                raise
+            interrupted = True
+            print("(Ctrl-C once more, Ctrl-D or /quit leaves)", file=sys.stderr)
+            continue
+        interrupted = False
+        yield message
 
-    question = {"role": "user", "content": line}
-    printer = AnswerPrinter(backend.line)
-    try:
-        check_text(line)
-        completion = backend.complete([*messages, question], sampling, DEFAULT_MAX_TOKENS)
-        if verbose:
-            backend.line.clear()
-            print(completion.explain("the conversation so far"), file=sys.stderr)
-        printer.print(completion)
-    except KeyboardInterrupt:
-        backend.line.clear()
-        print(" [stopped]", end="", file=sys.stderr)
-    except TinyserveError as error:
-        backend.line.clear()
-        printer.end_line()
-        way_out = " (/reset begins anew)" if isinstance(error, UserError) else ""
-        print(f"tinyserve: {error}{way_out}", file=sys.stderr)
-        return []
-    print(flush=True)
-    return [question, {"role": "assistant", "content": printer.text}]
+
+def _command(message: str) -> str:
+    """The command that a message is, or nothing; one of several lines is none, whatever it begins with."""
+    if message.lower() in ("exit", "quit"):
+        return "/quit"
+    found = _COMMAND.match(message) if "\n" not in message else None
+    return found[0].lower() if found else ""

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tinyserve import __version__
-from tinyserve.errors import TinyserveError, UserError
+from tinyserve.errors import ContextLengthError, TinyserveError, UserError
 from tinyserve.progress import Progress, silent
 from tinyserve.server.options import API_KEY_VARIABLE
 
@@ -138,6 +138,8 @@ class Client:
             return TinyserveError(f"{self.server} has too much to do{why}{later}")
         if status >= 500 or status == 408:
             return TinyserveError(f"{self.server} failed with {reason}{why}{later}")
+        if said and _is_context_length(response, said):
+            return ContextLengthError(f"{self.server} says: {said}", param=None)
         if said:
             return UserError(f"{self.server} says: {said}")
         return UserError(f"{self.server} answers {reason} at {path}: is it an OpenAI-compatible server?")
@@ -325,6 +327,14 @@ def _error_message(response: Response) -> str:
     except ValueError:
         return ""
     return _sentence(_message_in(body.get("error") or body)) if isinstance(body, dict) else ""
+
+
+def _is_context_length(response: Response, said: str) -> bool:
+    """Whether a request was too long: by OpenAI's and tinyserve's code, by llama.cpp's type, by vLLM's words."""
+    error = response.json().get("error")
+    words = {error.get("code"), error.get("type")} if isinstance(error, dict) else set()
+    known = {"context_length_exceeded", "exceed_context_size_error"}
+    return not known.isdisjoint(words) or "maximum context length" in said
 
 
 def _message_in(error: Any) -> str:
