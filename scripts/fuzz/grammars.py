@@ -275,6 +275,8 @@ def _alike(schema: Any) -> Any:
             continue  # Rust's $ is the end alone, and its classes are Unicode's
         elif key == "multipleOf" and not isinstance(value, int):
             continue
+        elif isinstance(value, bool) and "clusive" in key:  # draft 4's, which this validator takes for a number
+            continue
         else:
             kept[key] = _alike(value)
     return kept
