@@ -1,7 +1,12 @@
 # `make check` is everything CI runs. It uses the environment that README's test command makes.
 BIN ?= .venv/bin
 
-.PHONY: check lint types layers test test-fast format
+# A minute of each fuzzer, two at a time. The seed is fixed: a change must not fail by what it has not touched.
+FUZZ ?= loaders templates bodies grammars
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 0
+
+.PHONY: check lint types layers test test-fast fuzz format $(FUZZ)
 
 check: lint types layers test
 
@@ -21,6 +26,12 @@ test:
 # What needs no kernels: the scheduler, configs, parameters, templates. It imports no Numba.
 test-fast:
 	$(BIN)/python -m pytest --fast -q
+
+fuzz:
+	$(MAKE) --no-print-directory -j 2 --output-sync=target $(FUZZ)
+
+$(FUZZ):
+	$(BIN)/python scripts/fuzz/$@.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 format:
 	$(BIN)/ruff format .

@@ -164,6 +164,31 @@ def test_a_bound_beyond_all_answers_is_refused(bound: str, value: float) -> None
         with_options({bound: value})
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [(None, ""), (None, "#"), (None, "./"), ("http://x/a", "a"), ("http://x/a", "http://x/a#"), ("a", "a"), ("a", "")],
+)
+def test_an_inner_schema_that_is_named_as_the_whole_is_refused(outer: str | None, inner: str) -> None:
+    """It would take its place: anything of it would be an answer."""
+    named = {"$id": outer} if outer is not None else {}
+    for place in ({"$defs": {"d": {"$id": inner}}}, {"anyOf": [{"items": {"$id": inner}}, {"type": "null"}]}):
+        with pytest.raises(RequestError, match=r"an inner schema with the \$id of the whole"):
+            with_options({**named, **place})
+
+
+def test_one_of_two_ways_to_say_the_same_is_not_passed_over() -> None:
+    with pytest.raises(RequestError, match="a list of items beside prefixItems"):
+        with_options({"anyOf": [{"items": [], "prefixItems": [{"type": "object"}]}]})
+    for schema in ({"items": [{"type": "null"}]}, {"items": False, "prefixItems": [{}]}, {"properties": {"items": {}}}):
+        assert with_options(schema).items() >= schema.items()
+
+
+def test_other_names_of_schemas_stay() -> None:
+    inner = {"$defs": {"d": {"$id": "node", "properties": {"$id": {"type": "string"}}}}}
+    for schema in (inner, {"$id": "http://x/a", **inner}, {"$id": ""}):
+        assert with_options(schema).items() >= schema.items()
+
+
 @pytest.mark.parametrize("kind", ["json", "regex", "grammar", "choice"])
 def test_half_a_character_is_refused(kind: str) -> None:
     text: Any = {"json": {"properties": {"a\ud83d": {}}}, "choice": ["b", "a\udfff"]}.get(kind, 'start: "\ud800"')

@@ -273,7 +273,7 @@ def _alike(schema: Any) -> Any:
             kept[key] = {name: _alike(one) for name, one in value.items()}
         elif key == "pattern" and (not isinstance(value, str) or re.search(r"\\[bBpPuwWsSdD]|\(\?|\$", value)):
             continue  # Rust's $ is the end alone, and its classes are Unicode's
-        elif key == "multipleOf" and not isinstance(value, int):
+        elif (key == "multipleOf" and not isinstance(value, int)) or (isinstance(value, bool) and "clusive" in key):
             continue
         else:
             kept[key] = _alike(value)

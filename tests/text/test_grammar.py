@@ -373,23 +373,8 @@ def test_a_number_that_is_excluded_is_not_answered(
 ) -> None:
     grammar = compiler_of("bytes").compile(StructuredOutputs(json={"type": "number", **bounds}))
     validator = jsonschema.Draft202012Validator(bounds)
-    texts = [
-        "0",
-        "-0",
-        "0.0",
-        "0.00",
-        "1",
-        "-1",
-        "1.0",
-        "-1.0",
-        "0.5",
-        "-0.5",
-        "0.25",
-        "0.001",
-        "0.0005",
-        "1.5",
-        "-0.75",
-    ]
+    texts = ["0", "-0", "0.0", "0.00", "1", "-1", "1.0", "-1.0", "0.5", "-0.5", "0.25", "-0.25"]
+    texts += ["0.001", "0.0005", "1.5", "-0.75"]
     accepted = set()
     for text in texts:
         matcher = grammar.matcher()

@@ -5,8 +5,9 @@ Knows JSON Schema's keywords; nothing of tokens, and not what an answer is for.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
+from urllib.parse import urljoin
 
 from tinyserve.errors import RequestError, did_you_mean
 
@@ -23,6 +24,7 @@ FORMATS = frozenset({
 # llguidance reads every number as a float: another one could be answered than was asked for. A bound that is no float
 # is moved inwards to the next, as every answer within that is within what was asked, too.
 EXACT = 1 << 53
+_BASE = "http://json-schema/"  # of a schema that has no $id
 _NEAR = 1e-9  # a number that is left out with its neighbours as near as this
 LARGEST = (1 << 63) - 1024  # the largest float that its integers hold
 _LOWER, _UPPER = frozenset({"minimum", "exclusiveMinimum"}), frozenset({"maximum", "exclusiveMaximum"})
@@ -44,8 +46,28 @@ def with_options(schema: Mapping[str, Any], param: str = "structured_outputs") -
     own = schema.get("x-guidance") or {}
     if not isinstance(own, Mapping):
         raise RequestError(f"json['x-guidance'] is {own!r:.60}; it must be an object.", param=param)
+    root = urljoin(_BASE, _id_of(schema))
+    if any(urljoin(root, name).partition("#")[0] == root.partition("#")[0] for name in _ids_within(schema)):
+        # llguidance would take the inner schema for the whole one.
+        raise RequestError("json has an inner schema with the $id of the whole: give it another, or none.", param=param)
     spaced = {} if own.keys() & {"whitespace_flexible", "whitespace_pattern"} else ONE_LINE
     return {**_readable(schema, param), "x-guidance": {**spaced, **own, "lenient": False}}
+
+
+def _id_of(schema: Mapping[str, Any]) -> str:
+    return schema["$id"] if isinstance(schema.get("$id"), str) else ""
+
+
+def _ids_within(value: Any, is_root: bool = True) -> Iterator[str]:
+    """The $id of each schema inside another."""
+    if isinstance(value, Mapping):
+        if not is_root and isinstance(value.get("$id"), str):
+            yield _id_of(value)
+        for one in value.values():
+            yield from _ids_within(one, False)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _ids_within(one, False)
 
 
 def _readable(schema: Any, param: str) -> Any:
@@ -57,6 +79,8 @@ def _readable(schema: Any, param: str) -> Any:
         return [_readable(one, param) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
+    if isinstance(schema.get("items"), list) and "prefixItems" in schema:  # of which one would be passed over
+        raise RequestError("json has a list of items beside prefixItems, which mean the same: give one.", param=param)
     kept = {}
     for key, value in schema.items():
         if key == "format" and isinstance(value, str) and value not in FORMATS:
