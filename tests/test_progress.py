@@ -44,11 +44,11 @@ except KeyboardInterrupt:
 """
 
 
-def working(progress: str, *steps: tuple[str, int, int]) -> Terminal:
+def working(progress: str, *steps: tuple[str, int, int], columns: int = 80) -> Terminal:
     """A program that reports these steps, and then works on until it is interrupted."""
     calls = "; ".join(f"progress{step!r}; time.sleep(0.15)" for step in steps)
     code = WORK.replace("PROGRESS", progress).replace("STEPS", calls)
-    return Terminal("-c", code, program=[sys.executable])
+    return Terminal("-c", code, program=[sys.executable], columns=columns)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -63,6 +63,16 @@ def test_ctrl_c_leaves_the_terminal_clean(stage: str) -> None:
         assert last_line("\r" + gone) == "stopped"  # a bar is overwritten with spaces
     else:
         assert gone.endswith("\rstopped\n")  # a line is erased
+
+
+def test_a_line_fits_into_a_narrow_terminal() -> None:
+    steps = [("compile _matmul", i, 0) for i in range(1, 4)]
+    with working("LoadProgress('gpt2')", *steps, columns=30) as terminal:
+        shown = [terminal.wait_for("compiling kernels for this pr") for _ in steps]
+        terminal.type("\x03")
+        assert terminal.end() == 0
+    assert not any("\n" in one or "processor" in one for one in shown)
+    assert terminal.shown.replace("^C", "") == "\rstopped\n"
 
 
 def test_a_bar_that_is_interrupted_is_gone() -> None:
@@ -119,6 +129,30 @@ def test_elsewhere_what_is_rare_is_said_once(capsys: pytest.CaptureFixture[str])
         "tinyserve: another process is compiling the kernels: waiting for it",
         "tinyserve: waiting for another process to download owner/name",
     ]
+
+
+def test_compiling_and_loading_are_timed_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel's time goes on until something else is told of."""
+    now = [100.0]
+    monkeypatch.setattr("tinyserve.progress.perf_counter", lambda: now[0])
+    steps = [
+        ("load", 2),
+        ("compile _a", 5),
+        ("compile _b", 7),
+        ("load", 1),
+        ("wait", 20),
+        ("load", 3),
+        ("compile _c", 4),
+    ]
+    with LoadProgress("gpt2") as progress:
+        for done, (stage, seconds) in enumerate(steps, 1):
+            progress(stage, done, 100 * (stage == "load"))
+            now[0] += seconds
+    now[0] += 1000
+    assert (progress.seconds, progress.compile_seconds) == (2 + 1 + 3, 5 + 7 + 20 + 4)
+    assert capsys.readouterr().err.splitlines()[-1] == "tinyserve: compiled 7 kernels in 36 s"
 
 
 def test_the_progress_given_is_the_one_that_hears(capsys: pytest.CaptureFixture[str]) -> None:

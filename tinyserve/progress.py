@@ -106,6 +106,8 @@ class LoadProgress:
         self._terminal = _is_terminal()
         self._bar = ProgressBar()
         self._compiled = 0
+        self._compiling_since: float | None = None
+        self._compile_seconds = 0.0
         self._last_shown = 0.0
         self._shown = ""
         self._stage = ""  # the first report of a stage is shown, and then ten a second
@@ -118,23 +120,36 @@ class LoadProgress:
 
     def __exit__(self, *_: object) -> None:
         self._ended = perf_counter()
+        self._time_compiling(False)
         self.clear()
         if not self._terminal and self._compiled:
-            say(f"tinyserve: compiled {self._compiled} kernels in {self.seconds:.0f} s")
+            say(f"tinyserve: compiled {self._compiled} kernels in {self.compile_seconds:.0f} s")
 
     @property
     def seconds(self) -> float:
-        """Seconds from when it was made to the end of its block, or to now."""
-        return (self._ended or perf_counter()) - self._started
+        """Seconds from when it was made to the end of its block, or to now, without those of compiling."""
+        return (self._ended or perf_counter()) - self._started - self.compile_seconds
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds in which kernels were compiled, here or by another process that was waited for."""
+        since = self._compiling_since
+        return self._compile_seconds + (0.0 if since is None else perf_counter() - since)
+
+    def _time_compiling(self, is_compiling: bool) -> None:
+        """A kernel is told of when it begins: it has ended when something else is told of, or another kernel."""
+        self._compile_seconds = self.compile_seconds
+        self._compiling_since = perf_counter() if is_compiling else None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Hear of a stage; one that is none of a model's is shown by its name."""
         kind, _, detail = stage.partition(" ")
+        self._time_compiling(kind == "compile" or stage == "wait")
         if kind == "download":
             self._download(detail, done, total)
         elif kind == "compile":
             self._compiled = done
-            line = f"{done} so far, {detail.strip('_')} ({self.seconds:.0f} s)"
+            line = f"{done} so far, {detail.strip('_')} ({self.compile_seconds:.0f} s)"
             self._say("compiling kernels for this processor", f": {line}", " (the first time, up to a minute)")
         elif stage == "wait":
             self._say("another process is compiling the kernels: waiting for it")
@@ -196,6 +211,7 @@ class LoadProgress:
 
     def _write(self, line: str) -> None:
         self._bar.clear()
+        line = line[: get_terminal_size().columns - 1]  # only the last row of a longer one would be overwritten
         self._last_shown, self._shown = perf_counter(), line
         print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)  # noqa: T201
 

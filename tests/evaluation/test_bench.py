@@ -254,22 +254,32 @@ def test_only_steps_in_which_all_sequences_decode_are_counted(
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
+def without_legend(out: str) -> list[str]:
+    """The lines that are printed, but for those that explain the columns."""
+    return [line for line in out.splitlines() if not line.startswith(("tokens/s: ", "first: ", "GB/s: ", "GOPS: "))]
+
+
 def test_the_table(shell: Shell, folder_of: FolderOf) -> None:
     result = shell("bench", folder_of("llama"), *SHORT)
     assert result.code == 0, result.err
     title, measured, heading, *lines = result.out.splitlines()
     assert re.fullmatch(
-        rf".*llama in w8a16, 493.3 kB of weights; \d+ threads? of \S+, dot product {dot_product.PATH}", title
+        rf".*llama in int8 \(w8a16\): 8 bits a weight, 493.3 kB; \d+ threads? of \S+, dot product {dot_product.PATH}",
+        title,
     )
     assert re.fullmatch(r"measured here: reads [\d.]+ GB/s, multiplies and adds [\d.e-]+ TOPS in w8a16", measured)
     assert re.fullmatch(r"work +tokens +depth +batch +runs +tokens/s +each +first +GB/s +% +GOPS +%", heading)
-    rows = [line.split() for line in lines if line.strip()]
+    legend = lines[5:]
+    rows = [line.split() for line in lines[:5]]
     assert [row[: row.index("±") - 1] for row in rows] == [
         ["prefill", "16", "2"], ["decode", "4", "0", "1", "2"], ["decode", "4", "0", "3", "2"],
         ["decode", "4", "20", "1", "2"], ["decode", "4", "20", "3", "2"],
     ]  # fmt: skip
     assert all(len(line) <= 80 for line in (heading, *lines))
     assert re.search(r"\d ms|\d s", lines[0])  # the time to the first token
+    # Every column that is not the name of a number that was given is explained.
+    explained = {word for line in legend for word in re.findall(r"(?:^|; )([^:;]+):", line)}
+    assert explained == {"tokens/s", "each", "first", "GB/s", "%", "GOPS"}
 
 
 def test_json(shell: Shell, folder_of: FolderOf) -> None:
@@ -325,7 +335,7 @@ def test_plot(shell: Shell, folder_of: FolderOf, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_skipped_and_said(shell: Shell, folder_of: FolderOf) -> None:
     quick = shell("bench", folder_of("gpt2"), "--quick", "-r", "1", "--decode", "4")
     assert quick.code == 0, quick.err
-    *_, row, skipped = quick.out.splitlines()
+    *_, row, skipped = without_legend(quick.out)
     assert row.split()[:4] == ["decode", "4", "0", "1"]
     assert skipped == "skipped: prefill of 512 tokens comes to 513 tokens, and the context holds 128"
     everything = shell("bench", folder_of("gpt2"), "-r", "1", "--decode", "2", "--csv", "-")
@@ -386,7 +396,7 @@ def test_ctrl_c_leaves_what_was_measured(
     file = tmp_path / "bench.csv"
     result = shell("bench", folder_of("gpt2"), *SHORT, "--csv", file)
     assert (result.code, result.err) == (130, "")
-    *_, prefill, decode, last = result.out.splitlines()
+    *_, prefill, decode, last = without_legend(result.out)
     assert (prefill.split()[0], decode.split()[:4]) == ("prefill", ["decode", "4", "0", "1"])
     assert last.startswith("left out: decode at depth 0, batch 3; decode at depth 20, batch 1 and 3: --full")
     assert len(file.read_text().splitlines()) == 1 + 2
@@ -412,7 +422,7 @@ def test_a_pipe_has_each_row_as_soon_as_it_is_measured(folder_of: FolderOf) -> N
         assert run.stdout is not None
         assert [run.stdout.readline().split()[0] for _ in range(4)][1:] == ["measured", "work", "prefill"]
         run.send_signal(signal.SIGINT)  # 300 times 100 steps take a while
-        assert run.stdout.read().startswith("left out: decode at depth 0, batch 1: --full measures everything")
+        assert without_legend(run.stdout.read())[0].startswith("left out: decode at depth 0, batch 1: --full measures")
         assert run.wait(60) == 130
 
 
@@ -424,7 +434,7 @@ def test_synthetic_weights_need_a_config_only(shell: Shell, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(checkpoints.CONFIGS["llama"]))
     result = shell("bench", tmp_path, "--load-format", "dummy", *SHORT)
     assert result.code == 0, result.err
-    assert result.out.startswith(f"{tmp_path} in w8a16, 493.3 kB of synthetic weights; ")
+    assert result.out.startswith(f"{tmp_path} in int8 (w8a16): 8 bits a weight, 493.3 kB of synthetic weights; ")
 
 
 def test_on_a_terminal_it_says_what_is_measured(folder_of: FolderOf) -> None:

@@ -209,7 +209,9 @@ def test_the_tables(shell: Shell, folder_of: FolderOf) -> None:
     result = shell("trace", folder_of("granite-hybrid"), "--depth", "20")
     assert result.code == 0, result.err
     title, measured, step, _, heading, *lines = result.out.splitlines()
-    assert "granite-hybrid in w8a16" in title and measured.startswith("measured here: reads 10.0 GB/s")
+    assert "granite-hybrid in int8 (w8a16): 8 bits a weight, " in title and measured.startswith(
+        "measured here: reads 10.0 GB/s"
+    )
     assert step == "decode at depth 20, batch 1, keys and values in bfloat16; median of 3 runs"
     assert heading.split() == ["file", "kernel", "shape", "×", "µs", "step", "MB", "GB/s", "limit"]
     assert sum(" selective_scan " in line for line in lines) == 1

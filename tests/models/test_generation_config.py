@@ -213,7 +213,8 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
     assert said.code == 0
     assert said.err.splitlines() == [
         "prompt       6 tokens of a context of 128, by the model's chat template",
-        "cache        8 blocks of 16 tokens, 215.0 kB",
+        f"weights      {LLM(folder).model.kept}",
+        "cache        8 blocks of 16 tokens, 215.0 kB (room that is taken only as it is used)",
         "temperature  0.6  [generation_config.json]",
         "top_k        3  [--top-k]",
         "top_p        0.9  [generation_config.json]",
@@ -227,8 +228,8 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
         "not obeyed   num_beams 4  [generation_config.json]",
     ]
     plain = shell("ask", model(do_sample=True), "H", "--raw", "--max-tokens", "200", "--verbose", "--quiet")
-    prompt, cache, temperature = plain.err.splitlines()[:3]
-    assert cache.startswith("cache ")
+    prompt, weights, cache, temperature = plain.err.splitlines()[:4]
+    assert weights.startswith("weights ") and cache.startswith("cache ")
     assert [prompt, temperature] == [
         "prompt       1 token of a context of 128, continued as it is (--raw)",
         "temperature  1  [generation_config.json asks to sample]",
@@ -237,7 +238,7 @@ def test_verbose_shows_what_applies_and_from_where(shell: Shell, model: Callable
     folder = model()
     (folder / "tokenizer_config.json").write_text("{}")
     greedy = shell("ask", folder, "H", "--max-tokens", "2", "--verbose", "--quiet").err.splitlines()
-    assert [greedy[0], *greedy[2:4]] == [
+    assert [greedy[0], *greedy[3:5]] == [
         "prompt       1 token of a context of 128, continued as it is: the model has no chat template",
         "temperature  0 (greedy)  [default]",
         "max_tokens   2  [--max-tokens]",

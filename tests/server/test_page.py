@@ -505,11 +505,27 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
     assert heights == pytest.approx([12.5, 25])
 
 
-def test_the_layer_map_of_a_hybrid(page: Page, fake: FakeServer) -> None:
-    preset = presets.find("granite-350m")
+def report_of(name: str) -> dict[str, Any]:
+    """What the server tells of the layers of a preset."""
+    preset = presets.find(name)
     assert preset is not None
-    report = inspection(parse_config(preset.raw_config, "test"), ModelRef.parse("granite-350m"), "test")
-    fake.inspections["smollm2-135m"] = report
+    return inspection(parse_config(preset.raw_config, "test"), ModelRef.parse(name), "test")
+
+
+def test_the_map_says_what_is_kept_in_memory_as_the_server_says_it(page: Page, fake: FakeServer) -> None:
+    kept = "int8 (w8a16): at most 8 bits; this file's 4 bits are kept, 97.0 MB"
+    fake.inspections["smollm2-135m"] = report_of("smollm2-135m")
+    fake.models[0] = {**LOADED, "weights": kept}
+    page.reload()
+    open_pane(page, "Model")
+    expect(page.locator("#map")).to_contain_text(f"parameters; weights in {kept}.")
+    fake.models[0] = {**LOADED, "weights": None}  # of one that is not loaded, its dtype tells
+    page.reload()
+    expect(page.locator("#map")).to_contain_text(re.compile(r"parameters; \d+ MB of weights in int8\."))
+
+
+def test_the_layer_map_of_a_hybrid(page: Page, fake: FakeServer) -> None:
+    fake.inspections["smollm2-135m"] = report = report_of("granite-350m")
     open_pane(page, "Model")
     rows = page.locator(".layers li")
     expect(rows).to_have_count(32)

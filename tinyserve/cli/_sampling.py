@@ -80,6 +80,7 @@ def explain(llm: "LLM", decoding: Decoding, prompt_is: str) -> str:
     tokens = f"{decoding.prompt_tokens} token{'s' * (decoding.prompt_tokens != 1)}"
     lines = [
         ("prompt", f"{tokens} of a context of {llm.max_model_len}, {prompt_is}"),
+        ("weights", llm.model.kept),
         ("cache", str(llm.cache_plan)),
         ("temperature", f"{params.temperature:g}{' (greedy)' * (not params.temperature)}"),
     ]

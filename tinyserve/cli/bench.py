@@ -21,7 +21,7 @@ from tinyserve.cli._options import Dtype, Model, Threads, fields_of, with_option
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
 from tinyserve.evaluation import bench_budget
-from tinyserve.progress import Progress, size
+from tinyserve.progress import Progress
 
 if TYPE_CHECKING:
     from tinyserve.evaluation.bench import Limits, Measurement, Plan, Work
@@ -160,14 +160,14 @@ class Outputs:
         """Whether people read what is printed."""
         return not self.json_ and self.csv_ != STDOUT
 
-    def write(self, recipe: dict[str, Any], results: "list[Measurement]", limits: "Limits") -> None:
-        """Write the files."""
+    def write(self, title: str, recipe: dict[str, Any], results: "list[Measurement]", limits: "Limits") -> None:
+        """Write the files; `title` stands above the plot."""
         if self.csv_ is not None:
             _write_csv(self.csv_, recipe, [result.row(limits) for result in results])
         if self.plot is not None:
             from tinyserve.cli._plot import draw
 
-            draw(self.plot, f"{heading(recipe)}\n{measured_here(recipe)}", results, limits)
+            draw(self.plot, f"{title}\n{measured_here(recipe)}", results, limits)
 
 
 @with_options(works=fields_of(Works), outputs=fields_of(Outputs))
@@ -230,14 +230,15 @@ def bench(
         **measure.machine(llm.dtype),
     }
     show = print if outputs.shows_table() else _say_nothing
-    show(heading(recipe), flush=True)
+    title = heading(recipe, llm.model.kept)
+    show(title, flush=True)
     line.show("measuring what this machine can do")
     limits = measure.measure_limits(llm)
     line.clear()
     recipe |= {"bandwidth": limits.bandwidth, "peak": limits.operations}
     show(measured_here(recipe), _TITLES, sep="\n", flush=True)
     measured = _measure(llm, plan.works, works, line, lambda result: show(_row(result, limits), flush=True))
-    outputs.write(recipe, measured.results, limits)
+    outputs.write(title, recipe, measured.results, limits)
     left_out = measure.left_out(plan.works, [result.work for result in measured.results])
     if outputs.json_:
         report = {
@@ -253,6 +254,7 @@ def bench(
         }
         print(json.dumps(report))
     else:
+        show(_LEGEND)
         notes = [f"skipped: {skip.reason}" for skip in plan.skipped]
         if left_out:
             notes.append(_left_out(left_out, measured.full_seconds))
@@ -352,12 +354,12 @@ def _named(work: "Work") -> dict[str, Any]:
     return {"work": work.kind, "tokens": work.tokens, "depth": work.depth, "batch": work.batch}
 
 
-def heading(recipe: dict[str, Any]) -> str:
-    """What is measured, and with what."""
-    weights = f"{size(recipe['weight_bytes'])} of {'synthetic ' * (recipe['weights'] == 'dummy')}weights"
+def heading(recipe: dict[str, Any], kept: str) -> str:
+    """What is measured, and with what; `kept` is what is in memory, as the model says it."""
+    synthetic = " of synthetic weights" * (recipe["weights"] == "dummy")
     threads = f"{recipe['threads']} thread{'s' * (recipe['threads'] != 1)}"
     return (
-        f"{recipe['model']} in {recipe['dtype']}, {weights}; {threads} of {recipe['processor']}, dot product "
+        f"{recipe['model']} in {kept}{synthetic}; {threads} of {recipe['processor']}, dot product "
         f"{recipe['dot_product']}"
     )
 
@@ -377,6 +379,14 @@ def _columns(*cells: str) -> str:
 
 _WIDTHS = (7, 6, 6, 5, 14, 7, 8, 6, 4, 6, 4)
 _TITLES = _columns("work", "tokens", "depth", "batch", "runs", "tokens/s", "each", "first", "GB/s", "%", "GOPS", "%")
+
+
+# Lines of 80 columns, too.
+_LEGEND = """\
+tokens/s: mean of the runs ± standard deviation; each: of one of the sequences
+first: median time to the first token
+GB/s: weights and cache read; %: of what this machine was measured to read
+GOPS: 10⁹ products and sums a second; %: of what it was measured to do"""
 
 
 def _row(result: "Measurement", limits: "Limits") -> str:

@@ -92,7 +92,7 @@ def trace(
         return
     peak = traced.peaks.get(llm.dtype) or max(traced.peaks.values())
     recipe |= {"bandwidth": traced.bandwidth, "peak": peak}
-    print(heading(recipe), measured_here(recipe), sep="\n")
+    print(heading(recipe, llm.model.kept), measured_here(recipe), sep="\n")
     print(f"{shape}, keys and values in {llm.kv_cache_dtype}; median of {traced.runs} runs\n")
     _print_tables(traced, all_)
 

@@ -24,4 +24,5 @@ def warmup(
     from tinyserve.cli._load import load
 
     llm, line = load(model, dtype, None)
-    print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({line.seconds:.1f} s).")
+    seconds = line.seconds + line.compile_seconds
+    print(f"{llm.name} is ready in {llm.dtype} on {llm.num_threads} threads ({seconds:.1f} s).")

@@ -4,6 +4,7 @@ Knows no architecture by name; registry.py keeps that table.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,7 @@ from tinyserve.checkpoints.checkpoint import Checkpoint, Index, LazyTensor
 from tinyserve.errors import CheckpointError
 from tinyserve.models.batch import Batch
 from tinyserve.models.config import ModelConfig
-from tinyserve.models.dtypes import WEIGHT_DTYPES
+from tinyserve.models.dtypes import WEIGHT_DTYPES, kept_weights
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.layers import Block, Embedding, Experts, LayerNorm, Linear, RMSNorm
 from tinyserve.models.matrix import (
@@ -62,6 +63,7 @@ class DecoderModel:
         self.embedding, self.blocks, self.norm = embedding, blocks, norm
         self.head = embedding.head if config.tie_word_embeddings else loader.head("lm_head")
         self.nbytes = loader.nbytes  # of all weights as they are kept
+        self.kept = kept_weights(loader.dtype, loader.weights_by_bits, loader.nbytes)
 
     def embed(self, batch: Batch) -> Array:
         """-> (tokens, hidden): what the first block reads."""
@@ -127,6 +129,7 @@ class Loader:
         """
         self.checkpoint, self.dtype, self.max_model_len = checkpoint, dtype, max_model_len
         self.nbytes = 0
+        self.weights_by_bits = Counter[int]()  # of matrices, how many weights have so many bits
         self._progress = progress or silent
         self._done, self._total = 0, 0
         self.built: dict[str, Matrix | Array] = {}
@@ -229,6 +232,7 @@ class Loader:
         else:
             self._advance(sum(math.prod(part) for part in shapes))
         self.nbytes += matrix.nbytes
+        self.weights_by_bits[matrix.bits] += math.prod(shape)
         self.built[key] = matrix
         return matrix
 

@@ -129,7 +129,7 @@ class CachePlan:
             text += f", {size(self._states_nbytes)}"
         if self.draft:
             text += f"; the draft model's, {size(self.draft.nbytes)}"
-        return text
+        return f"{text} (room that is taken only as it is used)"
 
 
 def plan_cache(

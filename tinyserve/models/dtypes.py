@@ -1,12 +1,14 @@
 """Every dtype by its name: of weights with their activations, and of the KV cache; its width, and what "auto" is.
 
-Names and numbers only. How a matrix is packed is told by matrix.py, how pages are laid out by kv_cache.py.
+Names, numbers and words only. How a matrix is packed is told by matrix.py, how pages are laid out by kv_cache.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from tinyserve.errors import UserError, did_you_mean
+from tinyserve.progress import size
 
 SCALE_BYTES: Final = 2  # a float16 for each group of inputs
 
@@ -97,3 +99,26 @@ def resolve_kv_cache_dtype(name: str, dtype: str) -> str:
     if name not in KV_CACHE_DTYPES:
         raise UserError(f"kv_cache_dtype {name!r} does not exist; there are auto, {', '.join(KV_CACHE_DTYPES)}.")
     return name
+
+
+def kept_weights(dtype: str, weights_by_bits: Mapping[int, int], nbytes: int) -> str:
+    """What is kept in memory, in words that are the same everywhere: "int8 (w8a16): 8 bits a weight, 152.3 MB".
+
+    `weights_by_bits` says how many weights of matrices have so many bits, for a dtype does not decide it alone: of a
+    file that has fewer bits they are kept, and some matrices have more than the others.
+    """
+    kind = WEIGHT_DTYPES[dtype]
+    name = next((f"{alias} ({dtype})" for alias, own in ALIASES.items() if own == dtype and alias in SHOWN), dtype)
+    fewer = sorted(bits for bits in weights_by_bits if bits < kind.weight_bits)
+    more = sorted(bits for bits in weights_by_bits if bits > kind.weight_bits)
+    words = f"{kind.weight_bits} bits a weight"
+    if fewer:
+        where = (
+            "this file's" if max(weights_by_bits, key=weights_by_bits.__getitem__) in fewer else "where this file has"
+        )
+        kept = " or ".join(map(str, fewer))
+        words = f"at most {kind.weight_bits} bits; "
+        words += f"{where} {kept} bits are kept" if where == "this file's" else f"{where} {kept} they are kept"
+    elif more:
+        words += f", {more[0]} in embeddings and heads"
+    return f"{name}: {words}, {size(nbytes)}"

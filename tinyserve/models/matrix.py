@@ -30,6 +30,11 @@ class Matrix(ABC):
     @abstractmethod
     def nbytes(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a weight, without the scales."""
+
     @abstractmethod
     def rows(self, ids: Array) -> Array:
         """Rows `ids` (tokens,) -> (tokens, K) float32: what an embedding looks up."""
@@ -80,6 +85,10 @@ class FloatMatrix(Matrix):
     def nbytes(self) -> int:
         return self.packed.nbytes
 
+    @property
+    def bits(self) -> int:
+        return 8 * self.packed.itemsize
+
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_float(self.packed, ids, self.shape[1])
 
@@ -100,6 +109,10 @@ class IntegerMatrix(Matrix):
     @property
     def nbytes(self) -> int:
         return self.packed.stream.nbytes
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.packed.stream.dtype == np.int8 else 4
 
     def rows(self, ids: Array) -> Array:
         return quant.take_rows_integer(self.packed, ids, self.shape[1])

@@ -40,6 +40,7 @@ def _card(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
         "loaded": llm is not None,
         "max_model_len": llm.max_model_len if llm else None,
         "dtype": llm.dtype if llm else pool.options.dtype,
+        "weights": llm.model.kept if llm else None,  # in words
         "chat": llm.chat_template is not None if llm else None,
         "sampling": _sampling(llm) if llm else None,
     }

@@ -39,7 +39,8 @@ async function showCache() {
   const used = own.num_blocks - own.num_free_blocks;
   const share = own.prompt_tokens ? own.cached_tokens / own.prompt_tokens : 0;
   $("blocks").value = used / own.num_blocks;
-  const blocks = `${used} of ${counted(own.num_blocks, "block")} (${bytes(own.cache_bytes)})`;
+  // The room is planned, and a page of it is the process's from when it is first used.
+  const blocks = `${used} of ${counted(own.num_blocks, "block")} (${bytes(own.cache_bytes)}, taken only as used)`;
   const users = `${counted(own.num_running, "answer")}, ${own.num_waiting} waiting`;
   const read = counted(own.prompt_tokens, "prompt token");
   $("cache").textContent = `${blocks} in use by ${users}. Of ${read} so far, ${percent(share)} came from the cache.`;
@@ -77,7 +78,7 @@ const HINT = "Point at a layer for its size.";
 const swatch = (part) => el("i", { className: "swatch", "data-part": part });
 const section = (title, ...children) => el("section", {}, text("h3", title), ...children);
 
-function drawModel(report, { id, dtype }) {
+function drawModel(report, { id, dtype, weights: kept }) {
   const dtypes = { w8a16: "int8", w8a8: "int8", w4a16: "int4", w4a8: "int4" };
   const weights = dtypes[dtype] ?? (dtype in report.weight_bytes ? dtype : "int8"); // auto, until it is loaded
   const perParameter = report.weight_bytes[weights] / report.parameters;
@@ -91,7 +92,7 @@ function drawModel(report, { id, dtype }) {
     licence: report.license ?? "not known",
   };
   if (!report.state_bytes_per_sequence) delete facts.state;
-  const memory = `${bytes(report.weight_bytes[weights])} of weights in ${weights}`;
+  const memory = kept ? `weights in ${kept}` : `${bytes(report.weight_bytes[weights])} of weights in ${weights}`;
   const size = text("p", `${short(report.parameters)} parameters${active}; ${memory}.`, { className: "number" });
   const list = Object.entries(facts).flatMap(([term, fact]) => [text("dt", term), text("dd", fact)]);
   $("map").replaceChildren(section(id, size), layerSection(report, perParameter), partsTable(report, perParameter),
