@@ -1,4 +1,4 @@
-"""Chat templates with tools, written for these tests in the manner of three families; none is a checkpoint's own."""
+"""Chat templates with tools, written for these tests in the manner of several families; none is a checkpoint's own."""
 
 LLAMA_3 = """\
 {{- bos_token }}
@@ -67,4 +67,54 @@ def _marked(begin: str, middle: str, end: str) -> str:
 GRANITE_4 = _marked("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")
 HERMES = _marked("<|im_start|>", "\\n", "<|im_end|>")
 
-TEMPLATES = {"llama-3": LLAMA_3, "granite-4": GRANITE_4, "hermes": HERMES}
+# Calls in tags, as Qwen3-Coder and Granite from 4.2 on write them: a value that is no text stands as JSON.
+_TAGS = _XML.replace(
+    """            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + "}\\n</tool_call>" }}
+""",
+    """            {{- "\\n<tool_call>\\n<function=" + call.function.name + ">\\n" }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- "<parameter=" + key + ">\\n" }}
+                {{- value if value is string else value | tojson }}
+                {{- "\\n</parameter>\\n" }}
+            {%- endfor %}
+            {{- "</function>\\n</tool_call>" }}
+""",
+).replace(
+    """'\\n</tools>\\nCall one as <tool_call>\\n{"name": ..., "arguments": ...}'""",
+    """'\\n</tools>\\nCall one as <tool_call>\\n<function=NAME>\\n<parameter=KEY>\\nVALUE\\n</parameter>'""",
+)
+QWEN3_CODER = HERMES.replace(_XML, _TAGS)
+GRANITE_4_2 = GRANITE_4.replace(_XML, _TAGS)
+# SmolLM3 asks for tools by another name, and may think.
+SMOLLM3 = HERMES.replace("if tools %}", "if xml_tools or python_tools %}").replace("in tools %}", "in xml_tools %}") + (
+    "{%- if add_generation_prompt and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}"
+)
+MISTRAL_V11 = """\
+{{- bos_token }}
+{%- if tools %}{{ "[AVAILABLE_TOOLS]" + tools | tojson + "[/AVAILABLE_TOOLS]" }}{% endif %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}
+        {{- "[INST]" + message.content + "[/INST]" }}
+    {%- elif message.role == "system" %}
+        {{- "[SYSTEM_PROMPT]" + message.content + "[/SYSTEM_PROMPT]" }}
+    {%- elif message.role == "tool" %}
+        {{- "[TOOL_RESULTS]" + message.content + "[/TOOL_RESULTS]" }}
+    {%- else %}
+        {{- message.content or "" }}
+        {%- for call in message.tool_calls or [] %}
+            {{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+TEMPLATES = {
+    "llama-3": LLAMA_3,
+    "granite-4": GRANITE_4,
+    "hermes": HERMES,
+    "qwen3-coder": QWEN3_CODER,
+    "granite-4.2": GRANITE_4_2,
+    "mistral-v11": MISTRAL_V11,
+}

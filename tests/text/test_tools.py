@@ -13,13 +13,13 @@ from test_chat_template import SPECIAL
 from test_chat_template import TEMPLATES as PLAIN
 from test_grammar import allowed, walk
 from test_tokenizer import KEY, metadata_of
-from tool_templates import TEMPLATES
+from tool_templates import SMOLLM3, TEMPLATES
 
 from tinyserve.text.chat_template import ChatTemplate
 from tinyserve.text.grammar import GrammarCompiler
 from tinyserve.text.tokenizer import Tokenizer
 from tinyserve.text.tokenizer.gguf import TokenType
-from tinyserve.text.tool_parser import ToolCall, parse_tool_calls
+from tinyserve.text.tool_parser import ToolCall, ToolCallDelta, ToolCallParser, joined_calls, parse_tool_calls
 from tinyserve.text.tools import FORMATS, checked_tools, tool_format, tool_grammar
 
 WEATHER = {
@@ -55,11 +55,8 @@ CONVERSATION = [
 
 
 def test_formats_are_known_by_their_templates() -> None:
-    assert {name: tool_format(template) for name, template in TEMPLATES.items()} == {
-        "llama-3": "llama-3",
-        "granite-4": "granite-4",
-        "hermes": "hermes",
-    }
+    assert {name: tool_format(template) for name, template in TEMPLATES.items()} == {name: name for name in TEMPLATES}
+    assert tool_format(SMOLLM3) == "hermes"
     assert tool_format("{% if tools %}{{ '[AVAILABLE_TOOLS]' }}[TOOL_CALLS]{% endif %}") == "mistral"
     assert tool_format("{% for t in tools %}{% endfor %}<|start_of_role|><|tool_call|>") == "granite-3"
     assert tool_format("{{ tools | tojson }}") == "json"
@@ -84,14 +81,52 @@ def test_tools_calls_and_their_results_render_as_in_transformers(name: str, orac
     assert "a <place> & a day" in expected and '"sky' in expected.replace("\\", "")
 
 
-def test_rendered_calls_are_read_back() -> None:
-    """What a template writes for an earlier call is what its format's parser reads."""
-    for name, template in TEMPLATES.items():
-        shown = ChatTemplate(template, SPECIAL, name).render(CONVERSATION[:3], add_generation_prompt=False)
-        answer = shown[shown.index("assistant") :]
-        begin = answer.index("{" if name == "llama-3" else "<tool_call>")
-        end = max(answer.find(mark) for mark in ("<|eot_id|>", "<|end_of_text|>", "<|im_end|>"))
-        assert parse_tool_calls(answer[begin:end], name) == ("", [ToolCall("get_weather", '{"place": "Köln"}')])
+def test_tools_under_another_name(oracle: Oracle) -> None:
+    """SmolLM3's template reads xml_tools; whoever names those, or python_tools, means them."""
+    utils = oracle("transformers.utils.chat_template_utils")
+    objects = json.loads(json.dumps(CONVERSATION))
+    objects[2]["tool_calls"][0]["function"]["arguments"] = {"place": "Köln"}
+    for variables in ({"enable_thinking": False}, {}):
+        [expected], _ = utils.render_jinja_template(
+            [objects], xml_tools=TOOLS, chat_template=SMOLLM3, add_generation_prompt=True, **variables, **SPECIAL
+        )
+        template = ChatTemplate(SMOLLM3, SPECIAL, "m")
+        assert template.render(CONVERSATION, tools=TOOLS, **variables) == expected and "get_weather" in expected
+        assert template.render(CONVERSATION, xml_tools=TOOLS, **variables) == expected
+        assert "Your tools" in template.render(CONVERSATION, python_tools=TOOLS, **variables)
+        assert "Your tools" not in template.render(CONVERSATION, **variables)
+
+
+CALLS = [
+    ToolCall("get_weather", '{"place": "Köln"}'),
+    ToolCall("get_weather", '{"place": "a \\"b\\"\\n\\n<c> & d", "days": [1, 2], "unit": "°F"}'),
+    ToolCall("now", "{}"),
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("said", ["", "Let me see."])
+def test_rendered_calls_are_read_back(name: str, said: str) -> None:
+    """What a template writes for earlier calls is what its format's parser reads, whole and cut at every character."""
+    for calls in [[call] for call in CALLS] + ([CALLS] if name != "llama-3" else []):
+        sent = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+        message = {"role": "assistant", "content": said, "tool_calls": sent}
+        template = ChatTemplate(TEMPLATES[name], SPECIAL, name)
+        before = template.render(CONVERSATION[:2], add_generation_prompt=name != "mistral-v11")
+        shown = template.render([*CONVERSATION[:2], message], add_generation_prompt=False)
+        assert shown.startswith(before)
+        answer = shown.removeprefix(before)
+        end = min(
+            answer.find(mark) % 10**9 for mark in ("<|eot_id|>", "<|end_of_text|>", "<|im_end|>", SPECIAL["eos_token"])
+        )
+        content = said if name != "llama-3" else ""  # which leaves out what else was said
+        assert parse_tool_calls(answer[:end].lstrip("\n"), name, TOOLS) == (content, calls)
+        parser, parts, text = ToolCallParser(name, TOOLS), list[ToolCallDelta](), ""
+        for letter in answer[:end].lstrip("\n"):
+            more, deltas = parser.push(letter)
+            text, parts = text + more, parts + deltas
+        more, deltas = parser.finish()
+        assert (text + more, joined_calls([*parts, *deltas])) == (content, calls)
 
 
 def test_a_template_may_refuse_two_calls() -> None:
