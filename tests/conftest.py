@@ -15,6 +15,8 @@ import pytest
 from oracles import Oracle, import_oracle
 
 if TYPE_CHECKING:
+    from command_line import Children
+
     from tinyserve import LLM, RequestOutput
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -69,6 +71,15 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture
+def start() -> "Iterator[Children]":
+    """Starts commands as processes, which are ended whatever becomes of the test."""
+    from command_line import Children
+
+    with Children() as children:
+        yield children
 
 
 @pytest.fixture(scope="session")

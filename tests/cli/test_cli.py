@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import checkpoints
 import pytest
 import typer
-from command_line import Shell, Terminal, run
+from command_line import Children, Shell, Terminal, run
 
 from tinyserve import __version__, cli, models
 from tinyserve.checkpoints import hub, presets
@@ -396,3 +397,24 @@ def test_help_imports_nothing_heavy() -> None:
     loaded = set(shown.splitlines()[-1].split())
     assert "tinyserve.cli.ask" in loaded
     assert not loaded & {"numpy", "numba", "tokenizers", "huggingface_hub", "jinja2", "gguf", "safetensors"}
+
+
+def test_children_of_tests_hear_signals_that_this_process_ignores(
+    start: Children,
+) -> None:
+    """As one that a script has started in the background does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child = start("-c", "import signal; print(flush=True); signal.pause()", program=[sys.executable])
+        assert child.stdout is not None and child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == -signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_children_of_tests_end_with_them() -> None:
+    with pytest.raises(RuntimeError), Children() as start:
+        child = start("-c", "import signal; signal.pause()", program=[sys.executable])
+        raise RuntimeError
+    assert child.returncode == -signal.SIGKILL

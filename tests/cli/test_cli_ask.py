@@ -14,7 +14,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from command_line import PROGRAM, Shell, Terminal, environment, run
+from command_line import PROGRAM, Children, Shell, Terminal, environment, run
 
 from tinyserve import LLM, SamplingParams, loading
 from tinyserve.checkpoints.hub import cache
@@ -309,12 +309,7 @@ def test_dtypes(shell: Shell, plain: Path, dtype: str) -> None:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen([*PROGRAM, *map(str, arguments)], env=environment(), bufsize=0, **pipes)
-
-
-def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
+def test_a_closed_pipe_ends_quietly(start: Children, endless: Path) -> None:
     process = start("ask", endless, "Hello", "--raw", "--max-tokens", "50000")
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(1)
@@ -324,7 +319,7 @@ def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
     assert process.wait(60) == 141
 
 
-def test_a_pipe_closed_before_a_short_command_prints(plain: Path) -> None:
+def test_a_pipe_closed_before_a_short_command_prints(start: Children, plain: Path) -> None:
     for command in (
         "list --presets",
         "compare gpt2 llama-7b",
@@ -352,7 +347,7 @@ def test_streams_that_were_never_open(plain: Path) -> None:
         assert (shut.returncode, shut.stderr) == (0, b""), command
 
 
-def test_ctrl_c_ends_quietly(endless: Path) -> None:
+def test_ctrl_c_ends_quietly(start: Children, endless: Path) -> None:
     process = start("ask", endless, "Hello", "--raw", "--max-tokens", "50000")
     assert process.stdout is not None
     assert process.stdout.read(1)
@@ -363,17 +358,17 @@ def test_ctrl_c_ends_quietly(endless: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.4, 3.7])
-def test_ctrl_c_while_kernels_are_compiled_ends_quietly_and_soon(plain: Path, tmp_path: Path, seconds: float) -> None:
-    process = subprocess.Popen(
-        [*PROGRAM, "ask", str(plain), "Hello"], env=environment(TINYSERVE_CACHE=str(tmp_path)), stderr=subprocess.PIPE
-    )
+def test_ctrl_c_while_kernels_are_compiled_ends_quietly_and_soon(
+    start: Children, plain: Path, tmp_path: Path, seconds: float
+) -> None:
+    process = start("ask", plain, "Hello", TINYSERVE_CACHE=str(tmp_path))
     assert process.stderr is not None
     assert b"compiling kernels" in process.stderr.readline()
     sleep(seconds)
     process.send_signal(signal.SIGINT)
-    start = monotonic()
+    begun = monotonic()
     _, err = process.communicate(timeout=60)
-    assert monotonic() - start < 2
+    assert monotonic() - begun < 2
     assert process.returncode == 130
     assert re.fullmatch(rb"(tinyserve: compiled \d+ kernels in \d+ s\n)?", err)
 

@@ -4,10 +4,11 @@ import io
 import json
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 from command_line import Shell, Terminal
 from fake_openai import DONE, FakeOpenAI, answer, delta, usage
@@ -242,8 +243,8 @@ def test_what_a_server_has_counted_tells_that_its_context_is_full(shell: Shell) 
     assert "(The context is full: the oldest turn is dropped.)" in result.err
 
 
-def test_where_a_model_here_has_no_room_the_oldest_turns_go(shell: Shell, folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of("llama")
+def test_where_a_model_here_has_no_room_the_oldest_turns_go(shell: Shell, tmp_path: Path) -> None:
+    folder = checkpoints.write_folder(tmp_path / "model", checkpoints.CONFIGS["llama"])
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"})
     )

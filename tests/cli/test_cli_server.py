@@ -12,7 +12,7 @@ from typing import Any
 
 import fake_openai
 import pytest
-from command_line import PROGRAM, Shell, Terminal, environment
+from command_line import Children, Shell, Terminal
 from fake_openai import DONE, FakeOpenAI, answer, delta, die, wait_for, wait_for_the_client_to_leave
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -246,13 +246,8 @@ def test_exit_codes(shell: Shell, server: FakeOpenAI, status: int, code: int) ->
     assert ("Because" in result.sentence) is (status != 401)
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen([*PROGRAM, *arguments], env=environment(), bufsize=0, **pipes)
-
-
 @pytest.mark.parametrize("said", [b"Hi", b""])
-def test_ctrl_c_cancels_at_the_server(server: FakeOpenAI, said: bytes) -> None:
+def test_ctrl_c_cancels_at_the_server(start: Children, server: FakeOpenAI, said: bytes) -> None:
     """In the middle of the answer, and before there is any."""
     arrived = threading.Event()
     server.says(lambda _: arrived.set(), delta(said.decode()), wait_for_the_client_to_leave)
@@ -266,7 +261,7 @@ def test_ctrl_c_cancels_at_the_server(server: FakeOpenAI, said: bytes) -> None:
     assert (process.returncode, out, err) == (130, b"\n" if said else b"", b"")
 
 
-def test_a_closed_pipe_cancels_at_the_server(server: FakeOpenAI) -> None:
+def test_a_closed_pipe_cancels_at_the_server(start: Children, server: FakeOpenAI) -> None:
     gone = threading.Event()
     server.says(delta("Hi"), wait_for(gone), delta("more"), wait_for_the_client_to_leave)
     process = start("ask", "Hello", "--server", server.url)

@@ -10,7 +10,6 @@ import re
 import signal
 import statistics
 import struct
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
-from command_line import PROGRAM, Shell, Terminal, environment
+from command_line import Children, Shell, Terminal
 
 from tinyserve import LLM
 from tinyserve.errors import UserError
@@ -413,21 +412,15 @@ def test_ctrl_c_leaves_what_was_measured(
     assert (nothing.code, nothing.out, nothing.err) == (130, "", "")
 
 
-def test_a_pipe_has_each_row_as_soon_as_it_is_measured(folder_of: FolderOf) -> None:
+def test_a_pipe_has_each_row_as_soon_as_it_is_measured(start: Children, folder_of: FolderOf) -> None:
     works = ("--prefill", "16", "--depth", "0", "--batch", "1", "--decode", "100", "-r", "300")
-    command = [*PROGRAM, "bench", str(folder_of("gpt2")), *works]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env=environment(), text=True, preexec_fn=_hear_ctrl_c
-    ) as run:
-        assert run.stdout is not None
-        assert [run.stdout.readline().split()[0] for _ in range(4)][1:] == ["measured", "work", "prefill"]
-        run.send_signal(signal.SIGINT)  # 300 times 100 steps take a while
-        assert without_legend(run.stdout.read())[0].startswith("left out: decode at depth 0, batch 1: --full measures")
-        assert run.wait(60) == 130
-
-
-def _hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = start("bench", folder_of("gpt2"), *works)
+    assert run.stdout is not None
+    assert [run.stdout.readline().split()[0] for _ in range(4)][1:] == [b"measured", b"work", b"prefill"]
+    run.send_signal(signal.SIGINT)  # 300 times 100 steps take a while
+    rest = run.communicate(timeout=60)[0].decode()
+    assert without_legend(rest)[0].startswith("left out: decode at depth 0, batch 1: --full measures")
+    assert run.returncode == 130
 
 
 def test_synthetic_weights_need_a_config_only(shell: Shell, tmp_path: Path) -> None:

@@ -85,6 +85,42 @@ def run(*arguments: str | Path, stdin: str = "", **variables: str) -> Result:
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def hear_signals() -> None:
+    """For `preexec_fn`: what a shell starts in the background ignores Ctrl-C, and its children would, too."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Children:
+    """Starts programs with pipes of bytes and default signals; those that are left when the block ends are killed."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+    def __call__(
+        self, *arguments: str | Path, program: Sequence[str] = tuple(PROGRAM), **variables: str
+    ) -> "subprocess.Popen[bytes]":
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(
+            [*program, *map(str, arguments)],
+            env=environment(**variables), bufsize=0, preexec_fn=hear_signals, **pipes,
+        )  # fmt: skip
+        self._processes.append(process)
+        return process
+
+
 class Terminal:
     """A command in a terminal: what is typed goes in, `shown` is all that a user has seen, without escape codes."""
 
@@ -184,4 +220,4 @@ def _own_the_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    hear_signals()
