@@ -68,7 +68,7 @@ class Options:
 
     def __new__(cls, **options: Any) -> Self:
         for name in options.keys() - cls.__dataclass_fields__.keys():
-            raise RequestError(f"{cls.__name__} has no option {name!r}{cls._reason(name)}", param=name)
+            raise RequestError(f"{cls.__name__} has no option {name!r:.80}{cls._reason(name)}", param=name[:80])
         return super().__new__(cls)
 
     def __repr__(self) -> str:

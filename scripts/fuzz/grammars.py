@@ -10,13 +10,14 @@ seconds of this process or more than 1 GB is printed, and the exit code is 1. `-
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "fuzz"), str(ROOT / "tests" / "support")]
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "fuzz"), str(ROOT / "tests" / 
 import common  # noqa: E402
 from common import changed, no_sentence  # noqa: E402
 
+PATIENCE = 2.0  # seconds for Python to match a text
 SLOWEST = 10.0  # seconds of this process's processor time
 LONGEST_WAIT = 25.0  # seconds: a grammar may take 10 to be refused, and others may be at work
 TOKENS = 150
@@ -229,12 +231,20 @@ def _unlike(regex: str, text: str) -> str:
     plain = regex.replace("[^a]", "")
     if (re.search(r"\\[dw]", plain) and not text.isascii()) or re.search(r"[$^]|\\[bBpPzZAxu]|\(\?[^:]", plain):
         return ""
+    signal.signal(signal.SIGALRM, _give_up)  # Python tries all ways to read a text, of which there may be too many
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return "" if re.fullmatch(regex, text) else "it does not match"
-    except (re.error, OverflowError, RecursionError):
+    except (re.error, OverflowError, RecursionError, TimeoutError):
         return ""
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _give_up(*_: object) -> NoReturn:
+    raise TimeoutError
 
 
 def _loaded(text: str) -> Any:

@@ -109,6 +109,38 @@ def test_fields_are_ignored_or_refused_and_never_both(kind: type[protocol.Decodi
         assert caught.value.param == name and way_out in caught.value.message
 
 
+LONG = "x" * 5000
+CALLABLE = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {LONG: 1},
+        {"stream_options": {LONG: 1}},
+        {"structured_outputs": {LONG: 1}},
+        {"structured_outputs": {"regex": f"({LONG}"}},
+        {"response_format": {"type": LONG}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, LONG: 1}}},
+        {"messages": [{"role": "user", "content": [{"type": LONG}]}]},
+        {"messages": [{"role": "user", "content": "a", "tool_calls": LONG}]},
+        {"tools": [{"type": LONG, "function": {"name": "f"}}]},
+        {"tools": CALLABLE, "tool_choice": LONG},
+        {"tools": CALLABLE, "tool_choice": {"type": "function", "function": {"name": LONG}}},
+        {"chat_template_kwargs": {"messages": LONG}},
+        {"logit_bias": {LONG: 1}},
+        {"bad_words": [LONG, 3]},
+        {"reasoning_effort": [LONG]},
+        {"model": LONG},
+    ],
+)
+def test_an_error_does_not_send_back_all_that_was_sent(server: Running, fields: dict[str, Any]) -> None:
+    response = server.post(CHAT, {"messages": QUESTION, "max_tokens": 1, **fields})
+    error = response.json()["error"]
+    assert 400 <= response.status_code < 500 and error["message"].endswith((".", "?"))
+    assert len(response.text) < 1000, error
+
+
 @pytest.mark.parametrize("name", UNBUILT)
 def test_what_is_off_asks_for_nothing(server: Running, name: str) -> None:
     for value in (None, False, "", []):

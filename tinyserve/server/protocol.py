@@ -18,6 +18,8 @@ from tinyserve.server.errors import ApiError
 
 B = TypeVar("B", bound="Body")
 
+_LONGEST_NAME = 120  # characters of a field in an error: the client's own may be of any length
+
 
 # Without these an answer is as good: the values that ask for nothing, and need not be named.
 IGNORED: Mapping[str, tuple[Any, ...]] = {
@@ -254,7 +256,7 @@ def _where(loc: tuple[int | str, ...]) -> str:
             text += f"[{part}]"
         elif not text or (part != "str" and "[" not in part):
             text += f".{part}" if text else part
-    return text
+    return text[:_LONGEST_NAME]
 
 
 def _lower(message: str) -> str:

@@ -90,7 +90,7 @@ def _response_format(format: Mapping[str, Any]) -> StructuredOutputs | None:
             return StructuredOutputs(json_object=True)
         case {"type": "json_schema", "json_schema": {"schema": schema, **rest}, **outer} if not outer:
             if unknown := rest.keys() - {"name", "description", "strict"}:
-                name = f"response_format.json_schema.{min(map(str, unknown))}"
+                name = f"response_format.json_schema.{min(map(str, unknown))[:80]}"
                 raise ApiError(400, f"There is no field {name!r}.", param=name, code="unknown_field")
             return _named("response_format.json_schema.schema", {"json": schema})
     raise ApiError(

@@ -340,7 +340,7 @@ def _text(part: Any, where: str) -> str:
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
         raise RequestError(
-            f"{where} is of type {kind!r}, but these models read only parts of type 'text'.", param=where
+            f"{where} is of type {kind!r:.60}, but these models read only parts of type 'text'.", param=where
         )
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{where}.text must be text, but this is {_kind(part.get('text'))}.", param=f"{where}.text")

@@ -89,7 +89,9 @@ def tool_format(template: str | None) -> str | None:
 def format_named(name: str) -> ToolFormat:
     """One of FORMATS; RequestError lists them."""
     if name not in FORMATS:
-        raise RequestError(f"There is no tool format {name!r}; there are {', '.join(FORMATS)}.", param="tool_format")
+        raise RequestError(
+            f"There is no tool format {name!r:.60}; there are {', '.join(FORMATS)}.", param="tool_format"
+        )
     return FORMATS[name]
 
 
