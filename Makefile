@@ -1,4 +1,4 @@
-# `make check` is everything CI runs. It uses the environment that README's test command makes.
+# `make check`, and `make fuzz`, are everything CI runs. They use the environment that README's test command makes.
 BIN ?= .venv/bin
 
 # A minute of each fuzzer, two at a time. The seed is fixed: a change must not fail by what it has not touched.

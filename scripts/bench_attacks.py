@@ -3,8 +3,7 @@
     python scripts/bench_attacks.py --model smollm2-135m
 
 A server of its own is started. For each attack (tests/support/attacks.py) the longest gap in one stream is measured, in
-milliseconds of the clock, beside the longest on the idle server just before; the exit code is 1 if one is beyond
---most.
+milliseconds of the clock, beside the longest on the idle server just before; it exits with 1 if any is beyond --most.
 """
 
 import argparse

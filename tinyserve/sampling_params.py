@@ -169,7 +169,7 @@ class StructuredOutputs(Options):
             object.__setattr__(self, "json", json.dumps(schema_of(self.json), ensure_ascii=False))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
-        for text in (self.json, self.regex, self.grammar, *(self.choice or ())):
+        for text in (self.json, self.regex, self.grammar, "\0".join(self.choice or ())):
             _check_unicode(text, self.kind)
         for name in ("regex", "grammar"):
             text = getattr(self, name)

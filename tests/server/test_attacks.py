@@ -35,7 +35,7 @@ import time
 from tinyserve.server import protocol, state
 parse = state.parse
 def slow(kind, data, strict=False):
-    if b"attack" in data:
+    if b"attack" in data:  # in the loop, as it is short
         end = time.thread_time() + 0.8
         while time.thread_time() < end:
             pass

@@ -28,6 +28,7 @@ BODY_TIMEOUT = 30.0  # seconds
 MAX_VALUES = (
     1 << 18
 )  # in a body, or as many commas in its texts: to make so many objects takes the loop a tenth of a second
+LOOP_VALUES = 1 << 13  # that are parsed in the loop, in a few milliseconds
 
 
 @dataclass
@@ -91,7 +92,10 @@ async def read(request: Request, kind: type[B]) -> B:
             code="body_too_large",
         )
     state = state_of(request)
-    body, ignored = parse(kind, data, state.strict)
+    if values < LOOP_VALUES:
+        body, ignored = parse(kind, data, state.strict)
+    else:  # between its steps others have their tokens
+        body, ignored = await asyncio.to_thread(parse, kind, data, state.strict)
     request.scope[IGNORED] = ignored
     for name in ignored:
         if name not in state.ignored:
