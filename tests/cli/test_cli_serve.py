@@ -73,42 +73,6 @@ def arguments(folder_of: Callable[[str], Path]) -> list[str]:
     return [f"tiny={folder_of('llama')}", "--dtype", "float32", "--threads", "1"]
 
 
-HEAPS = """
-import ctypes, re, sys, threading
-from tinyserve.server.run import share_heaps
-if sys.argv[1] == "shared":
-    share_heaps()
-done, held = threading.Barrier(17), threading.Barrier(17)
-def hold():
-    memory = [bytes(2000) for _ in range(50)]
-    done.wait(), held.wait()
-for _ in range(16):
-    threading.Thread(target=hold).start()
-done.wait()
-libc = ctypes.CDLL(None)
-libc.fopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
-file = libc.fopen(sys.argv[2].encode(), b"w")
-libc.malloc_info(0, file)
-libc.fclose(file)
-held.wait()
-print(len(re.findall("<heap nr", open(sys.argv[2]).read())))
-"""
-
-
-def test_threads_share_heaps(tmp_path: Path) -> None:
-    """A heap for each thread keeps the most that the thread ever held."""
-
-    def count(how: str) -> int:
-        command = [sys.executable, "-c", HEAPS, how, str(tmp_path / how)]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    assert count("shared") <= 2 < count("apart")
-
-
 LONG = {"prompt": "ab", "max_tokens": 120, "ignore_eos": True, "stream": True}
 
 

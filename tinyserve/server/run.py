@@ -3,7 +3,6 @@
 The first SIGTERM or SIGINT drains it: running requests are finished, new ones refused. A second one stops it at once.
 """
 
-import ctypes
 import ipaddress
 import logging
 import os
@@ -11,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
@@ -22,6 +21,7 @@ from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import create_app
 from tinyserve.server.connections import limit_connections, most_connections
 from tinyserve.server.guards import MAX_HEADERS, Admission
+from tinyserve.server.heaps import keep_heaps_small
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
@@ -30,18 +30,7 @@ from tinyserve.text.tools import format_named
 logger = logging.getLogger("tinyserve.server")
 
 IDLE = 75  # seconds to keep an idle connection: more than nginx's 60, which may otherwise write to a closed one
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 GRACE = 2.0  # seconds behind the drain timeout, in which what it has ended is put away
-
-
-def share_heaps() -> None:
-    """Have all threads of this process allocate from two heaps, where the C library is glibc.
-
-    By default each of some eighteen threads gets a heap of its own, which keeps the most that it ever held: hundreds of
-    megabytes within minutes, and no faster, as what a step computes lies in memory that is planned beforehand.
-    """
-    with suppress(OSError, AttributeError):  # another C library, or another system
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def serve(options: ServeOptions) -> int:
@@ -52,7 +41,7 @@ def serve(options: ServeOptions) -> int:
             "say --no-auth if everybody may use it."
         )
     _check(options)
-    share_heaps()
+    keep_heaps_small()
     listener = _listen(options.host, options.port)
     failures: list[Exception] = []
 
