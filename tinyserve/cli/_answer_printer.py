@@ -28,34 +28,30 @@ class AnswerPrinter:
     """Prints the pieces of one answer as they come; `text` and `reasoning` are what there is so far.
 
     The text goes to stdout. What is thought before it is for who looks on: it goes to stderr, and only on a terminal.
-
-    On a terminal a word that does not fit is taken back and goes on in the next line, so that nothing waits for its
-    end. Lines of code and of tables, and words that no line holds, are left to the terminal.
     """
 
     def __init__(self, line: Line, is_silent: bool = False):
         """`is_silent`: nothing is printed, only gathered."""
         self.text = self.reasoning = ""
         self._line, self._is_silent, self._is_dimmed = line, is_silent, False
-        is_terminal = sys.stdout is not None and sys.stdout.isatty()
-        self._wraps = is_terminal and os.environ.get("TERM") not in ("dumb", "unknown")  # which cannot go back
-        self._written = ""  # the line of the answer, wherever it was wrapped
-        self._fence: str | None = None  # what ends the block of code
-        self._column = 0
-        self._word: list[str] = []  # the last one, if it may be taken back
-        self._is_wrapped = False  # the row began here, and no spaces stand before its first word
+        can_go_back = os.environ.get("TERM") not in ("dumb", "unknown")
+        self._shows_thinking = sys.stderr is not None and sys.stderr.isatty() and not is_silent
+        self._text = _Lines(sys.stdout is not None and sys.stdout.isatty() and can_go_back)
+        self._thoughts = _Lines(can_go_back)
 
     def write(self, piece: "Piece") -> None:
         """Print a piece; nothing is held back."""
         self._line.clear()
-        if piece.reasoning:
-            self.reasoning += piece.reasoning
-            self._dim(piece.reasoning)
+        self.reasoning += piece.reasoning
+        if piece.reasoning and self._shows_thinking:
+            begin = "" if self._is_dimmed else _DIM
+            print(begin + self._thoughts.wrapped(piece.reasoning), end="", file=sys.stderr, flush=True)
+            self._is_dimmed = True
         if piece.text:
             self.clear()
             self.text += piece.text
             if not self._is_silent:
-                print(self._wrapped(piece.text) if self._wraps else piece.text, end="", flush=True)
+                print(self._text.wrapped(piece.text), end="", flush=True)
 
     def clear(self) -> None:
         """Remove the line that a terminal shows meanwhile, and end what is dimmed."""
@@ -64,12 +60,26 @@ class AnswerPrinter:
             print(f"{_PLAIN}\n", file=sys.stderr, flush=True)
             self._is_dimmed = False
 
-    def _dim(self, text: str) -> None:
-        if not self._is_silent and sys.stderr is not None and sys.stderr.isatty():
-            print(("" if self._is_dimmed else _DIM) + text, end="", file=sys.stderr, flush=True)
-            self._is_dimmed = True
 
-    def _wrapped(self, piece: str) -> str:
+class _Lines:
+    """Text as it goes to a terminal, wrapped at spaces.
+
+    A word that does not fit is taken back and goes on in the next line, so that nothing waits for its end. Lines of
+    code and of tables, and words that no line holds, are left to the terminal.
+    """
+
+    def __init__(self, wraps: bool) -> None:
+        self._wraps = wraps
+        self._written = ""  # the line, wherever it was wrapped
+        self._fence: str | None = None  # what ends the block of code
+        self._column = 0
+        self._word: list[str] = []  # the last one, if it may be taken back
+        self._is_wrapped = False  # the row began here, and no spaces stand before its first word
+
+    def wrapped(self, piece: str) -> str:
+        """The next piece, with what goes back and on where a word does not fit."""
+        if not self._wraps:
+            return piece
         columns = get_terminal_size().columns
         return "".join(self._advanced(character, columns) for character in piece)
 
