@@ -489,7 +489,7 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
     fake.scripts.append([Token("a", 0.5), gate, Token("b", 0.25)])
     ask(page, "Hello")
     expect(page.locator("#cache")).to_have_text(
-        "128 of 512 blocks (189 MB) in use by 1 answer, 2 waiting. "
+        "128 of 512 blocks (189 MB, taken only as used) in use by 1 answer, 2 waiting. "
         "Of 200 prompt tokens so far, 25.0 % came from the cache."
     )
     assert page.locator("#blocks").evaluate("bar => bar.value") == 0.25
