@@ -9,7 +9,7 @@ from contextlib import suppress
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _ARENAS = 2
-TRIM_SECONDS = 30.0
+TRIM_SECONDS = 5.0
 
 
 def keep_heaps_small() -> None:
