@@ -259,3 +259,7 @@ def test_a_long_call_in_small_pieces_is_read_once() -> None:
     text = f'<tool_call>{{"name": "f", "arguments": {{"a": "{"x" * 200_000}"}}}}</tool_call>'
     content, calls = pieces(text, "hermes", range(3, len(text), 3))
     assert content == "" and len(calls) == 1 and len(calls[0].arguments) == 200_009
+    for name in ("text", "list"):
+        value = json.dumps(["x" * 200_000])
+        content, calls = pieces(in_tags("f", **{name: value}), "qwen3-coder", range(3, len(value), 3), TYPED)
+        assert content == "" and json.loads(calls[0].arguments)[name] in (value, ["x" * 200_000])

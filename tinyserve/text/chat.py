@@ -86,7 +86,6 @@ class OutputParser:
         if format.tool_format is not None:
             self._calls = ToolCallParser(format.tool_format, format.tools, format.only_one)
         self.reasoning = ""
-        self.tool_calls: list[ToolCall] = []
         self.tool_call_deltas: list[ToolCallDelta] = []  # all of them, in their order
 
     def push(self, piece: str) -> str:
@@ -104,6 +103,11 @@ class OutputParser:
         return self._reasoning.is_thinking
 
     @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls so far, the last of which may not be whole."""
+        return joined_calls(self.tool_call_deltas)
+
+    @property
     def num_whole_calls(self) -> int:
         """How many of the calls are over."""
         return self._calls.num_whole if self._calls is not None else 0
@@ -115,7 +119,7 @@ class OutputParser:
 
     def finish_reason(self, reason: str | None) -> str | None:
         """ "tool_calls" where the model ended its answer with calls of its own choice, as OpenAI has it."""
-        chose = bool(self.tool_calls) and not self._format.is_named
+        chose = bool(self.tool_call_deltas) and not self._format.is_named
         if self._calls is not None and self._calls.is_within_arguments:  # a stop string, say, has cut the call off
             chose = False
         return "tool_calls" if chose and reason == "stop" else reason
@@ -126,7 +130,6 @@ class OutputParser:
 
     def _take_calls(self, content: str, deltas: list[ToolCallDelta]) -> str:
         self.tool_call_deltas += deltas
-        self.tool_calls = joined_calls(deltas, self.tool_calls)
         return content
 
 

@@ -28,9 +28,9 @@ _BASE = "http://json-schema/"  # of a schema that has no $id
 _NEAR = 1e-9  # a number that is left out with its neighbours as near as this
 LARGEST = (1 << 63) - 1024  # the largest float that its integers hold
 _LOWER, _UPPER = frozenset({"minimum", "exclusiveMinimum"}), frozenset({"maximum", "exclusiveMaximum"})
+_MOST_REFS = 16  # one behind the other
 # Where in a schema there are schemas: under any name, or as themselves or in a list.
 _BY_NAME = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
-_MOST_REFS = 16  # one behind the other
 _AS_THEY_ARE = frozenset({
     "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not", "oneOf",
     "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",

@@ -148,8 +148,8 @@ class ReasoningMatcher(TokenMatcher):
         self._add(row)
 
     def forced_tokens(self) -> list[int]:
-        if self._place == "inside" and self._forced is not None:
-            return self._tokens.closing[self._tokens.closing.index(self._forced) :]
+        if self._place == "inside" and self._forced:
+            return self._forced
         return self._answer.forced_tokens() if self._answer is not None and self._place == "answer" else []
 
     @property
@@ -157,11 +157,11 @@ class ReasoningMatcher(TokenMatcher):
         return self._answer.error if self._answer is not None and self._place != "inside" else None
 
     @property
-    def _forced(self) -> int | None:
-        """The token of </think> that must come next, where the budget is used up."""
+    def _forced(self) -> list[int]:
+        """What is left of </think> in tokens, where the budget is used up."""
         if self._max_tokens is None or self._count < self._max_tokens:
-            return None
-        return self._tokens.closing[self._count - self._max_tokens]
+            return []
+        return self._tokens.closing[self._count - self._max_tokens :]
 
     def _begin(self, text: bytes) -> None:
         begun = text.lstrip()
@@ -173,8 +173,7 @@ class ReasoningMatcher(TokenMatcher):
             self._place = "answer"
 
     def _think(self, token: int) -> bool:
-        forced = self._forced
-        if forced is not None and token != forced:
+        if self._forced and token != self._forced[0]:
             return False
         if self._answer is not None and token in self.end_tokens:
             return False
@@ -189,8 +188,8 @@ class ReasoningMatcher(TokenMatcher):
         return True
 
     def _fill_inside(self, row: Masks) -> None:
-        if (forced := self._forced) is not None:
-            allow_only(row, [forced])
+        if self._forced:
+            allow_only(row, self._forced[:1])
             return
         row[:] = 0xFFFFFFFF
         if self._answer is not None:  # which there is none of where thinking ends the answer

@@ -133,7 +133,7 @@ class RequestState:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that are certain."""
+        """The calls so far."""
         return [] if self._parser is None else self._parser.tool_calls
 
     @property
@@ -235,10 +235,17 @@ class RequestState:
     def chunk(self) -> StreamChunk:
         """What has come since the last chunk."""
         sent, parser = self._sent, self._parser
-        whole = self.tool_calls if self.finished else self.tool_calls[: parser.num_whole_calls if parser else 0]
         deltas = parser.tool_call_deltas if parser is not None else []
+        num_calls, calls = parser.num_whole_calls if parser is not None else 0, list[ToolCall]()
+        if num_calls > sent.calls or self.finished:  # a call is put together once, and not with each of its parts
+            calls = self.tool_calls[sent.calls : None if self.finished else num_calls]
         self._sent = _Sent(
-            len(self.text), len(self.token_ids), len(whole), len(deltas), len(self.reasoning), self.reasoning_tokens
+            len(self.text),
+            len(self.token_ids),
+            sent.calls + len(calls),
+            len(deltas),
+            len(self.reasoning),
+            self.reasoning_tokens,
         )
         return StreamChunk(
             self.text[sent.text :],
@@ -248,7 +255,7 @@ class RequestState:
             replace(self.metrics, token_times=list(self.metrics.token_times)),
             self.index,
             self.stop_reason,
-            whole[sent.calls :],
+            calls,
             deltas[sent.deltas :],
             self.reasoning[sent.reasoning :],
             self.reasoning_tokens - sent.reasoning_tokens,

@@ -68,6 +68,8 @@ class XmlArguments:
         self._written = "{"  # not handed out yet
         self._num_parameters = 0
         self._schema: Any = None  # of the parameter whose value is being read
+        self._takes_text = True
+        self._parts: list[str] = []  # of a value that is no text
         self._in_value = self._is_begun = self._is_over = False
 
     def read(self, text: str, final: bool) -> Part:
@@ -106,38 +108,35 @@ class XmlArguments:
         self._written += (", " if self._num_parameters else "") + _json(name) + ": "
         self._num_parameters += 1
         self._schema, self._in_value, self._is_begun = self._schemas.get(name), True, False
+        self._takes_text, self._parts = takes_text(self._schema), []
 
     def _read_value(self, text: str, final: bool) -> int | None:
         found = [(at, end) for end in _VALUE_ENDS if (at := text.find(end)) >= 0]
-        is_text = takes_text(self._schema)
         if found:
             at, end = min(found)
-            value = text[:at].removesuffix("\n") if end == _VALUE_ENDS[0] else text[:at]
-            if is_text:
-                self._write_text(value)
-                self._written += '"'
-            else:
-                self._written += _json(_value(value, self._schema))
+            self._write(text[:at].removesuffix("\n") if end == _VALUE_ENDS[0] else text[:at])
+            self._written += '"' if self._takes_text else _json(_value("".join(self._parts), self._schema))
             self._in_value = False
             return at + len(end) if end == _VALUE_ENDS[0] else at
-        if not is_text:
-            return None
         # The end of the text may be the beginning of a tag, and a line's end belongs to the tag behind it.
         held = 0 if final else max(longest_beginning(text, end) for end in ("\n" + _VALUE_ENDS[0], *_VALUE_ENDS))
         if certain := text[: len(text) - held]:
-            self._write_text(certain)
+            self._write(certain)
         return len(certain) or None
 
-    def _write_text(self, text: str) -> None:
+    def _write(self, text: str) -> None:
+        """Go on with a value: text is written as it comes, anything else kept until it is whole."""
         if not self._is_begun:
-            self._written += '"'
+            self._written += '"' if self._takes_text else ""
             self._is_begun, text = True, text.removeprefix("\n")
-        self._written += _json(text)[1:-1]
+        if self._takes_text:
+            self._written += _json(text)[1:-1]
+        else:
+            self._parts.append(text)
 
 
 def _value(text: str, schema: Any) -> Any:
     """A value that may be other than text; it is text where it is no JSON, or JSON's text where text would do."""
-    text = text.removeprefix("\n")
     with suppress(ValueError, RecursionError):
         value = json.loads(text, parse_constant=_refuse)
         if not isinstance(value, str) or "string" not in types_of(schema):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tinyserve.text.tokenizer.stops import longest_beginning
@@ -54,15 +54,15 @@ def parse_tool_calls(text: str, format: str, tools: Sequence[Mapping[str, Any]] 
     return content + rest, joined_calls([*deltas, *more])
 
 
-def joined_calls(deltas: Sequence[ToolCallDelta], calls: Sequence[ToolCall] = ()) -> list[ToolCall]:
-    """The calls that there are with these parts more."""
-    joined = list(calls)
+def joined_calls(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
+    """The calls that these are the parts of."""
+    names, parts = list[str](), list[list[str]]()
     for delta in deltas:
         if delta.name is not None:
-            joined.append(ToolCall(delta.name, delta.arguments))
-        else:
-            joined[-1] = replace(joined[-1], arguments=joined[-1].arguments + delta.arguments)
-    return joined
+            names.append(delta.name)
+            parts.append([])
+        parts[-1].append(delta.arguments)
+    return [ToolCall(name, "".join(arguments)) for name, arguments in zip(names, parts, strict=True)]
 
 
 class ToolCallParser:
