@@ -75,3 +75,8 @@ def test_ask_tells_thinking_from_the_answer(thinker: Path, shell: Shell) -> None
 def test_chat_keeps_the_answer_alone(thinker: Path, shell: Shell) -> None:
     result = shell("chat", thinker, "--thinking-token-budget", "3", "--max-tokens", "20", stdin="Why?\nAnd?\n")
     assert result.code == 0 and "</think>" not in result.out and "<think>" not in result.out
+
+
+def test_how_much_is_thought_needs_a_template(thinker: Path, shell: Shell) -> None:
+    result = shell("ask", thinker, "Why?", "--raw", "--reasoning-effort", "low")
+    assert result.code == 2 and "--reasoning-effort needs a chat template" in result.err and not result.out

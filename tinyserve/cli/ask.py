@@ -146,6 +146,10 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
         api_key=options.api_key,
         reasoning_effort=options.reasoning_effort,
     )
+    if options.reasoning_effort is not None and (options.raw or not backend.chats):
+        raise UserError(
+            f"--reasoning-effort needs a chat template, which {backend.name} does not have (or --raw turns off)."
+        )
     answer(question, backend)
 
 
