@@ -21,6 +21,7 @@ import pytest
 from command_line import Children, Shell, Terminal
 
 from tinyserve import LLM
+from tinyserve.cli.bench import _columns, short
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench, bench_budget
 from tinyserve.evaluation.bench import Cost, Limits, Measurement, Work
@@ -279,6 +280,22 @@ def test_the_table(shell: Shell, folder_of: FolderOf) -> None:
     # Every column that is not the name of a number that was given is explained.
     explained = {word for line in legend for word in re.findall(r"(?:^|; )([^:;]+):", line)}
     assert explained == {"tokens/s", "each", "first", "GB/s", "%", "GOPS"}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((0.004, 0.0), "0.00 ± 0.00"), ((1.234, 0.5), "1.23 ± 0.50"), ((12.34, 0.51), "12.3 ± 0.5"),
+        ((99_999.0, 99_999.0), "99999 ± 99999"), ((123_456.0, 54_321.0), "123k ± 54k"),
+        ((1.234e8, 1.234e8), "123400k ± 123400k"),
+    ],
+)  # fmt: skip
+def test_cells_stay_apart_however_large_they_are(numbers: tuple[float, float], words: str) -> None:
+    mean, deviation = numbers
+    cell = f"{short(mean)} ± {short(deviation, mean)}"
+    assert cell == words
+    line = _columns("prefill", "16", "", "", "2", cell, *[short(mean)] * 6)
+    assert line.split() == ["prefill", "16", "2", *words.split(), *[short(mean)] * 6]
 
 
 def test_json(shell: Shell, folder_of: FolderOf) -> None:

@@ -22,7 +22,7 @@ from fake_openai_server import (
     Refusal,
     Token,
 )
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from servers import Running, running
 
 from tinyserve.checkpoints import presets
@@ -625,8 +625,30 @@ def test_a_question_without_an_answer_is_no_part_of_the_next(page: Page, fake: F
     ask(page, "Bad")
     expect(page.get_by_role("alert")).to_contain_text("No.")
     ask(page, "Good")
-    status(page, "Ready")
+    expect(answers(page).last).to_have_text("The capital of France is Paris.")
     assert [message["content"] for message in sent(fake)["messages"]] == ["Good"]
+
+
+def test_a_list_of_models_that_comes_late_ends_no_answer(page: Page, fake: FakeServer) -> None:
+    """An answer's end asks for it; by then the next question may have been asked."""
+    status(page, "Ready")
+    late: list[Route] = []
+    page.route("**/v1/models", lambda route: late.append(route))  # Playwright sets an attribute of it
+    with page.expect_request("**/v1/models"):
+        ask(page, "First")
+    gate = Gate()
+    fake.scripts.append([Token("Second"), gate, Token(" answer.")])
+    ask(page, "And?")
+    status(page, "Answering")
+    with page.expect_response("**/v1/models"):
+        for route in late:
+            route.continue_()
+    page.unroute("**/v1/models")
+    page.evaluate("() => new Promise(requestAnimationFrame)")
+    status(page, "Answering")
+    gate.opened.set()
+    expect(answers(page).last).to_have_text("Second answer.")
+    status(page, "Ready")
 
 
 @pytest.mark.parametrize(

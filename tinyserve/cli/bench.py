@@ -374,7 +374,7 @@ def measured_here(recipe: dict[str, Any]) -> str:
 
 def _columns(*cells: str) -> str:
     """A line of the table, which fits into 80 columns: no width has to be known before all rows are."""
-    return f"{cells[0]:<7}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], _WIDTHS, strict=True))
+    return f"{cells[0]:<7}" + "".join(f" {cell:>{width - 1}}" for cell, width in zip(cells[1:], _WIDTHS, strict=True))
 
 
 _WIDTHS = (7, 6, 6, 5, 14, 7, 8, 6, 4, 6, 4)
@@ -437,8 +437,10 @@ def _minutes(seconds: float) -> str:
 
 
 def short(number: float, beside: float | None = None) -> str:
-    """A number in three digits or more; with as many decimals as the one it stands beside."""
+    """A number in three digits or more, thousands from 100,000 on; as the one it stands beside."""
     scale = number if beside is None else beside
+    if scale >= 100_000:
+        return f"{number / 1e3:.0f}k"
     return f"{number:.{0 if scale >= 100 else 1 if scale >= 10 else 2}f}"
 
 

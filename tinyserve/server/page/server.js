@@ -99,7 +99,7 @@ async function loadModels() {
   const option = ({ id, loaded }) => el("option", { value: id, textContent: loaded ? id : `${id} (not loaded)` });
   $("model").replaceChildren(...models.map(option));
   $("model").value = models.some((model) => model.id === wanted) ? wanted : models[0]?.id;
-  setStatus("ready", "Ready");
+  if (!running) setStatus("ready", "Ready"); // somebody may have asked meanwhile
   showModel();
 }
 
