@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,27 +23,38 @@ KEY = {"authorization": "Bearer secret"}
 LINE = re.compile(r"127\.0\.0\.1 (.*) \d+ ms(.*)")
 
 
-@pytest.fixture(scope="module")
-def server(folder_of: Callable[[str], Path]) -> Iterator[Running]:
-    admission = Admission(max_body=100_000, api_keys=["secret"])
-    options: dict[str, Any] = {"admission": admission, "app": {"access_log": True}, "num_threads": 1}
-    with running({"tiny": folder_of("granite-hybrid")}, dtype="float32", **options) as one:
-        assert one.post("/tokenize", {"prompt": "a"}, **KEY).status_code == 200  # the model is loaded
-        yield one
-
-
-@pytest.fixture
-def lines() -> Iterator[Callable[[], str]]:
-    """The next line that is logged."""
+@contextmanager
+def logged() -> Iterator[Callable[[], str]]:
+    """The next line that is logged; a line follows its response, so that each must be waited for."""
     queue: SimpleQueue[Any] = SimpleQueue()
     handler, logger = QueueHandler(queue), logging.getLogger("tinyserve.server.access")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    yield lambda: queue.get(timeout=60).getMessage()
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    assert queue.empty()
+    try:
+        yield lambda: queue.get(timeout=60).getMessage()
+        assert queue.empty()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def server(folder_of: Callable[[str], Path]) -> Iterator[Running]:
+    admission = Admission(max_body=100_000, api_keys=["secret"])
+    options: dict[str, Any] = {"admission": admission, "app": {"access_log": True}, "num_threads": 1}
+    with ExitStack() as stack:
+        with logged() as lines:
+            one = stack.enter_context(running({"tiny": folder_of("granite-hybrid")}, dtype="float32", **options))
+            assert one.post("/tokenize", {"prompt": "a"}, **KEY).status_code == 200  # the model is loaded
+            assert [said(lines()) for _ in range(2)] == ["POST /tokenize 401", "POST /tokenize 200"]
+        yield one
+
+
+@pytest.fixture
+def lines() -> Iterator[Callable[[], str]]:
+    with logged() as lines:
+        yield lines
 
 
 def said(line: str) -> str:
