@@ -36,6 +36,8 @@ Message = Mapping[str, Any]
 
 logger = logging.getLogger("tinyserve")
 
+FINGERPRINT_TOKENS = 32
+
 
 class LLM:
     """A model that is ready to answer.
@@ -283,6 +285,13 @@ class LLM:
             return self.model.logits(hidden[first:])
 
         return np.concatenate(self._pooling.run(ids, wanted_logits))
+
+    def fingerprint(self) -> str:
+        """A hash of the logits of a fixed prompt: engines that have the same one compute the same bits of answers."""
+        from hashlib import blake2b
+
+        tokens = [i * 7919 % self.config.vocab_size for i in range(min(FINGERPRINT_TOKENS, self.max_model_len - 1))]
+        return blake2b(self.logits(tokens).tobytes(), digest_size=8).hexdigest()
 
     def embed(
         self,

@@ -19,6 +19,7 @@ import typer
 
 from tinyserve import __version__
 from tinyserve.cli.ask import ANY, ask_app
+from tinyserve.cli.batch import batch
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
 from tinyserve.cli.compare import compare
@@ -50,6 +51,7 @@ _ORDER = (
     "ask",
     "chat",
     "serve",
+    "batch",
     "bench",
     "trace",
     "eval",
@@ -99,6 +101,7 @@ def _options(
 app.add_typer(ask_app, name="ask")
 app.command("chat")(chat)
 app.command("serve")(serve)
+app.command("batch")(batch)
 app.command("bench")(bench)
 app.command("trace")(trace)
 app.command("eval")(evaluate)

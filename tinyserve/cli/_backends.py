@@ -3,7 +3,6 @@
 Knows how each is reached and which statistics it has; reading prompts and printing answers is done elsewhere.
 """
 
-import json
 import os
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -196,8 +195,10 @@ class RemoteCompletion:
     """An answer by a server, whose defaults decide what is not given, but for max_tokens."""
 
     def __init__(self, backend: RemoteBackend, prompt: Prompt, sampling: Mapping[str, Any], max_tokens: int):
+        from tinyserve.server.client import request_fields
+
         self._backend, client = backend, backend.client
-        self._options, self._limit = request_options(sampling), max_tokens
+        self._options, self._limit = request_fields(sampling), max_tokens
         if not isinstance(prompt, str):
             self._options |= backend.variables
         # A server's own limit may be the context: minutes of text.
@@ -240,15 +241,3 @@ class RemoteCompletion:
             "dtype": self._backend.dtype,
             "threads": None,
         }
-
-
-def request_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling options as the fields of a request: OpenAI's names where it has one, vLLM's for the rest."""
-    fields = {name: value for name, value in sampling.items() if value is not None}
-    structure = fields.pop("structured_outputs", None)
-    if structure is not None and structure.json is not None:
-        schema = {"name": "answer", "schema": json.loads(structure.json), "strict": True}
-        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif structure is not None:
-        fields["structured_outputs"] = {structure.kind: getattr(structure, structure.kind)}
-    return fields

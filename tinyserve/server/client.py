@@ -1,6 +1,6 @@
 """A client of servers that speak OpenAI's API: tinyserve's own, llama.cpp's, vLLM's.
 
-Knows HTTP, server-sent events and OpenAI's names; nothing of models, of sampling, and of terminals.
+Knows HTTP, server-sent events and OpenAI's names; nothing of models, of what parameters do, and of terminals.
 """
 
 from __future__ import annotations
@@ -43,20 +43,11 @@ class Client:
         """`server` is a URL with or without /v1, or host:port; timeouts are seconds without a byte from it."""
         import httpx2
 
-        url = parse_url(server)
-        self.server = str(url).removesuffix("/v1")
         self._read_timeout = read_timeout
         self._key = _checked_key(api_key)
-        local = reaches_this_machine(url.host)
-        self._http = httpx2.Client(
-            base_url=url,
-            headers={"User-Agent": f"tinyserve/{__version__}"}
-            | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            timeout=httpx2.Timeout(connect_timeout, read=read_timeout),
-            follow_redirects=False,  # the key is for this server
-            trust_env=not local,  # no proxy leads to this machine itself
-            verify=not (local and url.scheme == "http"),  # certificates that nobody asks for take 0.1 s to read
-        )
+        options = connection(server, api_key)
+        self.server = str(options["base_url"]).removesuffix("/v1")
+        self._http = httpx2.Client(**options, timeout=httpx2.Timeout(connect_timeout, read=read_timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -298,6 +289,22 @@ def parse_url(server: str) -> URL:
     return url.copy_with(path=path if path.endswith("/v1") else f"{path}/v1", query=None, fragment=None)
 
 
+def connection(server: str, api_key: str | None) -> dict[str, Any]:
+    """How a client of httpx2 reaches a server, in its own parameters; the paths of the API follow the base URL.
+
+    Raises UserError for what is no address, and no key.
+    """
+    url, key = parse_url(server), _checked_key(api_key)
+    local = reaches_this_machine(url.host)
+    return {
+        "base_url": url,
+        "headers": {"User-Agent": f"tinyserve/{__version__}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+        "follow_redirects": False,  # the key is for this server
+        "trust_env": not local,  # no proxy leads to this machine itself
+        "verify": not (local and url.scheme == "http"),  # certificates that nobody asks for take 0.1 s to read
+    }
+
+
 def reaches_this_machine(host: str) -> bool:
     """Whether a client that connects to this host reaches this machine: 0.0.0.0, too, is a way to write it."""
     if host == "localhost" or host.endswith(".localhost"):
@@ -315,6 +322,21 @@ def _checked_key(key: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()):
         raise UserError("The API key has characters that no HTTP header carries: look for a line break or a quote.")
     return key or None
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def request_fields(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters by name, but those that are None, as the fields of a request: OpenAI's names, else vLLM's."""
+    fields = {name: value for name, value in sampling.items() if value is not None}
+    structure = fields.pop("structured_outputs", None)
+    if structure is not None and structure.json is not None:
+        schema = {"name": "answer", "schema": json.loads(structure.json), "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif structure is not None:
+        fields["structured_outputs"] = {structure.kind: getattr(structure, structure.kind)}
+    return fields
 
 
 # --- what servers say when something is wrong -------------------------------------------------------------------------

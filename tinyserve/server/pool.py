@@ -11,16 +11,19 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Thread
 from typing import TypeVar
 
 from tinyserve.async_engine import AsyncEngine
 from tinyserve.engine_options import EngineOptions
+from tinyserve.errors import TinyserveError
 from tinyserve.llm import LLM
+from tinyserve.models.cache_plan import available_memory
 from tinyserve.progress import Progress, size
 from tinyserve.server.errors import ApiError
+from tinyserve.server.options import ServeOptions
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -207,6 +210,18 @@ class ModelPool:
         for model in self.models.values():
             if model.engine is not None:
                 await asyncio.to_thread(model.engine.shutdown)
+
+
+def pool_of(options: ServeOptions) -> ModelPool:
+    """The pool that a server is told to have; raises TinyserveError where no memory is free."""
+    memory = options.memory if options.memory is not None else available_memory() * 4 // 5
+    if memory <= 0:
+        raise TinyserveError("No memory is free.")
+    engine = options.engine
+    if (len(options.models) > 1 or options.memory) and engine.kv_cache_memory is None:
+        # By default each model would plan for half of the free memory.
+        engine = replace(engine, kv_cache_memory=memory // (2 * len(options.models)))
+    return ModelPool(options.models, engine, memory, options.max_queue)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -23,7 +22,7 @@ from tinyserve.server.connections import limit_connections, most_connections
 from tinyserve.server.guards import MAX_HEADERS, Admission
 from tinyserve.server.heaps import keep_heaps_small
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
-from tinyserve.server.pool import ModelPool
+from tinyserve.server.pool import pool_of
 from tinyserve.server.state import State
 from tinyserve.text.tools import format_named
 
@@ -57,7 +56,7 @@ def serve(options: ServeOptions) -> int:
         else ()
     )
     app = create_app(
-        _pool(options),
+        pool_of(options),
         Admission(api_keys=options.api_keys, hosts=hosts, cors_origins=options.cors_origins, max_body=options.max_body),
         tool_format=options.tool_format,
         strict=options.strict,
@@ -117,19 +116,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be served: {os.strerror(error.errno or 0)}. Is another server running there? --port "
             "takes another, 0 any that is free."
         ) from None
-
-
-def _pool(options: ServeOptions) -> ModelPool:
-    from tinyserve.models.cache_plan import available_memory
-
-    memory = options.memory if options.memory is not None else available_memory() * 4 // 5
-    if memory <= 0:
-        raise TinyserveError("No memory is free.")
-    engine = options.engine
-    if (len(options.models) > 1 or options.memory) and engine.kv_cache_memory is None:
-        # By default each model would plan for half of the free memory.
-        engine = replace(engine, kv_cache_memory=memory // (2 * len(options.models)))
-    return ModelPool(options.models, engine, memory, options.max_queue)
 
 
 def _leave(code: int) -> None:

@@ -1,0 +1,259 @@
+"""A batch as a whole: its input read, its folder held, its model opened, its rows answered, its output put together.
+
+`run_batch` is for Python programs; `tinyserve batch` calls what is behind it.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from tinyserve import __version__
+from tinyserve.batch.job import Counts, Job, Manifest, folder_of, opened, record_fingerprint
+from tinyserve.batch.rows import RowOptions, rows_of
+from tinyserve.batch.shards import JSONL, KINDS, PARQUET, Input, Row, read_input
+from tinyserve.batch.work import ModelOptions, Worker, opened_model
+from tinyserve.engine_options import EngineOptions
+from tinyserve.errors import UserError
+from tinyserve.progress import Progress, silent
+from tinyserve.sampling_params import SamplingParams
+from tinyserve.server.client import request_fields
+
+_TICK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """What a batch is told."""
+
+    inputs: Sequence[str]
+    output: str
+    model: ModelOptions
+    rows: RowOptions = field(default_factory=RowOptions)
+    restart: bool = False
+    any_bits: bool = False
+    rows_per_shard: int | None = None  # by default as many as there are rows
+
+
+@dataclass
+class BatchProgress:
+    """How far a batch is: rows of `total`, of which `resumed` were answered before; tokens are of this run."""
+
+    total: int
+    rows: int = 0
+    resumed: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, counts: Counts, is_old: bool) -> None:
+        """Count rows in; `is_old` for those of an earlier run."""
+        self.rows += counts.rows
+        self.failed += counts.failed
+        if is_old:
+            self.resumed += counts.rows
+        else:
+            self.prompt_tokens += counts.prompt_tokens
+            self.output_tokens += counts.output_tokens
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What came of a batch, over all its runs, and the seconds of this one; `resumed` rows were answered before it."""
+
+    output: Path
+    rows: int
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    resumed: int
+    seconds: float
+
+
+OnProgress = Callable[[BatchProgress], None]
+
+
+def run_batch(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    model: str | PathLike[str] | None = None,
+    sampling_params: SamplingParams | None = None,
+    *,
+    server: str | None = None,
+    api_key: str | None = None,
+    prompt_column: str | None = None,
+    messages_column: str | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    seed: int = 0,
+    restart: bool = False,
+    any_bits: bool = False,
+    max_concurrency: int | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> BatchReport:
+    """Answer all rows of JSONL or Parquet files; run again with the same arguments, it goes on where it ended.
+
+    `inputs` are files, folders and patterns; `output` is a file, or a folder of parts. A `model` is loaded here with
+    the options of LLM, or asked at a `server`. Rows have OpenAI's batch lines, or a column with a prompt or messages.
+    A row that fails is a row with an error. Raises UserError for input that cannot be read and a job begun otherwise,
+    TinyserveError where nothing more can be answered or written: what is answered is kept.
+    """
+    if server is None and model is None:
+        raise UserError("Neither a model nor a server is given: name one of them.")
+    if server is not None and options:
+        raise UserError(f"{next(iter(options))} is the server's to decide: leave it out, or leave out server.")
+    given = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
+    name = str(model) if model is not None else None
+    body = _body_of(sampling_params)
+    batch = BatchOptions(
+        inputs=[str(one) for one in given],
+        output=str(output),
+        model=ModelOptions(
+            name=name,
+            source=name,
+            engine=EngineOptions.of(options),
+            server=server,
+            api_key=api_key,
+            max_concurrency=max_concurrency,
+        ),
+        rows=RowOptions(
+            body=body, prompt_column=prompt_column, messages_column=messages_column, system=system, raw=raw, seed=seed
+        ),
+        restart=restart,
+        any_bits=any_bits,
+    )
+    return run(batch, on_progress or (lambda progress: None))
+
+
+def run(options: BatchOptions, on_progress: OnProgress, progress: Progress = silent) -> BatchReport:
+    """The same with options as they are read from a command line; `progress` hears of reading and of loading."""
+    work = _run(options, on_progress, progress)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop in this one
+        return thread.submit(asyncio.run, work).result()
+
+
+async def _run(options: BatchOptions, on_progress: OnProgress, progress: Progress) -> BatchReport:
+    started = monotonic()
+    output = Path(options.output)
+    given = read_input(options.inputs, progress, options.rows_per_shard)
+    _check_output(output, given)
+    first, source = _first_row(given), given.files[0].path
+    rows = rows_of(first, options.rows, source)
+    job = Job(output, given, rows.merges)
+    _check_kind(job)
+    said = BatchProgress(given.num_rows)
+    with opened(output, _manifest(options, given), restart=options.restart) as is_open:
+        if not is_open:
+            counts = job.read_counts()
+            return BatchReport(output, **vars(counts), resumed=counts.rows, seconds=monotonic() - started)
+        async with opened_model(options.model, progress) as model:
+            if model.fingerprint is not None:
+                record_fingerprint(folder_of(output), model.fingerprint, any_bits=options.any_bits)
+            rows = rows_of(first, replace(options.rows, chats=model.chats), source)
+            async with _ticking(said, on_progress):
+                await Worker(job, rows, model, said.add).run(given.shards)
+        counts = job.complete()
+    return BatchReport(output, **vars(counts), resumed=said.resumed, seconds=monotonic() - started)
+
+
+@asynccontextmanager
+async def _ticking(said: BatchProgress, on_progress: OnProgress) -> AsyncIterator[None]:
+    """Tell how far a batch is, some times a second, and at its end."""
+    started = monotonic()
+
+    def tell() -> None:
+        said.seconds = monotonic() - started
+        on_progress(said)
+
+    async def tick() -> None:
+        while True:
+            tell()
+            await asyncio.sleep(_TICK_SECONDS)
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield
+    finally:
+        ticking.cancel()
+        tell()
+
+
+def _first_row(given: Input) -> Row:
+    """The first row that can be read, which says what the others are; raises UserError where a shard has none."""
+    rows = list(given.rows(given.shards[0]))
+    first = next((row for row in rows if row.error is None), rows[0])
+    if first.error is not None:
+        raise UserError(f"{given.files[0].path}, row {first.number + 1}: {first.error}")
+    return first
+
+
+def _check_output(output: Path, given: Input) -> None:
+    """Raises UserError for an output that is part of the input."""
+    if output.suffix not in KINDS and output.suffix and not output.is_dir():
+        raise UserError(f"{output} is neither .jsonl nor .parquet, nor a folder: name one of these.")
+    for file in given.files:
+        path = Path(file.path).resolve()
+        if output.resolve() in (path, path.parent):
+            raise UserError(f"{output} is where {file.path} lies, which is read: name another output.")
+
+
+def _check_kind(job: Job) -> None:
+    """Raises UserError for rows that cannot be written as the output wants them."""
+    if job.kind == PARQUET and job.input.kind == JSONL:
+        raise UserError(f"{job.output} is Parquet, and the input JSON lines, whose rows have no types: write .jsonl.")
+    if job.kind == PARQUET and not job.merges:
+        raise UserError(f"{job.output} is Parquet, and OpenAI's batch lines are JSON: write .jsonl.")
+
+
+def _manifest(options: BatchOptions, given: Input) -> Manifest:
+    """All that decides what is answered, and where rows are cut."""
+    model, rows = options.model, options.rows
+    engine = model.engine
+    template = str(engine.chat_template) if engine.chat_template is not None else None
+    if template is not None and Path(template).is_file():
+        template = hashlib.blake2b(Path(template).read_bytes(), digest_size=8).hexdigest()
+    settings = {
+        "version": __version__,
+        "model": model.name if model.source in (None, model.name) else f"{model.name}={model.source}",
+        "server": model.server,
+        "dtype": engine.dtype,
+        "kv_cache_dtype": engine.kv_cache_dtype,
+        "max_model_len": engine.max_model_len,
+        "load_format": engine.load_format,
+        "chat_template": template,
+        "tool_format": model.tool_format,
+        "prompt_column": rows.prompt_column,
+        "messages_column": rows.messages_column,
+        "system": rows.system,
+        "raw": rows.raw,
+        "seed": rows.seed,
+        **rows.body,
+        "rows_per_shard": given.shards[0].num_rows,
+    }
+    return Manifest([asdict(file) for file in given.files], settings)
+
+
+def _body_of(params: SamplingParams | None) -> dict[str, Any]:
+    """Parameters as a body's fields; raises UserError for one that no plain row has a place for."""
+    if params is None:
+        return {}
+    given = {name: getattr(params, name) for name in params.rows}
+    for name, row in params.rows.items():
+        if (row.http is None and name != "structured_outputs" and given[name] != row.default) or (
+            name in ("n", "best_of") and given[name] not in (1, None)
+        ):
+            raise UserError(f"{name} is {given[name]!r}, and a row has one answer: leave it out, or use batch lines.")
+    named = {name: value for name, value in given.items() if params.rows[name].http or name == "structured_outputs"}
+    return request_fields({name: list(value) if isinstance(value, tuple) else value for name, value in named.items()})
