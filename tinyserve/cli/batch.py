@@ -4,6 +4,7 @@ Reads the command line and shows how far it is; the work is that of tinyserve.ba
 """
 
 import json
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -130,6 +131,7 @@ def batch(
     batch_options = _options(paths, options, said, engine)
     from tinyserve.batch.run import run
 
+    logging.getLogger("tinyserve.server").addHandler(logging.NullHandler())  # what it says, errors and rows say
     with _Shown(options, batch_options.model.name or options.server or "the model") as shown:
         report = run(batch_options, shown, shown.loading)
     shown.report(report)
