@@ -66,7 +66,7 @@ def usage(arguments: list[Any]) -> str:
     """The arguments as a usage line shows them."""
     words = ["[OPTIONS]"]
     for argument in arguments:
-        word = argument.metavar + ("..." if argument.nargs == -1 else "")
+        word = argument.metavar.rstrip(".") + ("..." if argument.nargs == -1 else "")
         words.append(word if argument.required else f"[{word}]")
     return " ".join(words)
 

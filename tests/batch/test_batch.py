@@ -372,7 +372,7 @@ def test_weights_that_changed_are_refused(tmp_path: Path, folder_of: Callable[[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["in.jsonl"], "name the input, and last what is to be written"),
+        (["in.jsonl"], "Missing argument"),
         (["in.jsonl", "out.jsonl"], "No model is named"),
         (["in.jsonl", "out.jsonl", "--model", "m", "--api-key", "k"], "--api-key is for a server"),
         (["in.jsonl", "out.jsonl", "--server", "http://x", "--dtype", "int8"], "--dtype is the server's to decide"),

@@ -105,6 +105,21 @@ def test_the_page_about_serving_runs(smollm2: Path, with_tools: Path) -> None:
     assert rows == {tokens.replace(",", ""): counts.replace(" |", "") for tokens, counts in table.items()}
 
 
+def test_the_page_about_many_prompts_runs(smollm2: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    shell = "\n".join(re.findall(r"<!-- run by the tests -->\n```bash\n(.*?)```", page, re.DOTALL))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = run(["bash", "-ec", shell], cwd=tmp_path, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in answers] == [1, 2]
+    assert "Paris" in answers[0]["answer"] and "Tokyo" in answers[1]["answer"]
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    done = run([sys.executable, "-c", example], cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("2 0 "), done.stderr
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "answers.jsonl").read_text()
+
+
 def test_every_command_in_the_readme_exists() -> None:
     import typer
 

@@ -89,19 +89,20 @@ def fields_of(kind: type) -> Group:
     return Group(kind, tuple(inspect.signature(kind).parameters.values()))
 
 
-def sampling_options(max_tokens: str, leave_out: Collection[str] = ()) -> Group:
+def sampling_options(max_tokens: str, leave_out: Collection[str] = (), *, greedy: bool = True) -> Group:
     """Those of SamplingParams as a dict, None where nothing is said; `max_tokens` is what the command says of that one.
+    `greedy`: where neither a user nor a model says so, nothing is drawn.
 
     What is None the model's generation_config.json decides, if it asks to sample (cli/_sampling.py).
     """
     rows = (row for row in SamplingParams.rows.values() if row.cli and row.name not in leave_out)
     helps = {"max_tokens": max_tokens}
-    return Group(dict, tuple(_sampling_option(row, helps.get(row.name) or _help(row)) for row in rows))
+    return Group(dict, tuple(_sampling_option(row, helps.get(row.name) or _help(row, greedy)) for row in rows))
 
 
-def _help(row: Param) -> str:
-    """A sentence, and what holds where nothing is said: then the command line is greedy."""
-    default = 0 if row.name == "temperature" else row.default
+def _help(row: Param, greedy: bool) -> str:
+    """A sentence, and what holds where nothing is said."""
+    default = 0 if greedy and row.name == "temperature" else row.default
     if default in (None, ()):
         return row.cli_help
     own = "the model's own, else " if row.file is not None else ""

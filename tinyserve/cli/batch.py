@@ -93,17 +93,16 @@ class BatchCommand:
 
 @with_options(
     options=fields_of(BatchCommand),
-    sampling=sampling_options("At most this many new tokens for each row.  [default: the server's]"),
+    sampling=sampling_options(
+        "At most this many new tokens for each row.  [default: as the server has it]", greedy=False
+    ),
     engine=engine_options(),
 )
 def batch(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IN... OUT",
-            help="Files, folders and patterns of .jsonl or .parquet; last, what is written: a file, or a folder.",
-        ),
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="IN...", help="Files, folders and patterns of .jsonl or .parquet.")
     ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="What is written: a file, or a folder of parts.")],
     *,
     options: BatchCommand,
     sampling: dict[str, Any],
@@ -123,12 +122,10 @@ def batch(
       tinyserve batch 'in/*.parquet' answers/ --model llama-3.2-1b --messages-column chat --max-tokens 200
       tinyserve batch requests.jsonl out.jsonl --server http://127.0.0.1:8000
     """
-    if len(paths) < 2:
-        raise UserError(f"Only {paths[0]} is given: name the input, and last what is to be written.")
     said = {name: value for name, value in sampling.items() if value is not None}
     said["structured_outputs"] = structure(options.json_schema, options.regex)
     given(**said)
-    batch_options = _options(paths, options, said, engine)
+    batch_options = _options(inputs, output, options, said, engine)
     from tinyserve.batch.run import run
 
     logging.getLogger("tinyserve.server").addHandler(logging.NullHandler())  # what it says, errors and rows say
@@ -139,7 +136,9 @@ def batch(
         raise typer.Exit(1)
 
 
-def _options(paths: list[str], said: BatchCommand, sampling: dict[str, Any], engine: EngineOptions) -> "BatchOptions":
+def _options(
+    inputs: list[str], output: str, said: BatchCommand, sampling: dict[str, Any], engine: EngineOptions
+) -> "BatchOptions":
     """The batch that a command line describes; raises UserError for what contradicts itself."""
     try:
         from tinyserve.batch.rows import RowOptions
@@ -174,8 +173,8 @@ def _options(paths: list[str], said: BatchCommand, sampling: dict[str, Any], eng
     if said.reasoning_effort is not None:
         body["reasoning_effort"] = said.reasoning_effort
     return BatchOptions(
-        inputs=paths[:-1],
-        output=paths[-1],
+        inputs=inputs,
+        output=output,
         model=replace(model, max_concurrency=said.max_concurrency),
         rows=RowOptions(
             body=body,
