@@ -20,10 +20,10 @@ from tinyserve.async_engine import AsyncEngine
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import TinyserveError
 from tinyserve.llm import LLM
-from tinyserve.models.cache_plan import available_memory
 from tinyserve.progress import Progress, size
 from tinyserve.server.errors import ApiError
 from tinyserve.server.options import ServeOptions
+from tinyserve.tensor.cgroups import available_memory
 
 logger = logging.getLogger("tinyserve.server")
 
