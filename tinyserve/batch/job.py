@@ -19,6 +19,7 @@ from tinyserve.batch.shards import JSONL, KINDS, PARQUET, Input, Shard
 from tinyserve.errors import TinyserveError, UserError
 
 MANIFEST, SUCCESS, JOURNALS, TEMPORARY, LOCK = "_job.json", "_SUCCESS", "_journal", "_tmp", "_lock"
+FINGERPRINT = "_fingerprint"
 PARTS_SUFFIX = ".parts"  # of the folder beside an output that is one file
 
 
@@ -279,7 +280,7 @@ def _clear(output: Path, folder: Path) -> None:
     """Remove what the job has written, and nothing else."""
     for name in (JOURNALS, TEMPORARY):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (*folder.glob("part-*"), folder / SUCCESS, folder / MANIFEST):
+    for path in (*folder.glob("part-*"), folder / SUCCESS, folder / MANIFEST, folder / FINGERPRINT):
         path.unlink(missing_ok=True)
     if output != folder:
         output.unlink(missing_ok=True)
@@ -308,15 +309,22 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def record_fingerprint(folder: Path, fingerprint: str, *, any_bits: bool) -> None:
     """Keep what bits a worker computes, if it is the first; raises UserError for others, unless they are allowed."""
-    manifest = _read_manifest(folder)
-    assert manifest is not None
-    known = manifest.settings.setdefault("fingerprint", fingerprint)
+    place = folder / FINGERPRINT
+    with writing(folder):
+        with (
+            suppress(FileExistsError),
+            place.open("x", encoding="utf-8") as file,
+        ):  # of several workers one is the first
+            file.write(fingerprint)
+        known = place.read_text(encoding="utf-8")
+        if not known:  # whoever made it has not written it yet, or never will
+            place.write_text(fingerprint, encoding="utf-8")
+            known = fingerprint
     if known != fingerprint and not any_bits:
         raise UserError(
             f"{folder} was begun by a machine or with weights whose answers may have other bits than here (fingerprint "
             f"{known}, here {fingerprint}): --any-bits goes on all the same, --restart begins anew."
         )
-    _write_manifest(folder, manifest)
 
 
 def _compare(output: Path, begun: Manifest, wanted: Manifest) -> None:
@@ -333,8 +341,6 @@ def _compare(output: Path, begun: Manifest, wanted: Manifest) -> None:
                 "answer all anew."
             )
     for name in {**begun.settings, **wanted.settings}:
-        if name == "fingerprint":
-            continue
         old_value, new_value = begun.settings.get(name), wanted.settings.get(name)
         if old_value != new_value:
             raise UserError(

@@ -5,8 +5,8 @@ The model is asked through the server's own application, so that a batch answers
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,10 @@ SERVER_PATIENCE, OWN_PATIENCE = 600.0, 60.0  # seconds of a row that is always r
 ANSWER_SECONDS = 3600.0  # without a byte: behind a long queue
 MOST_FAILURES = 20  # that are all there is, after which the job stops
 SYNC_SECONDS = 1.0
-_OPEN_SHARDS = 2  # while one's last rows are answered the next one fills the engine
+OPEN_SHARDS = 2  # while one's last rows are answered the next one fills the engine
 _LATER = (429, 502, 503, 504)
+
+OnRow = Callable[[Counts, bool], None]  # what came of some rows, and whether that was in an earlier run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,72 +180,76 @@ class _OpenShard:
     journal: Journal
     outcomes: dict[int, Outcome]
 
-    @property
-    def is_whole(self) -> bool:
-        return len(self.outcomes) == self.shard.num_rows
-
 
 class Worker:
-    """Has shards answered by one model, in order, two of them open at a time.
+    """Has shards answered by one model.
 
     `on_row` hears what comes of each row, those that were answered before among them, once.
     """
 
-    def __init__(self, job: Job, rows: Rows, model: Model, on_row: Callable[[Counts, bool], None]):
+    def __init__(self, job: Job, rows: Rows, model: Model, on_row: OnRow):
         self._job, self._rows, self._model, self._on_row = job, rows, model, on_row
         self._slots = asyncio.Semaphore(model.concurrency)
-        self._shards = asyncio.Semaphore(_OPEN_SHARDS)
+        self._feeding = asyncio.Lock()
         self._open = set[_OpenShard]()
         self._first_failures: list[str] | None = []  # until one row is answered
 
     async def run(self, shards: Iterable[Shard]) -> None:
         """Answer all rows of these shards that nobody has answered. Raises TinyserveError; what is answered is kept."""
-        try:
+        places = asyncio.Semaphore(OPEN_SHARDS)
+
+        async def answer(shard: Shard) -> None:
+            try:
+                await self.answer(shard)
+            finally:
+                places.release()
+
+        with _first_error():
             async with asyncio.TaskGroup() as group:
-                syncing = group.create_task(self._sync())
-                await self._feed(shards, group)
-                for _ in range(_OPEN_SHARDS):
-                    await self._shards.acquire()
-                syncing.cancel()
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+                for shard in shards:
+                    await places.acquire()
+                    group.create_task(answer(shard))
+
+    async def answer(self, shard: Shard) -> None:
+        """The same for one shard; of several at once the rows of the first one come first."""
+        if self._job.is_done(shard):
+            self._on_row(self._job.counts(shard), True)
+            return
+        outcomes = await asyncio.to_thread(self._job.answered, shard)
+        for outcome in outcomes.values():
+            self._hear(Counts.of(outcome), True)
+        one = _OpenShard(shard, self._job.open_journal(shard), outcomes)
+        self._open.add(one)
+        known = set(outcomes)
+        try:
+            with _first_error():
+                async with asyncio.TaskGroup() as group:
+                    syncing = group.create_task(self._sync(one.journal))
+                    rows = list[asyncio.Task[None]]()
+                    async with self._feeding:
+                        for row in self._job.input.rows(shard):
+                            if row.number not in known:
+                                await self._slots.acquire()
+                                rows.append(group.create_task(self._answer(one, row)))
+                    if rows:
+                        await asyncio.wait(rows)
+                    syncing.cancel()
         finally:
-            for one in self._open:
-                with suppress(OSError):
-                    one.journal.file.close()
+            self._open.discard(one)
+            with suppress(OSError):
+                one.journal.file.close()
+        await asyncio.to_thread(self._job.finish, shard, outcomes)
 
-    async def _feed(self, shards: Iterable[Shard], group: asyncio.TaskGroup) -> None:
-        for shard in shards:
-            if self._job.is_done(shard):
-                self._on_row(self._job.counts(shard), True)
-                continue
-            await self._shards.acquire()
-            outcomes = await asyncio.to_thread(self._job.answered, shard)
-            for outcome in outcomes.values():
-                self._hear(Counts.of(outcome), True)
-            open_shard = _OpenShard(shard, self._job.open_journal(shard), outcomes)
-            self._open.add(open_shard)
-            if open_shard.is_whole:
-                await self._finish(open_shard)
-                continue
-            known = set(outcomes)
-            for row in self._job.input.rows(shard):
-                if row.number not in known:
-                    await self._slots.acquire()
-                    group.create_task(self._answer(open_shard, row))
-
-    async def _answer(self, open_shard: _OpenShard, row: Row) -> None:
+    async def _answer(self, one: _OpenShard, row: Row) -> None:
         try:
             outcome = await self._outcome(row)
         finally:
             self._slots.release()
         with writing(self._job.folder):
-            open_shard.journal.add(row.number, outcome)
-        open_shard.outcomes[row.number] = outcome
+            one.journal.add(row.number, outcome)
+        one.outcomes[row.number] = outcome
         self._stop_if_all_fail(outcome)
         self._hear(Counts.of(outcome), False)
-        if open_shard.is_whole:
-            await self._finish(open_shard)
 
     async def _outcome(self, row: Row) -> Outcome:
         try:
@@ -257,12 +263,6 @@ class Worker:
         except Exception as error:  # a mistake of ours that one row brings about
             return self._rows.failed(row, f"internal error ({type(error).__name__}: {error})")
         return self._rows.answered(row, path, status, response)
-
-    async def _finish(self, open_shard: _OpenShard) -> None:
-        open_shard.journal.file.close()
-        await asyncio.to_thread(self._job.finish, open_shard.shard, open_shard.outcomes)
-        self._open.discard(open_shard)
-        self._shards.release()
 
     def _hear(self, counts: Counts, is_old: bool) -> None:
         if counts.failed < counts.rows:
@@ -279,12 +279,11 @@ class Worker:
                 f"The first {MOST_FAILURES} rows all failed, and none is kept. The first one: {self._first_failures[0]}"
             )
 
-    async def _sync(self) -> None:
+    async def _sync(self, journal: Journal) -> None:
         while True:
             await asyncio.sleep(SYNC_SECONDS)
-            for one in list(self._open):
-                with writing(self._job.folder), suppress(ValueError):  # it was closed meanwhile
-                    await asyncio.to_thread(one.journal.sync)
+            with writing(self._job.folder):
+                await asyncio.to_thread(journal.sync)
 
 
 def _reason(fields: dict[str, Any]) -> str:
@@ -293,7 +292,13 @@ def _reason(fields: dict[str, Any]) -> str:
     return str(error.get("message") if isinstance(error, dict) else error)
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a group, whatever groups are in it."""
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Raise the first error of a group in its place, whatever groups are in it."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
