@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,30 @@ class Counts:
     @classmethod
     def of(cls, outcome: Outcome) -> "Counts":
         return cls(1, int(outcome.is_failure), outcome.prompt_tokens, outcome.output_tokens)
+
+
+@dataclass
+class BatchProgress:
+    """How far a batch is: rows of `total`, of which `resumed` were answered before; tokens are of this run."""
+
+    total: int
+    rows: int = 0
+    resumed: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, counts: Counts, is_old: bool) -> None:
+        """Count rows in; `is_old` for those of an earlier run."""
+        self.rows += counts.rows
+        self.failed += counts.failed
+        if not is_old:
+            self.prompt_tokens += counts.prompt_tokens
+            self.output_tokens += counts.output_tokens
+
+
+OnProgress = Callable[[BatchProgress], None]
 
 
 class Manifest(NamedTuple):
@@ -77,7 +101,7 @@ class Job:
     output: Path
     input: Input
     merges: bool
-    worker: str = field(default_factory=lambda: f"{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    worker: str = field(default_factory=lambda: new_worker_name())
 
     @property
     def folder(self) -> Path:
@@ -109,6 +133,42 @@ class Job:
         for path in sorted((self.folder / JOURNALS).glob(f"{shard.number}.*.jsonl")):
             found |= read_journal(path)
         return {number: one for number, one in found.items() if 0 <= number - shard.first < shard.num_rows}
+
+    def count(self, known: dict[int, Counts] | None = None) -> Counts:
+        """What all workers have done by now; `known` keeps the counts of shards whose parts are there."""
+        total, known = Counts(), {} if known is None else known
+        journals: dict[int, dict[int, Outcome]] = {}
+        for shard in self.input.shards:
+            if shard.number not in known and self.is_done(shard):
+                known[shard.number] = self.counts(shard)
+        for path in (self.folder / JOURNALS).glob("*.jsonl"):
+            number = int(path.name.partition(".")[0])
+            if number not in known:
+                with suppress(FileNotFoundError):  # its shard was finished just now
+                    journals.setdefault(number, {}).update(read_journal(path))
+        for counts in known.values():
+            total.add(counts)
+        for outcomes in journals.values():
+            for outcome in outcomes.values():
+                total.add(Counts.of(outcome))
+        return total
+
+    def count_journals(self, shard: Shard, run: str) -> int:
+        """How many workers of a run have begun a shard, which is not whole."""
+        return len(list((self.folder / JOURNALS).glob(f"{shard.number}.{run}*.jsonl")))
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Of all rows that are answered, in their order, where parts have nothing of the input."""
+        assert not self.merges and self.kind == JSONL
+        for shard in self.input.shards:
+            if self.is_done(shard):
+                with self.part(shard).open("rb") as part:
+                    for line in part:
+                        fields = json.loads(line)
+                        response = fields["response"]
+                        yield Outcome(fields, response is None or response["status_code"] != 200)
+            else:
+                yield from (outcome for _, outcome in sorted(self.answered(shard).items()))
 
     def open_journal(self, shard: Shard) -> Journal:
         """A new journal for this worker's rows of a shard."""
@@ -199,6 +259,11 @@ class Job:
             os.fsync(file.fileno())
         path.replace(place)
         _sync_folder(place.parent)
+
+
+def new_worker_name(run: str = "") -> str:
+    """A name for a worker's journals that no other has, on any machine; `run` is a beginning that several share."""
+    return f"{run}{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def folder_of(output: Path) -> Path:

@@ -126,8 +126,9 @@ class OpenAIRows(Rows):
 
     merges = False
 
-    def __init__(self, seed: int):
-        self._seed = seed
+    def __init__(self, seed: int, endpoint: str | None = None, priority: int = 0):
+        """`endpoint` is the one url of all rows, where there is one; `priority` that of a row that has none."""
+        self._seed, self._endpoint, self._priority = seed, endpoint, priority
 
     def request(self, row: Row) -> Request:
         _check(row)
@@ -144,11 +145,16 @@ class OpenAIRows(Rows):
         path, body = fields.get("url"), fields.get("body")
         if path not in (CHAT, COMPLETIONS, EMBEDDINGS):
             raise RowError(f"url is {path!r:.80}; it must be {CHAT}, {COMPLETIONS} or {EMBEDDINGS}.")
+        if path != (self._endpoint or path):
+            raise RowError(f"url is {path!r}, and the batch's endpoint {self._endpoint!r}: they must be the same.")
         if not isinstance(body, dict):
             raise RowError(f"body is {body!r:.80}; it must be an object.")
         if body.get("stream"):
             raise RowError("stream is true, and the answers of a batch come whole: leave it out.")
-        return Request(path, body if path == EMBEDDINGS else {**body, "seed": _seed(body, self._seed, row)})
+        if path == EMBEDDINGS:
+            return Request(path, body)
+        first = {"priority": self._priority} if self._priority else {}
+        return Request(path, {**first, **body, "seed": _seed(body, self._seed, row)})
 
     def answered(self, row: Row, path: str, status: int, body: Mapping[str, Any]) -> Outcome:
         response = {"status_code": status, "request_id": body.get("id") or f"req-{uuid.uuid4().hex}", "body": body}

@@ -5,20 +5,20 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from tinyserve import __version__
-from tinyserve.batch.job import Counts, Job, Manifest, folder_of, opened, record_fingerprint
+from tinyserve.batch.job import BatchProgress, Job, Manifest, OnProgress, opened
 from tinyserve.batch.rows import RowOptions, rows_of
 from tinyserve.batch.shards import JSONL, KINDS, PARQUET, Input, Row, read_input
-from tinyserve.batch.work import ModelOptions, Worker, opened_model
+from tinyserve.batch.work import ModelOptions, Work, WorkerOptions
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
 from tinyserve.progress import Progress, silent
@@ -26,6 +26,7 @@ from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.client import request_fields
 
 _TICK_SECONDS = 0.2
+MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +39,8 @@ class BatchOptions:
     rows: RowOptions = field(default_factory=RowOptions)
     restart: bool = False
     any_bits: bool = False
+    workers: WorkerOptions | None = None  # on Ray; else one, in this process
     rows_per_shard: int | None = None  # by default as many as there are rows
-
-
-@dataclass
-class BatchProgress:
-    """How far a batch is: rows of `total`, of which `resumed` were answered before; tokens are of this run."""
-
-    total: int
-    rows: int = 0
-    resumed: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, counts: Counts, is_old: bool) -> None:
-        """Count rows in; `is_old` for those of an earlier run."""
-        self.rows += counts.rows
-        self.failed += counts.failed
-        if is_old:
-            self.resumed += counts.rows
-        else:
-            self.prompt_tokens += counts.prompt_tokens
-            self.output_tokens += counts.output_tokens
 
 
 @dataclass(frozen=True)
@@ -75,9 +54,6 @@ class BatchReport:
     output_tokens: int
     resumed: int
     seconds: float
-
-
-OnProgress = Callable[[BatchProgress], None]
 
 
 def run_batch(
@@ -96,13 +72,16 @@ def run_batch(
     restart: bool = False,
     any_bits: bool = False,
     max_concurrency: int | None = None,
+    workers: int | tuple[int, int] = 1,
+    address: str | None = None,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> BatchReport:
     """Answer all rows of JSONL or Parquet files; run again with the same arguments, it goes on where it ended.
 
     `inputs` are files, folders and patterns; `output` is a file, or a folder of parts. A `model` is loaded here with
-    the options of LLM, or asked at a `server`. Rows have OpenAI's batch lines, or a column with a prompt or messages.
+    the options of LLM, or asked at a `server`; `workers`, a number or the least and the most, are on a Ray cluster, one
+    of our own or that of an `address`. Rows have OpenAI's batch lines, or a column with a prompt or messages.
     A row that fails is a row with an error. Raises UserError for input that cannot be read and a job begun otherwise,
     TinyserveError where nothing more can be answered or written: what is answered is kept.
     """
@@ -129,43 +108,66 @@ def run_batch(
         ),
         restart=restart,
         any_bits=any_bits,
+        workers=worker_options(workers, address),
     )
     return run(batch, on_progress or (lambda progress: None))
 
 
+def worker_options(
+    workers: int | tuple[int, int], address: str | None, *, no_ray_auth: bool = False
+) -> WorkerOptions | None:
+    """Workers on a cluster; None for one in this process. Raises UserError for numbers of workers that cannot be."""
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    if not 1 <= least <= most <= MOST_WORKERS:
+        raise UserError(
+            f"workers is {workers!r}; it must be a number from 1 to {MOST_WORKERS}, or two of them as (2, 16)."
+        )
+    if most == 1 and address is None:
+        return None
+    return WorkerOptions(least=least, most=most, address=address, no_ray_auth=no_ray_auth)
+
+
 def run(options: BatchOptions, on_progress: OnProgress, progress: Progress = silent) -> BatchReport:
     """The same with options as they are read from a command line; `progress` hears of reading and of loading."""
-    work = _run(options, on_progress, progress)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop in this one
-        return thread.submit(asyncio.run, work).result()
-
-
-async def _run(options: BatchOptions, on_progress: OnProgress, progress: Progress) -> BatchReport:
     started = monotonic()
     output = Path(options.output)
     given = read_input(options.inputs, progress, options.rows_per_shard)
     _check_output(output, given)
-    first, source = _first_row(given), given.files[0].path
-    rows = rows_of(first, options.rows, source)
-    job = Job(output, given, rows.merges)
+    first = _first_row(given)
+    job = Job(output, given, rows_of(first, options.rows, given.files[0].path).merges)
     _check_kind(job)
-    said = BatchProgress(given.num_rows)
     with opened(output, _manifest(options, given), restart=options.restart) as is_open:
-        if not is_open:
-            counts = job.read_counts()
-            return BatchReport(output, **vars(counts), resumed=counts.rows, seconds=monotonic() - started)
-        async with opened_model(options.model, progress) as model:
-            if model.fingerprint is not None:
-                record_fingerprint(folder_of(output), model.fingerprint, any_bits=options.any_bits)
-            rows = rows_of(first, replace(options.rows, chats=model.chats), source)
-            async with _ticking(said, on_progress):
-                await Worker(job, rows, model, said.add).run(given.shards)
-        counts = job.complete()
-    return BatchReport(output, **vars(counts), resumed=said.resumed, seconds=monotonic() - started)
+        resumed = 0
+        if is_open:
+            resumed = job.count().rows
+            work = Work(job, first, options.rows, options.model, options.any_bits)
+            said = BatchProgress(given.num_rows, resumed=resumed)
+            if options.workers is None:
+                _in_a_loop(_answer_here(work, said, on_progress, progress))
+            else:
+                from tinyserve.batch.on_ray import answer
+
+                answer(work, options.workers, said, on_progress, progress)
+        counts = job.complete() if is_open else job.read_counts()
+    return BatchReport(
+        output, **vars(counts), resumed=resumed if is_open else counts.rows, seconds=monotonic() - started
+    )
+
+
+def _in_a_loop(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop in this one
+        thread.submit(asyncio.run, work).result()
+
+
+async def _answer_here(work: Work, said: BatchProgress, on_progress: OnProgress, progress: Progress) -> None:
+    """Have all shards answered by one model in this process, or by a server."""
+    async with work.opened(said.add, progress) as worker, _ticking(said, on_progress):
+        await worker.run(work.job.input.shards)
 
 
 @asynccontextmanager

@@ -7,12 +7,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.batch.job import Counts, Job, Journal, writing
-from tinyserve.batch.rows import Outcome, Request, RowError, Rows
+from tinyserve.batch.job import Counts, Job, Journal, new_worker_name, record_fingerprint, writing
+from tinyserve.batch.rows import Outcome, Request, RowError, RowOptions, Rows, rows_of
 from tinyserve.batch.shards import LONGEST_LINE, Row, Shard
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import TinyserveError, UserError
@@ -44,6 +44,16 @@ class ModelOptions:
     server: str | None = None
     api_key: str | None = None
     max_concurrency: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How many workers there are, on a Ray cluster: one of our own, or that of an address."""
+
+    least: int = 1
+    most: int = 1
+    address: str | None = None
+    no_ray_auth: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,27 +182,40 @@ def _sentence(response: "Response") -> str:
         return f"{response.status_code} {response.reason_phrase}".strip()
 
 
-@dataclass(eq=False)
-class _OpenShard:
-    """A shard of which some rows are still to come."""
+@dataclass(frozen=True)
+class Work:
+    """What a worker is told, wherever it is: the job, what its rows are, and by which model they are answered."""
 
-    shard: Shard
-    journal: Journal
-    outcomes: dict[int, Outcome]
+    job: Job
+    first: Row
+    rows: RowOptions
+    model: ModelOptions
+    any_bits: bool
+
+    @asynccontextmanager
+    async def opened(self, on_row: "OnRow", progress: Progress, run: str = "") -> "AsyncIterator[Worker]":
+        """A worker with its model, of a `run` that has others. Raises UserError for other bits than those before."""
+        async with opened_model(self.model, progress) as model:
+            if model.fingerprint is not None:
+                record_fingerprint(self.job.folder, model.fingerprint, any_bits=self.any_bits)
+            options = replace(self.rows, chats=model.chats)
+            rows = rows_of(self.first, options, self.job.input.files[0].path)
+            yield Worker(replace(self.job, worker=new_worker_name(run)), rows, model, on_row)
 
 
 class Worker:
     """Has shards answered by one model.
 
-    `on_row` hears what comes of each row, those that were answered before among them, once.
+    `on_row` hears what comes of each row, those that were answered before among them, once. So many failures that are
+    all there is end the job, unless `most_failures` is None.
     """
 
-    def __init__(self, job: Job, rows: Rows, model: Model, on_row: OnRow):
+    def __init__(self, job: Job, rows: Rows, model: Model, on_row: OnRow, most_failures: int | None = MOST_FAILURES):
         self._job, self._rows, self._model, self._on_row = job, rows, model, on_row
+        self._most_failures = most_failures
         self._slots = asyncio.Semaphore(model.concurrency)
         self._feeding = asyncio.Lock()
-        self._open = set[_OpenShard]()
-        self._first_failures: list[str] | None = []  # until one row is answered
+        self._first_failures: list[str] | None = [] if most_failures else None  # until one row is answered
 
     async def run(self, shards: Iterable[Shard]) -> None:
         """Answer all rows of these shards that nobody has answered. Raises TinyserveError; what is answered is kept."""
@@ -218,36 +241,33 @@ class Worker:
         outcomes = await asyncio.to_thread(self._job.answered, shard)
         for outcome in outcomes.values():
             self._hear(Counts.of(outcome), True)
-        one = _OpenShard(shard, self._job.open_journal(shard), outcomes)
-        self._open.add(one)
-        known = set(outcomes)
+        known, journal = set(outcomes), self._job.open_journal(shard)
         try:
             with _first_error():
                 async with asyncio.TaskGroup() as group:
-                    syncing = group.create_task(self._sync(one.journal))
+                    syncing = group.create_task(self._sync(journal))
                     rows = list[asyncio.Task[None]]()
                     async with self._feeding:
                         for row in self._job.input.rows(shard):
                             if row.number not in known:
                                 await self._slots.acquire()
-                                rows.append(group.create_task(self._answer(one, row)))
+                                rows.append(group.create_task(self._answer(row, journal, outcomes)))
                     if rows:
                         await asyncio.wait(rows)
                     syncing.cancel()
         finally:
-            self._open.discard(one)
             with suppress(OSError):
-                one.journal.file.close()
+                journal.file.close()
         await asyncio.to_thread(self._job.finish, shard, outcomes)
 
-    async def _answer(self, one: _OpenShard, row: Row) -> None:
+    async def _answer(self, row: Row, journal: Journal, outcomes: dict[int, Outcome]) -> None:
         try:
             outcome = await self._outcome(row)
         finally:
             self._slots.release()
         with writing(self._job.folder):
-            one.journal.add(row.number, outcome)
-        one.outcomes[row.number] = outcome
+            journal.add(row.number, outcome)
+        outcomes[row.number] = outcome
         self._stop_if_all_fail(outcome)
         self._hear(Counts.of(outcome), False)
 
@@ -273,10 +293,11 @@ class Worker:
         if self._first_failures is None or not outcome.is_failure:
             return
         self._first_failures.append(_reason(outcome.fields))
-        if len(self._first_failures) == MOST_FAILURES:
+        if len(self._first_failures) == self._most_failures:
             self._job.forget_journals_of_this_worker()
             raise UserError(
-                f"The first {MOST_FAILURES} rows all failed, and none is kept. The first one: {self._first_failures[0]}"
+                f"The first {self._most_failures} rows all failed, and none is kept. The first one: "
+                f"{self._first_failures[0]}"
             )
 
     async def _sync(self, journal: Journal) -> None:

@@ -3,10 +3,14 @@
 Reads the command line and shows how far it is; the work is that of tinyserve.batch.
 """
 
+import io
 import json
 import logging
 import os
-from contextlib import ExitStack
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from time import monotonic
@@ -36,6 +40,7 @@ from tinyserve.server.options import API_KEY_VARIABLE
 if TYPE_CHECKING:
     from tinyserve.batch import BatchProgress, BatchReport
     from tinyserve.batch.run import BatchOptions
+    from tinyserve.batch.work import WorkerOptions
 
 _JSON_SECONDS, _LINE_SECONDS = 1.0, 60.0  # between two lines, for programs and in a log
 
@@ -78,6 +83,22 @@ class BatchCommand:
         int | None,
         typer.Option(metavar="NUMBER", help="Rows asked at once.  [default: twice --max-num-seqs; 32 of a server]"),
     ] = None
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX", help="Models that answer, on a Ray cluster, up to MAX as there is room.  [default: 1]"
+        ),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="The Ray cluster, or auto.  [default: RAY_ADDRESS, else one on this machine]"
+        ),
+    ] = None
+    no_ray_auth: Annotated[
+        bool,
+        typer.Option("--no-ray-auth", help="Join a cluster that asks for no token: something else keeps the door."),
+    ] = False
     restart: Annotated[bool, typer.Option("--restart", help="Forget what was answered before, and write OUT anew.")] = (
         False
     )
@@ -129,7 +150,8 @@ def batch(
     from tinyserve.batch.run import run
 
     logging.getLogger("tinyserve.server").addHandler(logging.NullHandler())  # what it says, errors and rows say
-    with _Shown(options, batch_options.model.name or options.server or "the model") as shown:
+    stderr = _own_stderr() if batch_options.workers is not None else nullcontext()
+    with stderr, _Shown(options, batch_options.model.name or options.server or "the model") as shown:
         report = run(batch_options, shown, shown.loading)
     shown.report(report)
     if report.failed:
@@ -184,9 +206,62 @@ def _options(
             raw=said.raw,
             seed=seed,
         ),
+        workers=_workers(said),
         restart=said.restart,
         any_bits=said.any_bits,
     )
+
+
+class _WithoutRaylet(io.TextIOWrapper):
+    """Leaves out what Ray's daemon has to say, such as of workers that are ended, which is printed in two pieces."""
+
+    _left_out = False
+
+    def write(self, text: str) -> int:
+        end, self._left_out = self._left_out and text == "\n", "(raylet)" in text
+        return len(text) if end or self._left_out else super().write(text)
+
+
+@contextmanager
+def _own_stderr() -> Iterator[None]:
+    """Keep Ray from writing where the progress is: it warns of what it does itself, and has log files."""
+    if sys.stderr is None:
+        yield
+        return
+    sys.stderr.flush()
+    stderr, ours = sys.stderr, os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    sys.stderr = _WithoutRaylet(os.fdopen(os.dup(ours), "wb", 0), errors="replace", write_through=True)
+    try:
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = stderr
+        os.dup2(ours, 2)
+        os.close(ours)
+
+
+def _workers(said: BatchCommand) -> "WorkerOptions | None":
+    """The workers on a cluster that are asked for; None for one in this process."""
+    from tinyserve.batch.run import MOST_WORKERS, worker_options
+
+    if said.workers is None and said.address is None:
+        if said.no_ray_auth:
+            raise UserError("--no-ray-auth is for a Ray cluster, and none is asked for: add --address.")
+        return None
+    if said.server is not None:
+        raise UserError(
+            "--workers and --address are for models here, and --server answers: leave out one or the other."
+        )
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", said.workers or "1")
+    workers = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= workers[0] <= workers[1] <= MOST_WORKERS:
+        raise UserError(
+            f"--workers is {said.workers!r}; it must be a number from 1 to {MOST_WORKERS}, or two of them as 2:16."
+        )
+    return worker_options(workers, said.address, no_ray_auth=said.no_ray_auth)
 
 
 class _Shown:
