@@ -13,6 +13,8 @@ import pytest
 from servers import running
 from tool_templates import GRANITE_4
 
+from tinyserve.batch.service import BatchService
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -114,10 +116,14 @@ def test_the_page_about_many_prompts_runs(smollm2: Path, tmp_path: Path) -> None
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["id"] for row in answers] == [1, 2]
     assert "Paris" in answers[0]["answer"] and "Tokyo" in answers[1]["answer"]
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    over_http, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     done = run([sys.executable, "-c", example], cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("2 0 "), done.stderr
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "answers.jsonl").read_text()
+    service = BatchService(tmp_path / "batches", 2)
+    with running({"smollm2-135m": smollm2}, app={"extension": service}, max_num_seqs=4) as server:
+        done = run([sys.executable, "-c", over_http.replace("http://127.0.0.1:8000", server.url)])
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
 def test_every_command_in_the_readme_exists() -> None:

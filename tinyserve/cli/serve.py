@@ -73,6 +73,10 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
     max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = ServeOptions.max_body / 1e6,
+    batch_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Answer OpenAI's batches, too (/v1/batches), and keep them here."),
+    ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A line on stderr for each request: who, what, status, time, tokens.")
     ] = False,
@@ -121,7 +125,16 @@ def serve(
         drain_timeout=drain_timeout,
         on_listen=lambda url: print(f"{url}  {', '.join(options.models)}; Ctrl-C stops.", file=sys.stderr, flush=True),
     )
-    if code := run(options):
+    if batch_dir is None:
+        code = run(options)
+    else:
+        from tinyserve.batch.service import BatchService
+
+        rows = max(1, engine.max_num_seqs * 3 // 4)  # people find a place free
+        service = BatchService(batch_dir, rows, options.api_keys[0] if options.api_keys else None)
+        with service.held():
+            code = run(options, service)
+    if code:
         raise typer.Exit(code)
 
 

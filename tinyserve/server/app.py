@@ -9,8 +9,9 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,6 +33,19 @@ from tinyserve.server.pool import ModelPool
 from tinyserve.server.state import State
 
 
+class Extension(Protocol):
+    """Endpoints beside the API's own; `max_bodies` has the most bytes of a body, by path, where it is another."""
+
+    @property
+    def max_bodies(self) -> Mapping[str, int]: ...
+
+    @property
+    def routes(self) -> list[Route]: ...
+
+    def running(self, app: Starlette) -> AbstractAsyncContextManager[None]:
+        """A block that lasts as long as the server."""
+
+
 def create_app(
     pool: ModelPool,
     admission: Admission | None = None,
@@ -39,6 +53,7 @@ def create_app(
     tool_format: str | None = None,
     strict: bool = False,
     access_log: bool = False,
+    extension: Extension | None = None,
     on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Starlette:
     """The ASGI application that serves the models of a pool; it loads the first when it starts.
@@ -46,17 +61,20 @@ def create_app(
     tool_format: for models whose chat templates do not imply one (`tools.FORMATS`).
     strict: refuse every field that is not built, also those that an answer is as good without.
     access_log: log a line for each request.
+    extension: more endpoints, and what runs behind them as long as the server.
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
-    routes = _routes()
+    routes = [*(extension.routes if extension is not None else ()), *_routes()]
+    max_bodies = extension.max_bodies if extension is not None else {}
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         tell_once_of_no_files(asyncio.get_running_loop())
         first = asyncio.create_task(_load_first(state, on_failure))  # requests meanwhile wait for the same load
         try:
-            yield
+            async with extension.running(app) if extension is not None else nullcontext():
+                yield
         finally:
             first.cancel()
             await pool.close()
@@ -65,7 +83,7 @@ def create_app(
         routes=routes,
         middleware=[
             *([Middleware(AccessLog)] if access_log else []),
-            *_middleware(admission or Admission(), state, [route.path for route in routes]),
+            *_middleware(admission or Admission(), state, [route.path for route in routes], max_bodies),
         ],
         lifespan=lifespan,
         exception_handlers={
@@ -100,7 +118,9 @@ def _routes() -> list[Route]:
     ]
 
 
-def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> list[Middleware]:
+def _middleware(
+    admission: Admission, state: State, paths: Sequence[str], max_bodies: Mapping[str, int]
+) -> list[Middleware]:
     """What a request passes before it comes to its handler, from the outside in."""
     middleware = [Middleware(guards.ReadToTheEnd, limit=admission.max_body), Middleware(guards.PlainPaths)]
     middleware.append(Middleware(guards.RequestMetrics, state=state, paths=paths))
@@ -109,7 +129,7 @@ def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> lis
             Middleware(
                 CORSMiddleware,
                 allow_origins=admission.cors_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 allow_private_network=True,  # which Chrome asks for where a page of the web calls this machine
                 expose_headers=["x-tinyserve-ignored"],
@@ -120,7 +140,11 @@ def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> lis
     middleware.append(Middleware(guards.Unavailable, state=state))
     if admission.api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=admission.api_keys))
-    return [*middleware, Middleware(guards.SizeLimits, limit=admission.max_body), Middleware(guards.IgnoredFields)]
+    return [
+        *middleware,
+        Middleware(guards.SizeLimits, limit=admission.max_body, of_paths=max_bodies),
+        Middleware(guards.IgnoredFields),
+    ]
 
 
 async def _load_first(state: State, on_failure: Callable[[Exception], None]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import hmac
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -117,10 +117,13 @@ REST_SECONDS = 5.0  # for what is left of a body that nobody reads
 
 
 class SizeLimits:
-    """Refuses headers above MAX_HEADERS bytes, and bodies above `limit` bytes, with a Content-Length or without."""
+    """Refuses headers above MAX_HEADERS bytes, and bodies above `limit` bytes, with a Content-Length or without.
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app, self._limit = app, limit
+    `of_paths` has another limit for some paths.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, of_paths: Mapping[str, int] | None = None):
+        self.app, self._limit, self._of_paths = app, limit, of_paths or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,9 +133,10 @@ class SizeLimits:
             error = ApiError(431, f"The headers have more than {MAX_HEADERS} bytes.", code="headers_too_large")
             await error.response()(scope, receive, send)
             return
+        limit = self._of_paths.get(scope["path"], self._limit)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self._limit:
-            await self._error(int(announced)).response()(scope, receive, send)
+        if announced.isdigit() and int(announced) > limit:
+            await _too_large(int(announced), limit).response()(scope, receive, send)
             return
         size = 0
 
@@ -140,16 +144,15 @@ class SizeLimits:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._limit:
-                raise self._error(size)
+            if size > limit:
+                raise _too_large(size, limit)
             return message
 
         await self.app(scope, limited_receive, send)
 
-    def _error(self, size: int) -> ApiError:
-        return ApiError(
-            413, f"The body has {size} bytes or more, and {self._limit} are the most.", code="body_too_large"
-        )
+
+def _too_large(size: int, limit: int) -> ApiError:
+    return ApiError(413, f"The body has {size} bytes or more, and {limit} are the most.", code="body_too_large")
 
 
 class ReadToTheEnd:

@@ -17,7 +17,7 @@ import uvicorn
 
 from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
-from tinyserve.server.app import create_app
+from tinyserve.server.app import Extension, create_app
 from tinyserve.server.connections import limit_connections, most_connections
 from tinyserve.server.guards import MAX_HEADERS, Admission
 from tinyserve.server.heaps import keep_heaps_small
@@ -32,7 +32,7 @@ IDLE = 75  # seconds to keep an idle connection: more than nginx's 60, which may
 GRACE = 2.0  # seconds behind the drain timeout, in which what it has ended is put away
 
 
-def serve(options: ServeOptions) -> int:
+def serve(options: ServeOptions, extension: Extension | None = None) -> int:
     """Serve until a signal comes; returns the exit code. Raises UserError for options that would be unsafe or wrong."""
     if not (options.api_keys or options.no_auth or listens_on_loopback(options.host)):
         raise UserError(
@@ -61,6 +61,7 @@ def serve(options: ServeOptions) -> int:
         tool_format=options.tool_format,
         strict=options.strict,
         access_log=options.access_log,
+        extension=extension,
         on_failure=fail,
     )
     protocol = limit_connections(most_connections())

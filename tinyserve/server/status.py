@@ -105,8 +105,8 @@ _INSTEAD = {
     "/v1/moderations": "no model here judges texts: leave it out",
     "/v1/audio": "answers are text: ask /v1/chat/completions",
     "/v1/images": "answers are text: ask /v1/chat/completions",
-    "/v1/files": "no files are kept: send texts in messages",
-    "/v1/batches": "batches are not built: send the requests at once, and they run together",
+    "/v1/files": "files are kept where the server was started with --batch-dir",
+    "/v1/batches": "batches are answered where the server was started with --batch-dir",
     "/api": "Ollama's API is not built: ask /v1/chat/completions, as OpenAI's clients do",
     "/completion": "llama.cpp's API is not built: ask /v1/completions",
 }
