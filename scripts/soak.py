@@ -6,9 +6,10 @@
 First each request is made alone. Then clients make them all at once, whole and streamed, some of which leave midway,
 between requests that are malformed or cut off, and others that fill the cache. Answers must be those given alone, to
 the bit of their log-probabilities; malformed requests an error below 500; every wait bounded. At the end of --warm-up,
-and again of the whole, the clients pause: no cache block may be held, and descriptors, threads and processes must be as
-many as before; resident memory stays within --tolerance from the warm-up on. A line a minute says how it goes. Exits
-with 1 and a sentence for each violation.
+and every ten minutes from then on, the clients pause: no cache block may be held, descriptors, threads and processes
+must be as many as before, and resident memory within --tolerance of what it was. (Under load it goes up and down by a
+sixth with what the requests of a moment need.) A line a minute says how it goes. Exits with 1 and a sentence for each
+violation.
 
 What the requests are stands in soaking/cases.py, what must hold in soaking/checks.py.
 """
@@ -34,6 +35,8 @@ import httpx2 as httpx
 from soaking import cases, checks
 
 SETTLE = 60.0  # seconds for what was cancelled to be gone
+PAUSE_EVERY = 600.0  # seconds
+TRIMMED = 12.0  # seconds until a server has given back the memory that it does not need: it does so every five
 MOST_SENTENCES = 50
 
 
@@ -48,6 +51,7 @@ class Report:
     longest: dict[str, float] = field(default_factory=dict)  # seconds, by kind of request
     left_out: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, bytes
+    memory_at_rest: list[tuple[float, int]] = field(default_factory=list)  # the same in the pauses
     idle: list[checks.Snapshot] = field(default_factory=list)  # before the load, behind the warm-up, at the end
     violations: list[str] = field(default_factory=list)
     further: int = 0
@@ -124,6 +128,7 @@ def summary(report: Report) -> str:
     if report.memory:
         every = max(1, len(report.memory) // 12)
         lines.append("memory, MB: " + " ".join(f"{size / 1e6:.0f}" for _, size in report.memory[::every]))
+        lines.append("at rest, MB: " + " ".join(f"{size / 1e6:.0f}" for _, size in report.memory_at_rest))
     lines += [f"idle: {snapshot}" for snapshot in report.idle]
     lines += [f"left out: {sentence}" for sentence in report.left_out]
     return "\n".join(lines)
@@ -188,16 +193,19 @@ async def soak(url: str, pid: int | None, arguments: argparse.Namespace, report:
     await asyncio.wait_for(burst(url, arguments.clients), arguments.timeout)
     watcher = asyncio.create_task(watch(pid, begun, min(60.0, seconds / 6), report))
     try:
-        for phase, length in enumerate((warm_up, seconds - warm_up)):
+        pauses = max(1, round((seconds - warm_up) / PAUSE_EVERY))
+        for phase, length in enumerate((warm_up, *[(seconds - warm_up) / pauses] * pauses)):
             await drive(url, works, length, phase, arguments, report)
             report.idle.append(await idle(url, pid, report, None if phase == 0 else report.idle[1]))
-            if phase == 0:
-                warm = time.monotonic() - begun
+            await asyncio.sleep(min(TRIMMED, length / 10))
+            if pid is not None and (size := checks.resident(pid)) is not None:
+                report.memory_at_rest.append((time.monotonic() - begun, size))
     finally:
         watcher.cancel()
-    for sentence in checks.lost(*report.idle[1:]):
-        report.violated(sentence)
-    for sentence in checks.unsteady([one for one in report.memory if one[0] >= warm], arguments.tolerance):
+    for snapshot in report.idle[2:]:
+        for sentence in checks.lost(report.idle[1], snapshot):
+            report.violated(sentence)
+    for sentence in checks.unsteady(report.memory_at_rest, arguments.tolerance):
         report.violated(sentence)
     for kind in sorted({work.kind for work in works} - report.requests.keys()):
         report.violated(f"No request of the kind {kind!r} was made: the run was too short.")
