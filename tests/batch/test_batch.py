@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -262,6 +263,8 @@ def test_rows_that_fail_are_rows_unless_all_do(tmp_path: Path, tiny: str) -> Non
     with pytest.raises(UserError, match=r"The first 20 rows all failed, and none is kept\. The first one: "):
         run_batch(bad, tmp_path / "bad-out.jsonl", tiny, DRAWN, **OPTIONS)
     assert list((tmp_path / "bad-out.jsonl.parts" / "_journal").iterdir()) == []
+    given = write(tmp_path / "bad.jsonl", [{"prompt": "x" * 500}] * 10 + [{"prompt": "ok"}] + [{"prompt": None}] * 40)
+    assert run_batch(given, tmp_path / "good-out.jsonl", tiny, DRAWN, **OPTIONS).failed == 50
 
 
 def test_a_server_answers_and_its_429s_are_obeyed(tmp_path: Path, tiny: str) -> None:
@@ -273,46 +276,105 @@ def test_a_server_answers_and_its_429s_are_obeyed(tmp_path: Path, tiny: str) -> 
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
+class OddServer:
+    """A server whose n-th answer `answer(n, body)` says: a status and bytes, or None to close the connection."""
+
+    def __init__(self, answer: Callable[[int, dict[str, Any]], tuple[int, bytes] | None]):
+        odd, self.asked, lock = self, 0, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send(200, b'{"data": [{"id": "m"}]}')
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    odd.asked += 1
+                    number = odd.asked
+                answered = answer(number, body)
+                if answered is None:
+                    self.close_connection = True
+                else:
+                    self.send(*answered)
+
+            def send(self, status: int, data: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> "OddServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+WHOLE = json.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}).encode()
+
+
 def test_a_server_that_is_gone_stops_it_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It answers two rows, and then each with 503."""
     monkeypatch.setattr("tinyserve.batch.work.SERVER_PATIENCE", 0.4)
-    answered = 0
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send(200, {"data": [{"id": "m"}]})
-
-        def do_POST(self) -> None:
-            nonlocal answered
-            self.rfile.read(int(self.headers["Content-Length"]))
-            answered += 1
-            choice = {"message": {"content": "a"}, "finish_reason": "stop"}
-            if answered <= 2:
-                self.send(200, {"choices": [choice]})
-            else:
-                self.send(503, {"error": {"message": "Too hot.", "code": "heat"}})
-
-        def send(self, status: int, body: Any) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    given, url = write(tmp_path / "in.jsonl", questions(5)), f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(TinyserveError, match=r"answers no more: Too hot \(heat\)\. What is answered is kept"):
-        run_batch(given, tmp_path / "out.jsonl", server=url, max_concurrency=1)
-    server.shutdown()
-    server.server_close()
+    hot = json.dumps({"error": {"message": "Too hot.", "code": "heat"}}).encode()
+    given = write(tmp_path / "in.jsonl", questions(5))
+    with (
+        OddServer(lambda number, body: (200, WHOLE) if number <= 2 else (503, hot)) as server,
+        pytest.raises(TinyserveError, match=r"answers no more: Too hot \(heat\)\. What is answered is kept"),
+    ):
+        run_batch(given, tmp_path / "out.jsonl", server=server.url, max_concurrency=1)
     with pytest.raises(TinyserveError, match="Nothing answers at"):
-        run_batch(given, tmp_path / "out.jsonl", server=url)
+        run_batch(given, tmp_path / "out.jsonl", server=server.url)
     journals = (tmp_path / "out.jsonl.parts" / "_journal").glob("*.jsonl")
     assert sum(len(path.read_text().splitlines()) for path in journals) == 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None,
+        (200, b"<html>"),
+        (200, b""),
+        (200, b"[]"),
+        (200, b"\xff"),
+        (200, b'{"choices": []}'),
+        (200, b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+        (404, b"<html>"),
+        (500, b"{}"),
+    ],
+)
+def test_what_a_server_does_to_one_row_is_that_rows_error(tmp_path: Path, odd: tuple[int, bytes] | None) -> None:
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, bytes] | None:
+        return odd if "3?" in body["messages"][0]["content"] else (200, WHOLE)
+
+    with OddServer(answer) as server:
+        report = run_batch(write(tmp_path / "in.jsonl", questions(8)), tmp_path / "out.jsonl", server=server.url)
+    answered = read(tmp_path / "out.jsonl")
+    assert report.failed == 1 and [i for i, row in enumerate(answered) if row["error"]] == [3]
+    assert len(answered[3]["error"]) > 15
+
+
+def test_only_rows_that_were_asked_first_can_stop_it(tmp_path: Path) -> None:
+    """Rows that nobody need be asked about fail at once, whatever becomes of those before them."""
+    release = threading.Event()
+
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, bytes]:
+        assert release.wait(60)
+        return 200, WHOLE
+
+    rows = questions(12) + [{"id": i, "prompt": None} for i in range(40)] + questions(5)
+    given = write(tmp_path / "in.jsonl", rows)
+    with OddServer(answer) as server:
+        report = run_batch(
+            given, tmp_path / "out.jsonl", server=server.url, on_progress=lambda now: now.failed >= 20 and release.set()
+        )
+    assert (report.rows, report.failed) == (57, 40)
 
 
 def test_an_engine_that_dies_ends_it(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,3 +478,89 @@ def test_parameters_that_a_row_has_no_place_for_are_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match="dtype is the server's"):
         run_batch(given, tmp_path / "out.jsonl", server="http://x", dtype="int8")
     assert os.listdir(tmp_path) == ["in.jsonl"]  # noqa: PTH208
+
+
+def test_a_changed_template_is_refused(tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder_of("llama"), model)
+    given = write(tmp_path / "in.jsonl", [{"prompt": "x" * 500}] * 25)
+    with pytest.raises(UserError, match="all failed"):  # begun, and not ended
+        run_batch(given, tmp_path / "out.jsonl", model, DRAWN, **OPTIONS)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "Say: " + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="--any-bits goes on all the same"):
+        run_batch(given, tmp_path / "out.jsonl", model, DRAWN, **OPTIONS)
+
+
+def test_a_mistaken_model_leaves_nothing_and_costs_nothing(tmp_path: Path, tiny: str) -> None:
+    given = write(tmp_path / "in.jsonl", questions(3))
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="There is no"):
+        run_batch(given, out, tmp_path / "typo", DRAWN, **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+    run_batch(given, out, tiny, DRAWN, **OPTIONS)
+    answers = out.read_bytes()
+    with pytest.raises(UserError, match="There is no"):
+        run_batch(given, out, tmp_path / "typo", DRAWN, restart=True, **OPTIONS)
+    assert out.read_bytes() == answers
+    run_batch(given, out, tiny, SamplingParams(max_tokens=2, temperature=0), restart=True, **OPTIONS)
+    assert out.read_bytes() != answers
+
+
+def test_the_file_behind_a_link_is_written(tmp_path: Path, tiny: str) -> None:
+    given = write(tmp_path / "in.jsonl", questions(2))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    run_batch(given, tmp_path / "link.jsonl", tiny, DRAWN, **OPTIONS)
+    assert (tmp_path / "link.jsonl").is_symlink() and len(read(tmp_path / "real.jsonl")) == 2
+
+
+def test_the_first_row_decides_nothing_alone(tmp_path: Path, tiny: str) -> None:
+    given = write(tmp_path / "in.jsonl", [{"note": "no prompt"}, {"prompt": "a"}, {"prompt": "b"}])
+    report = run_batch(given, tmp_path / "out.jsonl", tiny, DRAWN, **OPTIONS)
+    assert (report.rows, report.failed) == (3, 1) and read(tmp_path / "out.jsonl")[0]["note"] == "no prompt"
+
+
+def test_an_interrupted_notebook_cell_ends_at_once(tmp_path: Path) -> None:
+    """KeyboardInterrupt while the work is done in a thread of its own."""
+    never = threading.Event()
+    code = """
+import asyncio, sys
+from tinyserve.batch import run_batch
+
+async def cell():
+    run_batch(sys.argv[1], sys.argv[2], server=sys.argv[3], on_progress=lambda now: print(now.rows, flush=True))
+
+asyncio.new_event_loop().run_until_complete(cell())  # asyncio.run would take the signal for itself
+"""
+    given = write(tmp_path / "in.jsonl", questions(3))
+    with OddServer(lambda number, body: (200, WHOLE) if never.wait(60) else None) as server, Children() as start:
+        process = start(given, tmp_path / "out.jsonl", server.url, program=(sys.executable, "-c", code))
+        assert process.stdout.readline() == b"0\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        never.set()
+    assert process.returncode != 0 and b"KeyboardInterrupt" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": None}, "inputs is None"),
+        ({"inputs": []}, r"inputs is \[\]"),
+        ({"inputs": [3]}, r"inputs is \[3\]"),
+        ({"output": None}, "output is None"),
+        ({"output": ""}, "output is ''"),
+        ({"sampling_params": {"max_tokens": 3}}, "must be a SamplingParams"),
+        ({"max_concurrency": -1}, "max_concurrency is -1"),
+        ({"max_concurrency": "3"}, "max_concurrency is '3'"),
+        ({"workers": 0}, "workers is 0"),
+        ({"workers": (4, 2)}, r"workers is \(4, 2\)"),
+        ({"chat_template": "x" * 5000 + ".jinja"}, "."),
+    ],
+)
+def test_odd_arguments_are_sentences(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    given = write(tmp_path / "in.jsonl", questions(2))
+    arguments = {"inputs": given, "output": tmp_path / "out.jsonl", "model": tmp_path / "none", **options}
+    with pytest.raises(UserError, match=message):
+        run_batch(**arguments)

@@ -1,13 +1,21 @@
 """A job's folder: journals torn anywhere, jobs that differ, and outputs that are somebody else's."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyserve.batch.job import Counts, Job, Manifest, encoded, folder_of, opened, read_journal, record_fingerprint
+from tinyserve.batch.counts import Counts
+from tinyserve.batch.disk import encoded
+from tinyserve.batch.job import Job, clear, folder_of, remove
+from tinyserve.batch.job import opened as opened_job
+from tinyserve.batch.journal import read_journal
+from tinyserve.batch.manifest import Manifest, record_fingerprint, write_manifest
 from tinyserve.batch.rows import Outcome
 from tinyserve.batch.shards import Input, read_input
 from tinyserve.errors import TinyserveError, UserError
@@ -24,6 +32,19 @@ def given(tmp_path: Path) -> Input:
     return read_input([str(tmp_path / "in.jsonl")], rows_per_shard=2)
 
 
+@contextmanager
+def opened(output: Path, wanted: Manifest, *, restart: bool) -> Iterator[bool]:
+    """A job that is opened and, where it is not done, begun, as by a worker whose model is there."""
+    with opened_job(output, wanted, restart=restart) as is_open:
+        if restart:
+            clear(folder_of(output))
+            for name in ("_journal", "_tmp"):
+                (folder_of(output) / name).mkdir()
+        if is_open:
+            write_manifest(folder_of(output), folder_of(output) / "_tmp", wanted)
+        yield is_open
+
+
 def manifest(given: Input, **settings: Any) -> Manifest:
     return Manifest([asdict(file) for file in given.files], {"dtype": "auto", **settings})
 
@@ -35,9 +56,10 @@ def test_parts_become_the_output(tmp_path: Path, given: Input, name: str) -> Non
         assert is_open
         job = Job(output, given, merges=True)
         for shard in given.shards:
-            assert not job.is_done(shard)
+            assert job.done(shard) is None
             job.finish(shard, OUTCOMES)
-            assert job.is_done(shard) and job.counts(shard).rows == shard.num_rows
+            counts = job.done(shard)
+            assert counts is not None and counts.rows == shard.num_rows
         assert job.complete() == Counts(5, 0, 15, 10)
     files = [output] if output.is_file() else sorted(output.glob("part-*"))
     rows = [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
@@ -160,7 +182,11 @@ def test_outputs_of_others_are_left_alone(tmp_path: Path, given: Input) -> None:
         pass
     assert (tmp_path / "folder" / "thesis.txt").exists()
     with opened(tmp_path / "out.jsonl", manifest(given), restart=True):
-        assert not (tmp_path / "out.jsonl").exists()
+        assert (tmp_path / "out.jsonl").read_text() == "precious\n"  # until there is another in its place
+    (tmp_path / "new.jsonl.parts").mkdir()
+    (tmp_path / "new.jsonl.parts" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="other files"), opened(tmp_path / "new.jsonl", manifest(given), restart=True):
+        pass
 
 
 def test_a_damaged_manifest_is_said(tmp_path: Path, given: Input) -> None:
@@ -182,11 +208,11 @@ def test_what_cannot_be_written_is_said_and_kept(tmp_path: Path, given: Input, m
         def full(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("tinyserve.batch.job.os.fsync", full)
+        monkeypatch.setattr("tinyserve.batch.disk.os.fsync", full)
         with pytest.raises(TinyserveError, match=r"No space left on device\. What is answered is kept"):
             job.finish(given.shards[0], OUTCOMES)
         monkeypatch.undo()
-        assert not job.is_done(given.shards[0])
+        assert job.done(given.shards[0]) is None
     with opened(output, manifest(given), restart=False):
         assert list((output / "_tmp").iterdir()) == []
         job.finish(given.shards[0], OUTCOMES)
@@ -196,7 +222,7 @@ def test_a_job_that_ended_before_its_folder_was_removed_is_done(tmp_path: Path, 
     output = tmp_path / "out.jsonl"
     with opened(output, manifest(given), restart=False):
         pass
-    (folder_of(output) / "_SUCCESS").write_text(json.dumps(vars(Counts(5, 0, 15, 10))))
+    (folder_of(output) / "_SUCCESS").write_text(json.dumps({"counts": vars(Counts(5, 0, 15, 10)), "parts": {}}))
     output.write_text("whole\n")
     with opened(output, manifest(given), restart=False) as is_open:
         assert not is_open and Job(output, given, merges=True).read_counts() == Counts(5, 0, 15, 10)
@@ -211,3 +237,130 @@ def test_lines_are_json_and_lines_to_everybody() -> None:
     assert line.endswith(b"\n") and len(line.decode().splitlines()) == 1
     assert json.loads(line) == {"a": "\u2028\x85é", "b": None, "c": [None, 1.5], "d": "2026-01-02", "e": "\ud800"}
     assert encoded({"a": "é"}) == '{"a":"é"}\n'.encode()
+
+
+def test_a_job_killed_at_any_moment_of_its_removal_is_done(
+    tmp_path: Path, given: Input, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each unlink, rename and rmdir in turn is the last thing that the process does."""
+    output = tmp_path / "out.jsonl"
+
+    class Killed(BaseException):
+        pass
+
+    for moment in range(60):
+        for path in tmp_path.glob("out*"):
+            remove(path) if path.is_dir() else path.unlink()
+        left = moment
+
+        def step(call: Any) -> Any:
+            def stepped(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                return call(*arguments, **options)
+
+            return stepped
+
+        ended = False
+        try:
+            with opened_job(output, manifest(given), restart=False):
+                job = Job(output, given, merges=True)
+                job.begin(manifest(given))
+                for shard in given.shards:
+                    job.finish(shard, OUTCOMES)
+                with monkeypatch.context() as patch:
+                    for name in ("unlink", "rename", "replace", "rmdir"):
+                        patch.setattr(Path, name, step(getattr(Path, name)))
+                    patch.setattr("os.unlink", step(os.unlink))
+                    patch.setattr("os.rmdir", step(os.rmdir))
+                    try:
+                        job.complete()
+                        ended = True
+                    finally:
+                        left = 10**9  # what a process that was killed would not do any more is harmless
+        except Killed:
+            pass
+        existed = output.exists()
+        if ended:
+            break
+        if existed and not folder_of(output).exists():
+            continue
+        with opened_job(output, manifest(given), restart=False) as is_open:
+            if is_open:
+                counts = Job(output, given, merges=True).complete()
+            else:
+                counts = Job(output, given, merges=True).read_counts()
+            assert counts == Counts(5, 0, 15, 10), moment
+        assert len(output.read_text().split("\n")) == 6
+    assert ended and moment > 8
+
+
+def test_lost_counts_and_parts_are_answered_again_and_a_finished_folder_says_what_is_gone(
+    tmp_path: Path, given: Input
+) -> None:
+    output = tmp_path / "out"
+    with opened(output, manifest(given), restart=False):
+        job = Job(output, given, merges=True)
+        for shard in given.shards:
+            job.finish(shard, OUTCOMES)
+        for damage in ("", "{}x", '{"rows": 1, "odd": 2}', "[]"):
+            (output / "_journal" / "0.counts.json").write_text(damage)
+            assert job.done(given.shards[0]) is None
+        job.finish(given.shards[0], OUTCOMES)
+        (output / "part-00001.jsonl").unlink()
+        assert job.done(given.shards[1]) is None
+        with pytest.raises(TinyserveError, match=r"part-00001\.jsonl is gone: run the same command again"):
+            job.complete()
+        job.finish(given.shards[1], OUTCOMES)
+        for name in (".nfs01.jsonl", "x.jsonl", "x.y.jsonl"):
+            (output / "_journal" / name).write_text("[]\n")
+        assert job.count() == Counts(5, 0, 15, 10)
+        job.complete()
+    (output / "part-00001.jsonl").write_text("")
+    with (
+        opened(output, manifest(given), restart=False),
+        pytest.raises(UserError, match="is not as it was when the job"),
+    ):
+        Job(output, given, merges=True).read_counts()
+    (output / "_SUCCESS").write_text("")
+    with opened(output, manifest(given), restart=False), pytest.raises(UserError, match="_SUCCESS is damaged"):
+        Job(output, given, merges=True).read_counts()
+
+
+@pytest.mark.parametrize("change", ["shorter", "other", "gone"])
+def test_input_that_changes_on_the_way_is_said(tmp_path: Path, given: Input, change: str) -> None:
+    output, path = tmp_path / "out", tmp_path / "in.jsonl"
+    with opened(output, manifest(given), restart=False):
+        job = Job(output, given, merges=True)
+        if change == "gone":
+            path.unlink()
+        else:
+            path.write_text(path.read_text()[:20] if change == "shorter" else path.read_text().replace("0", "9"))
+        with pytest.raises(UserError, match=r"in\.jsonl has changed while its rows were answered"):
+            job.finish(given.shards[0], OUTCOMES)
+        assert job.done(given.shards[0]) is None
+
+
+def test_what_was_never_begun_leaves_nothing(tmp_path: Path, given: Input) -> None:
+    for name in ("out", "out.jsonl"):
+        with opened_job(tmp_path / name, manifest(given), restart=False):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_settings_are_compared_as_json_has_them(tmp_path: Path, given: Input) -> None:
+    with opened(tmp_path / "out", manifest(given, logit_bias={5: 1.0}, seed=float("nan")), restart=False):
+        pass
+    with opened(tmp_path / "out", manifest(given, logit_bias={5: 1.0}, seed=float("nan")), restart=False) as is_open:
+        assert is_open
+
+
+@pytest.mark.parametrize("text", ['{"files": [5], "settings": {}}', '{"files": [], "settings": 3}', "[]", "[" * 9999])
+def test_odd_manifests_are_damage(tmp_path: Path, given: Input, text: str) -> None:
+    with opened(tmp_path / "out", manifest(given), restart=False):
+        pass
+    (tmp_path / "out" / "_job.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"), opened(tmp_path / "out", manifest(given), restart=False):
+        pass

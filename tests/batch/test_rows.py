@@ -75,6 +75,8 @@ def test_a_row_draws_by_the_jobs_seed_and_its_number() -> None:
         ({"messages": 3}, "must be a list of messages"),
         ({"messages": "Hi"}, "must be a list of messages"),
         ({"messages": "{}"}, "must be a list of messages"),
+        ({"messages": "[" * 3000}, "must be a list of messages"),
+        ({"messages": "[" * 90 + "]" * 90}, "must be a list of messages"),
     ],
 )
 def test_rows_that_ask_for_nothing(fields: dict[str, Any], message: str) -> None:
@@ -103,6 +105,7 @@ def test_a_later_row_whose_own_fields_an_answer_would_overwrite_is_an_error() ->
         (LINE, {"system": "a"}, "leave out --system"),
         (LINE, {"raw": True}, "leave out --raw"),
         (LINE, {"body": {"max_tokens": 3}}, "leave out --max-tokens"),
+        (LINE, {"body": {"temperature": 0.0}}, "leave out --temperature"),
         (LINE, {"prompt_column": "a"}, "leave out --prompt-column"),
     ],
 )
@@ -149,3 +152,37 @@ def test_what_is_written_of_openais_lines() -> None:
     assert refused.is_failure and refused.fields["response"]["status_code"] == 400 and refused.fields["error"] is None
     failed = rows.failed(row, "No.")
     assert failed.fields["response"] is None and failed.fields["error"] == {"code": "invalid_row", "message": "No."}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"error": {"message": "no"}},
+        {"choices": []},
+        {"choices": None},
+        {"choices": [{}]},
+        {"choices": [{"message": "text"}]},
+        {"choices": [{"message": {"role": "assistant"}}]},
+        {"choices": {"a": 1}},
+    ],
+)
+def test_odd_answers_are_failures_of_their_rows(body: dict[str, Any]) -> None:
+    row = Row(0, {"prompt": "a"})
+    outcome = rows_of(row, RowOptions(), "in").answered(row, CHAT, 200, body)
+    assert outcome.is_failure and outcome.fields["error"].startswith("The answer is none: ")
+    line = Row(0, LINE)
+    assert rows_of(line, RowOptions(), "in").answered(line, CHAT, 200, body).is_failure is ("choices" not in body)
+
+
+def test_odd_values_fit_into_the_columns() -> None:
+    row = Row(0, {"prompt": "a"})
+    message = {"content": [{"type": "text", "text": "\ud800"}], "reasoning": {"a": 1}}
+    choice = {"message": message, "finish_reason": 3}
+    for usage in ([], None, {"prompt_tokens": "5", "completion_tokens": 10**30}, {"prompt_tokens": -1}):
+        outcome = rows_of(row, RowOptions(), "in").answered(row, CHAT, 200, {"choices": [choice], "usage": usage})
+        assert not outcome.is_failure and outcome.prompt_tokens == outcome.output_tokens == 0
+        assert outcome.fields["finish_reason"] == "3" and outcome.fields["reasoning"] == '{"a": 1}'
+        assert outcome.fields["answer"].encode()
+    text = {"choices": [{"text": "\ud800x", "finish_reason": "stop"}]}
+    assert rows_of(row, RowOptions(), "in").answered(row, COMPLETIONS, 200, text).fields["answer"] == "?x"

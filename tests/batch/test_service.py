@@ -4,6 +4,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,40 @@ def test_a_cancelled_batch_keeps_what_is_answered(serve: Callable[..., Any]) -> 
         assert server.state.pool.default.num_open == 0
 
 
+def test_cancels_at_every_moment_end_every_batch(serve: Callable[..., Any]) -> None:
+    """Also while the files are made; and the next batch is answered as ever."""
+    with serve() as server:
+        client = client_of(server)
+        batches = [create(client, lines(3, max_tokens=2)) for _ in range(12)]
+        deadline = time.monotonic() + 120
+        while any(client.batches.retrieve(one.id).status not in ("completed", "cancelled") for one in batches):
+            assert time.monotonic() < deadline
+            for one in batches[::2]:
+                with suppress(openai.ConflictError):
+                    client.batches.cancel(one.id)
+        for one in batches[1::2]:
+            batch = client.batches.retrieve(one.id)
+            assert batch.status == "completed" and len(rows_in(client, batch.output_file_id)) == 3
+        for one in batches[::2]:
+            batch = client.batches.retrieve(one.id)
+            found = rows_in(client, batch.output_file_id) if batch.output_file_id else []
+            assert batch.request_counts.completed == len(found)
+        assert ended(client, create(client, lines(2)).id).status == "completed"
+
+
+def test_odd_files_in_the_folder_hide_nothing(serve: Callable[..., Any], tmp_path: Path) -> None:
+    with serve() as server:
+        client = client_of(server)
+        batch = ended(client, create(client, lines(1)).id)
+        for name, text in (("x.json", "{}"), (f"batch_{'0' * 32}.json", "{}"), (f"batch_{'1' * 32}.json", "[")):
+            (tmp_path / "batches" / "batches" / name).write_text(text)
+        assert [one.id for one in client.batches.list()] == [batch.id]
+        (tmp_path / "batches" / "files" / f"{batch.output_file_id}.jsonl").unlink()
+        with pytest.raises(openai.NotFoundError, match="is gone"):
+            client.files.content(batch.output_file_id)
+        assert ended(client, create(client, lines(1)).id).status == "completed"
+
+
 def test_a_server_that_ends_goes_on_when_it_is_started_again(serve: Callable[..., Any]) -> None:
     content = lines(150, max_tokens=40, temperature=3.0)
     with serve() as server:
@@ -178,6 +213,7 @@ def test_a_file_that_is_none_fails_its_batch(serve: Callable[..., Any]) -> None:
         ({"input_file_id": "file-1", "endpoint": "/v1/responses"}, "endpoint"),
         ({"input_file_id": "file-1", "endpoint": CHAT, "completion_window": "1h"}, "completion_window"),
         ({"input_file_id": "file-1", "endpoint": CHAT, "windows": "1h"}, "windows"),
+        ({"input_file_id": "file-1", "endpoint": CHAT, "metadata": {"a": 1}}, "metadata.a"),
     ],
 )
 def test_bad_batches_name_the_field(server: Running, body: dict[str, Any], param: str) -> None:
@@ -213,7 +249,9 @@ def test_bad_uploads(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert response.status_code == 200 and response.json()["bytes"] == len(large)
     for path in ("/v1/files/file-0", "/v1/files/file-0/content", "/v1/batches/batch_0", "/v1/files/..%2f..%2fetc"):
         assert server.get(path).status_code == 404
-    assert server.get("/v1/batches?limit=0").status_code == 400
+    for limit in ("0", "9" * 5000, "-1", "101"):
+        assert server.get(f"/v1/batches?limit={limit}").status_code == 400
+    assert "There is no file 'file-0'" in server.get("/v1/files/file-0").text
     assert server.post("/v1/batches/batch_0/cancel", {}).status_code == 404
 
 

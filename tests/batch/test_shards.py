@@ -1,6 +1,7 @@
 """A job's input: every row once, in its order, however files, lines and row groups are cut."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyserve.batch.disk import encoded
 from tinyserve.batch.shards import Input, find_files, read_input
 from tinyserve.errors import UserError
 
@@ -98,7 +100,7 @@ def test_files_have_the_digest_of_all_that_is_in_them(tmp_path: Path) -> None:
 
 
 def test_lines_that_are_no_objects_are_rows_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyserve.batch.shards.LONGEST_LINE", 200)
+    monkeypatch.setattr("tinyserve.batch.shards.LONGEST_LINE", 400)
     lines = [
         '{"prompt": ',
         "[1]",
@@ -106,14 +108,67 @@ def test_lines_that_are_no_objects_are_rows_with_an_error(tmp_path: Path, monkey
         '{"a": NaN}',
         json.dumps({"prompt": "x" * 900}),
         "[" * 150,
+        '{"a": ' * 30 + "[" * 40 + "1" + "]" * 40 + "}" * 30,
         '{"prompt": "ok"}',
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     read = read_input([str(tmp_path)])
     rows = list(read.rows(read.shards[0]))
-    assert [row.error is None for row in rows] == [False] * 6 + [True]
+    assert [row.error is None for row in rows] == [False] * 7 + [True]
     assert rows[-1].fields == {"prompt": "ok"}
     assert all(row.error and len(row.error) < 300 for row in rows[:-1])
+
+
+def test_a_line_of_blanks_without_end_is_no_row_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyserve.batch.shards.LONGEST_LINE", 100)
+    lines = ['{"a": 1}', " " * 500 + '{"a": 2}', '{"a": 3}' + " " * 500 + "junk", '{"a": 4}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    read = read_input([str(tmp_path)])
+    rows = list(read.rows(read.shards[0]))
+    assert [row.fields for row in rows] == [{"a": 1}, {}, {}, {"a": 4}]
+    assert all("more than" in (row.error or "") for row in rows[1:3])
+
+
+def test_one_file_under_several_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_files(["a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl", "*.jsonl", "."])) == 1
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="no file that can be read twice"):
+        find_files(["pipe.jsonl"])
+    assert len(find_files(["."])) == 1
+
+
+def test_columns_that_python_has_no_value_for(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "zone": pa.array([0, 1], pa.timestamp("us", tz="Mars/Olympus")),
+            "far": pa.array([0, 3_000_000], pa.date32()),
+            "text": pa.array([b"ok", b"\xff"]).cast(pa.binary()).view(pa.string()),
+            "map": pa.array([[("k", 1.5)], [("k", float("nan"))]], pa.map_(pa.string(), pa.float64())),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    read = read_input([str(tmp_path)])
+    assert [row.fields for row in read.rows(read.shards[0], ["prompt"])] == [{"prompt": "a"}, {"prompt": "b"}]
+    rows = [row.fields for row in read.rows(read.shards[0])]
+    assert rows[1]["text"] == "\ufffd" and rows[0]["map"] == [("k", 1.5)] and str(rows[1]["far"]).startswith("10183-")
+    for row in rows:
+        json.loads(encoded(row))
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), tmp_path / "in.parquet")
+    with pytest.raises(UserError, match="two columns 'a'"):
+        read_input([str(tmp_path)])
 
 
 def test_a_custom_id_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +181,9 @@ def test_a_custom_id_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tinyserve.batch.shards._hash", lambda name: 7)  # all ids have one hash, and are not the same
     read_input([str(tmp_path)])
     monkeypatch.undo()
-    write("b.jsonl", ["c", "b"])
+    (tmp_path / "b.jsonl").write_text('{"custom_id": "b"}\n')  # no line of OpenAI's: the column is its own
+    read_input([str(tmp_path)])
+    (tmp_path / "b.jsonl").write_text('{"custom_id": "c", "body": 0}\n{"custom\\u005fid": "b", "body": 0}\n')
     with pytest.raises(UserError, match=r"b\.jsonl: the custom_id 'b' is that of rows 2 and 7"):
         read_input([str(tmp_path)])
 

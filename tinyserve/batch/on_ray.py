@@ -14,7 +14,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from tinyserve.batch.job import MANIFEST, BatchProgress, Counts, Job, OnProgress, new_worker_name
+from tinyserve.batch.counts import BatchProgress, Counts, OnProgress
+from tinyserve.batch.job import TEMPORARY, Job
+from tinyserve.batch.journal import new_worker_name
 from tinyserve.batch.shards import Shard
 from tinyserve.batch.work import OPEN_SHARDS, Work, WorkerOptions
 from tinyserve.cluster import Session, connect
@@ -71,10 +73,12 @@ def answer(
 
         work = _placed(_absolute(work), session, options)
         _check_visible(session, work.job)
+        work.forget()  # here, for a worker may begin when others have answered
+        work = replace(work, restart=False)
         progress(f"starting {options.least} worker{'s' * (options.least > 1)}", 0, 0)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its plans
         DataContext.get_current().enable_progress_bars = False
-        missing = [shard for shard in work.job.input.shards if not work.job.is_done(shard)]
+        missing = [shard for shard in work.job.input.shards if work.job.done(shard) is None]
         if not missing:
             return
         shards = from_items([{"shard": shard.number} for shard in missing], override_num_blocks=len(missing))
@@ -136,8 +140,9 @@ def _check_visible(session: Session, job: Job) -> None:
 
     look = ray.remote(num_cpus=0)(unseen)
     files = {file.path: file.size for file in job.input.files}
-    manifest = job.folder / MANIFEST
-    files[str(manifest)] = manifest.stat().st_size
+    token = job.folder / TEMPORARY / new_worker_name()  # as no other folder of this name has it
+    token.write_text(token.name)
+    files[str(token)] = len(token.name)
     asked = {
         node.host: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(files)
         for node in session.nodes

@@ -7,11 +7,11 @@ import hashlib
 import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NamedTuple
 
-from tinyserve.batch.shards import Row
+from tinyserve.batch.shards import MAX_DEPTH, Row, is_deeper
 from tinyserve.errors import UserError, did_you_mean
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -67,6 +67,7 @@ class Rows(ABC):
     """One kind of rows."""
 
     merges: ClassVar[bool]  # what is written has the row's own fields, too
+    columns: Sequence[str] | None = None  # that are asked; None for all
 
     @abstractmethod
     def request(self, row: Row) -> Request:
@@ -81,17 +82,28 @@ class Rows(ABC):
         """What is written of a row that nobody was asked."""
 
 
+def looks_asked(row: Row, options: RowOptions) -> bool:
+    """Whether a row is one of those that others can be told by: an OpenAI's line, or one with something to ask."""
+    return _is_line(row.fields) or any(
+        name in row.fields for name in (options.messages_column or "messages", options.prompt_column or "prompt")
+    )
+
+
+def _is_line(fields: Mapping[str, Any]) -> bool:
+    return "body" in fields and ("url" in fields or "custom_id" in fields)
+
+
 def rows_of(first: Row, options: RowOptions, source: str) -> Rows:
-    """The kind of rows that the first of them is; raises UserError where it is none, or options are for another."""
+    """The kind of rows that one of the first is; raises UserError where it is none, or options are for another."""
     fields = first.fields
     if first.error is not None:
         raise UserError(f"{source}, row {first.number + 1}: {first.error}")
-    if "body" in fields and ("url" in fields or "custom_id" in fields):
+    if _is_line(fields):
         given: dict[str, Any] = {"--prompt-column": options.prompt_column, "--messages-column": options.messages_column}
         given |= {"--system": options.system, "--raw": options.raw}
         given |= {f"--{name.replace('_', '-')}": value for name, value in options.body.items()}
         for name, value in given.items():
-            if value not in (None, False):
+            if value is not None and value is not False:
                 raise UserError(f"{source} has OpenAI's batch lines, whose bodies say everything: leave out {name}.")
         return OpenAIRows(options.seed)
     return PlainRows(options, _column(fields, options, source))
@@ -158,7 +170,8 @@ class OpenAIRows(Rows):
 
     def answered(self, row: Row, path: str, status: int, body: Mapping[str, Any]) -> Outcome:
         response = {"status_code": status, "request_id": body.get("id") or f"req-{uuid.uuid4().hex}", "body": body}
-        return Outcome(self._line(row, response, None), status != 200, *_usage(body))
+        is_failure = status != 200 or not ("choices" in body or "data" in body)
+        return Outcome(self._line(row, response, None), is_failure, *_usage(body))
 
     def failed(self, row: Row, message: str) -> Outcome:
         return Outcome(self._line(row, None, {"code": "invalid_row", "message": message}), True)
@@ -175,7 +188,7 @@ class PlainRows(Rows):
     merges = True
 
     def __init__(self, options: RowOptions, column: str):
-        self.column = column
+        self.column, self.columns = column, [column]
         self._options = options
         self._is_prompt = options.messages_column is None and (options.prompt_column is not None or column == "prompt")
 
@@ -197,10 +210,10 @@ class PlainRows(Rows):
         elif isinstance(given, str):  # a conversation as JSON, which is how CSV's children keep it
             try:
                 given = json.loads(given)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise RowError(f"The column {self.column!r} is {given!r:.60}; it must be a list of messages.") from None
-        if not isinstance(given, list):
-            raise RowError(f"The column {self.column!r} is {given!r:.60}; it must be a list of messages.")
+        if not isinstance(given, list) or is_deeper(given, MAX_DEPTH):
+            raise RowError(f"The column {self.column!r} is {str(given)[:60]!r}; it must be a list of messages.")
         if options.system is not None:
             given = [{"role": "system", "content": options.system}, *given]
         return Request(CHAT, {**body, "messages": given})
@@ -208,15 +221,27 @@ class PlainRows(Rows):
     def answered(self, row: Row, path: str, status: int, body: Mapping[str, Any]) -> Outcome:
         if status != 200:
             return self.failed(row, _message(body, status))
-        choice = body["choices"][0]
-        message = choice.get("message") or {"content": choice.get("text")}
+        try:
+            choice = body["choices"][0]
+            message = choice.get("message") or {"content": choice["text"]}
+            content, reasoning = message["content"], message.get("reasoning") or message.get("reasoning_content")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return self.failed(row, f"The answer is none: {str(body)[:200]}")
         prompt_tokens, output_tokens = _usage(body)
-        reasoning = message.get("reasoning") or message.get("reasoning_content") or None
-        values = (message.get("content") or "", reasoning, choice["finish_reason"], prompt_tokens, output_tokens, None)
+        texts = (_text(content) or "", _text(reasoning or None), _text(choice.get("finish_reason")))
+        values = (*texts, prompt_tokens, output_tokens, None)
         return Outcome(dict(zip(COLUMNS, values, strict=True)), False, prompt_tokens, output_tokens)
 
     def failed(self, row: Row, message: str) -> Outcome:
-        return Outcome({**dict.fromkeys(COLUMNS), "error": message}, True)
+        return Outcome({**dict.fromkeys(COLUMNS), "error": _text(message)}, True)
+
+
+def _text(value: Any) -> str | None:
+    """A text as Parquet can have it, whatever a server sends for one."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode(errors="replace").decode()
 
 
 def _check(row: Row) -> None:
@@ -234,8 +259,10 @@ def _seed(body: Mapping[str, Any], job_seed: int, row: Row) -> int:
 
 
 def _usage(body: Mapping[str, Any]) -> tuple[int, int]:
-    usage = body.get("usage") or {}
-    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    usage = body.get("usage")
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
+    prompt_tokens, output_tokens = (one if type(one) is int and 0 <= one < 1 << 53 else 0 for one in counts)
+    return prompt_tokens, output_tokens
 
 
 def _message(body: Mapping[str, Any], status: int) -> str:

@@ -5,8 +5,9 @@
 
 import asyncio
 import hashlib
+import os
+import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -15,8 +16,10 @@ from time import monotonic
 from typing import Any
 
 from tinyserve import __version__
-from tinyserve.batch.job import BatchProgress, Job, Manifest, OnProgress, opened
-from tinyserve.batch.rows import RowOptions, rows_of
+from tinyserve.batch.counts import BatchProgress, OnProgress
+from tinyserve.batch.job import Job, opened
+from tinyserve.batch.manifest import Manifest
+from tinyserve.batch.rows import RowOptions, looks_asked, rows_of
 from tinyserve.batch.shards import JSONL, KINDS, PARQUET, Input, Row, read_input
 from tinyserve.batch.work import ModelOptions, Work, WorkerOptions
 from tinyserve.engine_options import EngineOptions
@@ -24,6 +27,7 @@ from tinyserve.errors import UserError
 from tinyserve.progress import Progress, silent
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.server.client import request_fields
+from tinyserve.text.chat_template import read_template
 
 _TICK_SECONDS = 0.2
 MOST_WORKERS = 4096
@@ -87,9 +91,17 @@ def run_batch(
     """
     if server is None and model is None:
         raise UserError("Neither a model nor a server is given: name one of them.")
+    given = [inputs] if isinstance(inputs, str | PathLike) else list(inputs or ())
+    if not given or not all(isinstance(one, str | PathLike) for one in given):
+        raise UserError(f"inputs is {inputs!r:.80}; it must be a file, a folder or a pattern, or a list of them.")
+    if not isinstance(output, str | PathLike) or not str(output):
+        raise UserError(f"output is {output!r:.80}; it must be a file or a folder.")
+    if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+        raise UserError(f"sampling_params is {sampling_params!r:.80}; it must be a SamplingParams.")
+    if max_concurrency is not None and (type(max_concurrency) is not int or max_concurrency < 1):
+        raise UserError(f"max_concurrency is {max_concurrency!r:.80}; it must be a whole number of at least 1.")
     if server is not None and options:
         raise UserError(f"{next(iter(options))} is the server's to decide: leave it out, or leave out server.")
-    given = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
     name = str(model) if model is not None else None
     body = _body_of(sampling_params)
     batch = BatchOptions(
@@ -131,16 +143,19 @@ def run(options: BatchOptions, on_progress: OnProgress, progress: Progress = sil
     """The same with options as they are read from a command line; `progress` hears of reading and of loading."""
     started = monotonic()
     output = Path(options.output)
+    if output.is_symlink():
+        output = output.resolve()  # the file that it leads to is written anew, and not the link
     given = read_input(options.inputs, progress, options.rows_per_shard)
-    _check_output(output, given)
-    first = _first_row(given)
+    _check_output(output, options.output, given)
+    first = _first_row(given, options.rows)
     job = Job(output, given, rows_of(first, options.rows, given.files[0].path).merges)
     _check_kind(job)
-    with opened(output, _manifest(options, given), restart=options.restart) as is_open:
+    manifest = _manifest(options, given)
+    with opened(output, manifest, restart=options.restart) as is_open:
         resumed = 0
         if is_open:
-            resumed = job.count().rows
-            work = Work(job, first, options.rows, options.model, options.any_bits)
+            resumed = 0 if options.restart else job.count().rows
+            work = Work(job, manifest, first, options.rows, options.model, options.any_bits, options.restart)
             said = BatchProgress(given.num_rows, resumed=resumed)
             if options.workers is None:
                 _in_a_loop(_answer_here(work, said, on_progress, progress))
@@ -160,8 +175,20 @@ def _in_a_loop(work: Coroutine[Any, Any, None]) -> None:
     except RuntimeError:
         asyncio.run(work)
         return
-    with ThreadPoolExecutor(1) as thread:  # a notebook has a loop in this one
-        thread.submit(asyncio.run, work).result()
+    # A notebook has a loop in this thread; whoever interrupts it waits here, and the work is cancelled there.
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait({task})), name="tinyserve-batch")
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
+    finally:
+        loop.close()
+    task.result()
 
 
 async def _answer_here(work: Work, said: BatchProgress, on_progress: OnProgress, progress: Progress) -> None:
@@ -192,18 +219,21 @@ async def _ticking(said: BatchProgress, on_progress: OnProgress) -> AsyncIterato
         tell()
 
 
-def _first_row(given: Input) -> Row:
-    """The first row that can be read, which says what the others are; raises UserError where a shard has none."""
+def _first_row(given: Input, options: RowOptions) -> Row:
+    """The first row that asks something, which says what the others are; raises UserError where none can be read."""
     rows = list(given.rows(given.shards[0]))
-    first = next((row for row in rows if row.error is None), rows[0])
+    fit = (row for row in rows if row.error is None)
+    first = next(
+        (row for row in fit if looks_asked(row, options)), next((row for row in rows if not row.error), rows[0])
+    )
     if first.error is not None:
         raise UserError(f"{given.files[0].path}, row {first.number + 1}: {first.error}")
     return first
 
 
-def _check_output(output: Path, given: Input) -> None:
+def _check_output(output: Path, told: str, given: Input) -> None:
     """Raises UserError for an output that is part of the input."""
-    if output.suffix not in KINDS and output.suffix and not output.is_dir():
+    if output.suffix not in KINDS and output.suffix and not output.is_dir() and not told.endswith(("/", os.sep)):
         raise UserError(f"{output} is neither .jsonl nor .parquet, nor a folder: name one of these.")
     for file in given.files:
         path = Path(file.path).resolve()
@@ -224,8 +254,8 @@ def _manifest(options: BatchOptions, given: Input) -> Manifest:
     model, rows = options.model, options.rows
     engine = model.engine
     template = str(engine.chat_template) if engine.chat_template is not None else None
-    if template is not None and Path(template).is_file():
-        template = hashlib.blake2b(Path(template).read_bytes(), digest_size=8).hexdigest()
+    if template is not None:
+        template = hashlib.blake2b(read_template(template)[0].encode(), digest_size=8).hexdigest()
     settings = {
         "version": __version__,
         "model": model.name if model.source in (None, model.name) else f"{model.name}={model.source}",

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-import shutil
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -25,7 +25,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from tinyserve.batch.job import Counts, Job, Manifest, encoded, opened, writing
+from tinyserve.batch.counts import Counts
+from tinyserve.batch.disk import encoded, writing
+from tinyserve.batch.job import Job, opened, remove
+from tinyserve.batch.manifest import Manifest
 from tinyserve.batch.rows import OpenAIRows
 from tinyserve.batch.shards import Input, read_input
 from tinyserve.batch.work import Model, Worker
@@ -52,7 +55,7 @@ class BatchBody(Body):
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: str = "24h"
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,20 @@ class Folder:
 
     def load(self, kind: str, name: str) -> dict[str, Any]:
         """Raises ApiError 404."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError, KeyError):
             if re.fullmatch(r"(file|batch)-?_?[0-9a-f]{32}", name):
                 found: dict[str, Any] = json.loads(self._description(kind, name).read_bytes())
-                return found
-        raise ApiError(404, f"There is no {kind.rstrip('es')} {name!r:.80}.", param="id", code="not_found")
+                if found["id"] == name:
+                    return found
+        what = {"files": "file", "batches": "batch"}[kind]
+        raise ApiError(404, f"There is no {what} {name!r:.80}.", param="id", code="not_found")
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """The newest first."""
         found = list[dict[str, Any]]()
         for path in (self.path / kind).glob("*.json"):
-            with suppress(OSError, ValueError):
-                found.append(json.loads(path.read_bytes()))
+            with suppress(ApiError):
+                found.append(self.load(kind, path.stem))
         return sorted(found, key=lambda one: (one["created_at"], one["id"]), reverse=True)
 
     def delete(self, kind: str, name: str) -> None:
@@ -107,7 +112,7 @@ class Folder:
     def add(self, content: Path, filename: str, purpose: str) -> dict[str, Any]:
         """Take a file over; it is there when this returns. One of a batch takes the place of what it was before."""
         of_batch = purpose == "batch_output"
-        name = f"file-{uuid.uuid5(uuid.NAMESPACE_URL, filename).hex if of_batch else uuid.uuid4().hex}"
+        name = f"file-{uuid.uuid5(uuid.NAMESPACE_URL, filename).hex if of_batch else _new_name()}"
         size = content.stat().st_size
         with writing(self.path):
             content.replace(self.content(name))
@@ -127,6 +132,7 @@ class BatchService:
         self.max_bodies = {"/v1/files": MAX_FILE}
         self._concurrency, self._api_key = concurrency, api_key
         self._changed = asyncio.Event()
+        self._ending = threading.Lock()
         self._running: tuple[str, asyncio.Task[None]] | None = None
 
     @property
@@ -208,6 +214,8 @@ class BatchService:
 
     async def _content(self, request: Request) -> Response:
         file = self.folder.load("files", request.path_params["id"])
+        if not self.folder.content(file["id"]).is_file():
+            raise ApiError(404, f"The content of {file['id']} is gone.", param="id", code="not_found")
         return FileResponse(
             self.folder.content(file["id"]), media_type="application/octet-stream", filename=file["filename"]
         )
@@ -232,7 +240,7 @@ class BatchService:
             )
         file = self.folder.load("files", body.input_file_id)
         batch = {
-            "id": f"batch_{uuid.uuid4().hex}", "object": "batch", "endpoint": body.endpoint, "errors": None,
+            "id": f"batch_{_new_name()}", "object": "batch", "endpoint": body.endpoint, "errors": None,
             "input_file_id": file["id"], "completion_window": body.completion_window, "status": "validating",
             "output_file_id": None, "error_file_id": None, "created_at": int(time.time()), "in_progress_at": None,
             "expires_at": None, "finalizing_at": None, "completed_at": None, "failed_at": None, "expired_at": None,
@@ -251,7 +259,7 @@ class BatchService:
 
     async def _cancel(self, request: Request) -> Response:
         batch = self.folder.load("batches", request.path_params["id"])
-        if batch["status"] in _ENDED:
+        if batch["status"] in (*_ENDED, "finalizing"):
             raise ApiError(409, f"{batch['id']} is {batch['status']}: there is nothing to cancel.", param="id")
         batch |= {"status": "cancelling", "cancelling_at": int(time.time())}
         self.folder.save("batches", batch)
@@ -265,30 +273,37 @@ class BatchService:
     async def _work(self, app: Starlette) -> None:
         """Answer one batch after the other, the oldest first."""
         while True:
-            self._changed.clear()
-            waiting = [one for one in self.folder.all("batches") if one["status"] not in _ENDED]
-            if not waiting:
-                await self._changed.wait()
-                continue
-            batch = waiting[-1]
-            cancelling = next((one for one in waiting if one["status"] == "cancelling"), None)
-            if cancelling is not None:
-                await asyncio.to_thread(self._end, cancelling, "cancelled")
-                continue
-            task = asyncio.create_task(self._answer(app, batch))
-            self._running = batch["id"], task
             try:
-                await asyncio.wait({task})
-            finally:
-                self._running = None
-                task.cancel()  # the server ends
-            error = None if task.cancelled() else task.exception()
-            if isinstance(error, TinyserveError) and not isinstance(error, UserError):  # a full disk, a dead engine
-                logger.error("%s waits: %s", batch["id"], error)
+                await self._work_once(app)
+            except Exception as error:  # of a disk, say: what it was at is still to be done
+                logger.error("batches wait: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
-            elif error is not None:
-                logger.error("%s failed: %s", batch["id"], error)
-                await asyncio.to_thread(self._fail, batch["id"], str(error) or type(error).__name__)
+
+    async def _work_once(self, app: Starlette) -> None:
+        self._changed.clear()
+        waiting = [one for one in self.folder.all("batches") if one["status"] not in _ENDED]
+        if not waiting:
+            await self._changed.wait()
+            return
+        batch = waiting[-1]
+        cancelling = next((one for one in waiting if one["status"] == "cancelling"), None)
+        if cancelling is not None:
+            await asyncio.to_thread(self._end, cancelling["id"], "cancelled")
+            return
+        task = asyncio.create_task(self._answer(app, batch))
+        self._running = batch["id"], task
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._running = None
+            task.cancel()  # the server ends
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, TinyserveError) and not isinstance(error, UserError):  # a full disk, a dead engine
+            logger.error("%s waits: %s", batch["id"], error)
+            await asyncio.sleep(AGAIN_SECONDS)
+        elif error is not None:
+            logger.error("%s failed: %s", batch["id"], error)
+            await asyncio.to_thread(self._fail, batch["id"], str(error) or type(error).__name__)
 
     async def _answer(self, app: Starlette, batch: dict[str, Any]) -> None:
         job = await asyncio.to_thread(self._job, batch)
@@ -309,12 +324,13 @@ class BatchService:
 
         manifest = Manifest([vars(file) for file in job.input.files], {"endpoint": batch["endpoint"]})
         with opened(job.output, manifest, restart=False):
+            job.begin(manifest)
             rows = OpenAIRows(0, batch["endpoint"], LOW_PRIORITY)
             async with self._model(app) as model:
                 await Worker(job, rows, model, hear, most_failures=None).run(job.input.shards)
             batch |= {"status": "finalizing", "finalizing_at": int(time.time())}
             self.folder.save("batches", batch)
-        await asyncio.to_thread(self._end, batch, "completed")
+        await asyncio.to_thread(self._end, batch["id"], "completed")
 
     def _job(self, batch: Mapping[str, Any]) -> Job:
         """The job of a batch; raises UserError for a file that cannot be read, or has none."""
@@ -333,39 +349,54 @@ class BatchService:
             name = app.state.server.pool.default.name
             yield Model(client, name, True, None, self._concurrency, PATIENCE, 0)
 
-    def _end(self, batch: dict[str, Any], status: str) -> None:
-        """Make files of what is answered."""
+    def _end(self, name: str, status: str) -> None:
+        """Make files of what is answered, once: a thread that nobody waits for any more may still be at it."""
+        with self._ending:
+            batch = self.folder.load("batches", name)
+            if batch["status"] not in _ENDED:
+                self._make_files(batch)
+                batch |= {"status": status, f"{status}_at": int(time.time())}
+                self.folder.save("batches", batch)
+                remove(self.folder.work(name))
+
+    def _make_files(self, batch: dict[str, Any]) -> None:
+        counts = {False: 0, True: 0}
         with suppress(UserError):  # nothing was ever begun
             job = self._job(batch)
             files = {"output_file_id": ("output", False), "error_file_id": ("errors", True)}
             for field, (name, failures) in files.items():
-                path = self.folder.path / "files" / f"_{batch['id']}.{name}"
+                path = self.folder.path / "files" / f"_{batch['id']}.{name}.{uuid.uuid4().hex}"
                 with writing(self.folder.path), path.open("wb") as file:
                     for outcome in job.outcomes():
                         if outcome.is_failure is failures:
                             file.write(encoded(outcome.fields))
+                            counts[failures] += 1
                     file.flush()
                     os.fsync(file.fileno())
                     size = file.tell()
                 if size:
                     batch[field] = self.folder.add(path, f"{batch['id']}_{name}.jsonl", "batch_output")["id"]
                 path.unlink(missing_ok=True)
-        batch |= {"status": status, f"{status}_at": int(time.time())}
-        self.folder.save("batches", batch)
-        shutil.rmtree(self.folder.work(batch["id"]), ignore_errors=True)
+            batch["request_counts"] |= {"completed": counts[False], "failed": counts[True]}
 
     def _fail(self, name: str, message: str) -> None:
         batch = self.folder.load("batches", name)
+        message = message.replace(str(self.folder.content(batch["input_file_id"])), "The file")
         error = {"code": "invalid_input", "message": message, "line": None, "param": None}
         batch |= {"status": "failed", "failed_at": int(time.time()), "errors": {"object": "list", "data": [error]}}
         self.folder.save("batches", batch)
+
+
+def _new_name() -> str:
+    """32 hexadecimal digits; of two the later one is greater."""
+    return f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"
 
 
 def _page(request: Request, everything: Sequence[dict[str, Any]], most: int) -> Response:
     """OpenAI's list: `limit` of them behind `after`."""
     query = request.query_params
     given = query.get("limit", str(min(most, 20 if most == 100 else most)))
-    if not given.isdecimal() or not 1 <= int(given) <= most:
+    if not given.isdecimal() or len(given) > 6 or not 1 <= int(given) <= most:
         raise ApiError(400, f"limit is {given!r:.80}; it must be a number from 1 to {most}.", param="limit")
     found = list(everything)
     if query.get("order") == "asc":

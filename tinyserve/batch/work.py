@@ -4,16 +4,21 @@ The model is asked through the server's own application, so that a batch answers
 """
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from tinyserve.batch.job import Counts, Job, Journal, new_worker_name, record_fingerprint, writing
+from tinyserve.batch.counts import Counts, OnRow
+from tinyserve.batch.disk import writing
+from tinyserve.batch.job import JOURNALS, TEMPORARY, Job, clear
+from tinyserve.batch.journal import Journal, new_worker_name
+from tinyserve.batch.manifest import Manifest, record_fingerprint
 from tinyserve.batch.rows import Outcome, Request, RowError, RowOptions, Rows, rows_of
-from tinyserve.batch.shards import LONGEST_LINE, Row, Shard
+from tinyserve.batch.shards import LONGEST_LINE, MAX_DEPTH, Row, Shard, is_deeper
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.progress import Progress
@@ -22,6 +27,8 @@ from tinyserve.server.options import ServeOptions
 if TYPE_CHECKING:
     from httpx2 import AsyncClient, Response
 
+    from tinyserve.llm import LLM
+
 SERVER_CONCURRENCY = 32  # rows that a server has at once
 SERVER_PATIENCE, OWN_PATIENCE = 600.0, 60.0  # seconds of a row that is always refused, after which the job stops
 ANSWER_SECONDS = 3600.0  # without a byte: behind a long queue
@@ -29,8 +36,6 @@ MOST_FAILURES = 20  # that are all there is, after which the job stops
 SYNC_SECONDS = 1.0
 OPEN_SHARDS = 2  # while one's last rows are answered the next one fills the engine
 _LATER = (429, 502, 503, 504)
-
-OnRow = Callable[[Counts, bool], None]  # what came of some rows, and whether that was in an earlier run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,42 +80,56 @@ class Model:
         """
         import httpx2
 
-        body = json.dumps({"model": self.name, **request.body}).encode()
-        waited = 0.0
+        content = json.dumps({"model": self.name, **request.body}).encode()
+        headers = {"Content-Type": "application/json"}
+        waited, mistakes, wait = 0.0, 0, 0.0
         for attempt in count():
             try:
-                response = await self.client.post(
-                    request.path, content=body, headers={"Content-Type": "application/json"}
-                )
-            except httpx2.TransportError as error:
-                problem, wait = f"nothing answers ({str(error) or type(error).__name__})", 0.0
+                response = await self.client.post(request.path, content=content, headers=headers)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                problem, wait = f"nothing answers there ({str(error) or type(error).__name__})", 0.0
+            except httpx2.RequestError as error:  # it breaks off, which may be for this row alone
+                mistakes, problem, wait = mistakes + 1, f"it broke off ({str(error) or type(error).__name__})", 0.0
+                if mistakes > self.retries:
+                    return 502, _error(f"{self._where} broke off the answer ({str(error) or type(error).__name__}).")
             else:
-                status = response.status_code
-                if status not in _LATER and (status != 500 or attempt >= self.retries):
-                    return status, self._body(response)
+                status, body = response.status_code, _object(response)
+                if status in (401, 403):
+                    raise UserError(f"{self._where} refuses: {_sentence(response)}. Give --api-key, or another one.")
+                if status not in _LATER:
+                    mistakes += status == 500 or (status == 200 and body is None)
+                    if body is not None and (status != 500 or mistakes > self.retries):
+                        return status, body
+                    if body is None and (status != 200 or mistakes > self.retries):
+                        what = "sends what is no JSON object" if status == 200 else f"answers {_sentence(response)}"
+                        return (502 if status == 200 else status), _error(f"{self._where} {what}.")
                 problem, wait = _sentence(response), _retry_after(response)
-            wait = wait or min(0.5 * 2**attempt, 30.0)
+            wait = wait or min(0.5 * 2 ** min(attempt, 10), 30.0)
             if waited + wait > self.patience or "engine_dead" in problem:
                 raise TinyserveError(
-                    f"{self.client.base_url.host or self.name} answers no more: {problem}. What is answered is kept: "
-                    "run the same command again."
+                    f"{self._where} answers no more: {problem}. What is answered is kept: run the same command again."
                 )
             waited += wait
             await asyncio.sleep(wait)
         raise AssertionError
 
-    def _body(self, response: "Response") -> dict[str, Any]:
-        if response.status_code in (401, 403):
-            raise UserError(f"The server refuses: {_sentence(response)}. Give --api-key, or another one.")
-        try:
-            body = response.json()
-        except ValueError:
-            body = None
-        if isinstance(body, dict):
-            return body
-        if response.status_code == 200:
-            raise UserError(f"{self.client.base_url} sends no JSON: is it an OpenAI-compatible server?")
-        return {"error": {"message": f"{response.status_code} {response.reason_phrase}".strip()}}
+    @property
+    def _where(self) -> str:
+        url = self.client.base_url
+        return str(url).rstrip("/") if self.retries else self.name  # it is a server, or it is here
+
+
+def _object(response: "Response") -> dict[str, Any] | None:
+    """The JSON object that a response is; None for all else."""
+    try:
+        body = response.json()
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) and not is_deeper(body, MAX_DEPTH) else None
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}
 
 
 @asynccontextmanager
@@ -136,13 +155,23 @@ async def _in_process(options: ModelOptions, progress: Progress) -> AsyncIterato
     try:
         async with pool.use(pool.default, progress=progress) as engine:
             llm = engine.llm
-            fingerprint = await asyncio.to_thread(llm.fingerprint)
+            fingerprint = f"{await asyncio.to_thread(llm.fingerprint)}-{_words_of(llm)}"
             chats = llm.chat_template is not None
         transport = httpx2.ASGITransport(app)
         async with httpx2.AsyncClient(transport=transport, base_url="http://", timeout=None) as client:
             yield Model(client, options.name, chats, fingerprint, concurrency, OWN_PATIENCE, 0)
     finally:
         await pool.close()
+
+
+def _words_of(llm: "LLM") -> str:
+    """A hash of what a model's files say beside weights: template, tokenizer, defaults."""
+    if llm.tokenizer is None:
+        return "0"
+    template = llm.chat_template.source if llm.chat_template is not None else None
+    ids = llm.tokenizer.encode("The 12 quick (brown) foxes\n\tjump - déjà vu, 日本語!")
+    said = json.dumps([template, ids, llm.generation_config.defaults()], default=str)
+    return hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
 @asynccontextmanager
@@ -178,7 +207,7 @@ def _sentence(response: "Response") -> str:
     try:
         error = response.json()["error"]
         return f"{error['message'].rstrip('.')} ({error['code'] or response.status_code})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{response.status_code} {response.reason_phrase}".strip()
 
 
@@ -187,15 +216,27 @@ class Work:
     """What a worker is told, wherever it is: the job, what its rows are, and by which model they are answered."""
 
     job: Job
+    manifest: Manifest
     first: Row
     rows: RowOptions
     model: ModelOptions
     any_bits: bool
+    restart: bool
+
+    def forget(self) -> None:
+        """Remove what was answered before, where that is wanted."""
+        if self.restart:
+            clear(self.job.folder)
+            with writing(self.job.folder):
+                for name in (JOURNALS, TEMPORARY):
+                    (self.job.folder / name).mkdir()
 
     @asynccontextmanager
     async def opened(self, on_row: "OnRow", progress: Progress, run: str = "") -> "AsyncIterator[Worker]":
         """A worker with its model, of a `run` that has others. Raises UserError for other bits than those before."""
         async with opened_model(self.model, progress) as model:
+            self.forget()  # not before there is a model
+            self.job.begin(self.manifest)
             if model.fingerprint is not None:
                 record_fingerprint(self.job.folder, model.fingerprint, any_bits=self.any_bits)
             options = replace(self.rows, chats=model.chats)
@@ -215,7 +256,9 @@ class Worker:
         self._most_failures = most_failures
         self._slots = asyncio.Semaphore(model.concurrency)
         self._feeding = asyncio.Lock()
-        self._first_failures: list[str] | None = [] if most_failures else None  # until one row is answered
+        # The rows that were asked first, and why those of them failed that did: None once one is answered.
+        self._first = set[int]()
+        self._first_failures: dict[int, str] | None = {} if most_failures else None
 
     async def run(self, shards: Iterable[Shard]) -> None:
         """Answer all rows of these shards that nobody has answered. Raises TinyserveError; what is answered is kept."""
@@ -235,8 +278,9 @@ class Worker:
 
     async def answer(self, shard: Shard) -> None:
         """The same for one shard; of several at once the rows of the first one come first."""
-        if self._job.is_done(shard):
-            self._on_row(self._job.counts(shard), True)
+        counts = await asyncio.to_thread(self._job.done, shard)
+        if counts is not None:
+            self._hear(counts, True)
             return
         outcomes = await asyncio.to_thread(self._job.answered, shard)
         for outcome in outcomes.values():
@@ -248,9 +292,11 @@ class Worker:
                     syncing = group.create_task(self._sync(journal))
                     rows = list[asyncio.Task[None]]()
                     async with self._feeding:
-                        for row in self._job.input.rows(shard):
+                        for row in self._job.input.rows(shard, self._rows.columns):
                             if row.number not in known:
                                 await self._slots.acquire()
+                                if len(self._first) < (self._most_failures or 0):
+                                    self._first.add(row.number)
                                 rows.append(group.create_task(self._answer(row, journal, outcomes)))
                     if rows:
                         await asyncio.wait(rows)
@@ -268,7 +314,7 @@ class Worker:
         with writing(self._job.folder):
             journal.add(row.number, outcome)
         outcomes[row.number] = outcome
-        self._stop_if_all_fail(outcome)
+        self._stop_if_all_fail(row, outcome)
         self._hear(Counts.of(outcome), False)
 
     async def _outcome(self, row: Row) -> Outcome:
@@ -285,19 +331,22 @@ class Worker:
         return self._rows.answered(row, path, status, response)
 
     def _hear(self, counts: Counts, is_old: bool) -> None:
-        if counts.failed < counts.rows:
+        if is_old and counts.failed < counts.rows:
             self._first_failures = None
         self._on_row(counts, is_old)
 
-    def _stop_if_all_fail(self, outcome: Outcome) -> None:
-        if self._first_failures is None or not outcome.is_failure:
+    def _stop_if_all_fail(self, row: Row, outcome: Outcome) -> None:
+        if self._first_failures is None or row.number not in self._first:
             return
-        self._first_failures.append(_reason(outcome.fields))
+        if not outcome.is_failure:
+            self._first_failures = None
+            return
+        self._first_failures[row.number] = _reason(outcome.fields)
         if len(self._first_failures) == self._most_failures:
             self._job.forget_journals_of_this_worker()
             raise UserError(
                 f"The first {self._most_failures} rows all failed, and none is kept. The first one: "
-                f"{self._first_failures[0]}"
+                f"{self._first_failures[min(self._first_failures)]}"
             )
 
     async def _sync(self, journal: Journal) -> None:

@@ -208,7 +208,7 @@ def run(arguments: list[str]) -> int:
 
 def _end(message: str, code: int) -> None:
     jit = sys.modules.get("tinyserve.tensor._jit")
-    if code == INTERRUPTED and jit is not None and jit.is_compiling():
+    if code == INTERRUPTED and jit is not None and getattr(jit, "is_compiling", bool)():
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with suppress(OSError):
                 stream.flush()
