@@ -275,12 +275,10 @@ class LLM:
         import numpy as np
 
         ids = self._input_processor.token_ids(token_ids)
-        unwanted = 0 if last is None else len(ids) - last  # positions to come that nobody asks for
+        first = 0 if last is None else max(0, len(ids) - last)
 
-        def wanted_logits(hidden: np.ndarray) -> np.ndarray:
-            nonlocal unwanted
-            first, unwanted = max(0, unwanted), unwanted - len(hidden)
-            return self.model.logits(hidden[first:])
+        def wanted_logits(hidden: np.ndarray, start: int) -> np.ndarray:
+            return self.model.logits(hidden[max(0, first - start) :])
 
         return np.concatenate(self._pooling.run(ids, wanted_logits))
 
@@ -302,7 +300,7 @@ class LLM:
         texts = [self._pooling.checked(self._input_processor.token_ids(prompt)) for prompt in batch]
         outputs = []
         for prompt, ids in zip(batch, texts, strict=True):
-            sums = self._pooling.run(ids, lambda hidden: sum_pool(self.model.normed(hidden)), is_cancelled)
+            sums = self._pooling.run(ids, lambda hidden, _: sum_pool(self.model.normed(hidden)), is_cancelled)
             text = prompt if isinstance(prompt, str) else None
             outputs.append(EmbeddingOutput(text, ids, mean_pool(sums, len(ids), normalize)))
         return outputs

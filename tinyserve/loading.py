@@ -21,6 +21,8 @@ from tinyserve.model_runner import ModelRunner
 from tinyserve.models import build_model, check_supported, check_weights
 from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
+from tinyserve.models.forward import ForwardPass
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.lookup import load_raw_config
 from tinyserve.progress import Progress, default_progress
 from tinyserve.scheduling.block_manager import BlockManager
@@ -264,7 +266,8 @@ def build_engine(
     threads = _jit.set_threads(threads)
     with _jit.one_at_a_time(threads):
         model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, progress)
-    runner = ModelRunner(model, plan, threads, files.eos_token_ids)
+    forward = ForwardPass(model, KVCache(files.config, *plan.sizes))
+    runner = ModelRunner(forward, plan, threads, files.eos_token_ids)
     runner.compile_kernels(options.dtype, progress)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     prefix_cache = NoPrefixCache(blocks)
