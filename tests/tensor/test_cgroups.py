@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tinyserve.models import cache_plan
 from tinyserve.tensor import cgroups
 
 NONE = float("inf")
@@ -81,9 +80,9 @@ def test_the_least_memory_counts(
     write(tree, own, files)
     assert cgroups.memory_left() == left
     if left != NONE:
-        assert cache_plan.available_memory() == left
+        assert cgroups.available_memory() == left
 
 
 def test_what_is_taken_beyond_a_limit_is_nothing_left(tree: Path) -> None:
     write(tree, "0::/\n", version_2("", "1000", 1600))
-    assert cache_plan.available_memory() == 0
+    assert cgroups.available_memory() == 0

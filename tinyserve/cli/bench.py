@@ -211,8 +211,8 @@ def bench(
     works.check()
     from tinyserve.cli._load import default_load_format, load
     from tinyserve.loading import open_model
-    from tinyserve.models.cache_plan import available_memory
     from tinyserve.models.dtypes import resolve_dtype
+    from tinyserve.tensor.cgroups import available_memory
 
     load_format = load_format or default_load_format(model)
     kept_as, repetitions = resolve_dtype(dtype), works.counted()

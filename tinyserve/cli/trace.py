@@ -63,8 +63,8 @@ def trace(
     from tinyserve.cli.bench import heading, measured_here
     from tinyserve.evaluation.bench import machine
     from tinyserve.loading import open_model
-    from tinyserve.models.cache_plan import available_memory
     from tinyserve.models.dtypes import resolve_dtype, resolve_kv_cache_dtype
+    from tinyserve.tensor.cgroups import available_memory
 
     shape = measure.StepShape(prefill or 1, (0 if prefill else measure.DEPTH) if depth is None else depth, batch)
     load_format, kept_as = default_load_format(model), resolve_dtype(dtype)

@@ -3,16 +3,14 @@
 Knows what a block and a state cost, and how much memory is free; the arrays themselves are made by kv_cache.py.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence, weight_bytes
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.progress import size
-from tinyserve.tensor import cgroups
+from tinyserve.tensor.cgroups import available_memory
 
 MAX_SNAPSHOTS = 64
 _EXACT = 1e5  # bytes below which a refusal tells each: what is needed may be one more than there is
@@ -187,13 +185,3 @@ def _draft_plan(draft: CacheNeeds | None, num_blocks: int, max_model_len: int) -
         return None
     length = min(max_model_len, draft.config.max_position_embeddings)
     return draft.plan(num_blocks, length, draft.max_snapshots if draft.state_nbytes else 0, None)
-
-
-def available_memory() -> int:
-    """Bytes that can still be used: what the system has free, or the container's limit leaves."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
-    return max(0, int(min(free, cgroups.memory_left())))

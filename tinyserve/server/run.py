@@ -120,7 +120,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _pool(options: ServeOptions) -> ModelPool:
-    from tinyserve.models.cache_plan import available_memory
+    from tinyserve.tensor.cgroups import available_memory
 
     memory = options.memory if options.memory is not None else available_memory() * 4 // 5
     if memory <= 0:

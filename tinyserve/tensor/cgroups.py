@@ -1,9 +1,10 @@
-"""What a container leaves to this process: of processors and of memory, by its control group and by all above it.
+"""What is left to this process, of processors and of memory: by its control group, and by all above it.
 
-Linux alone has them. In version 2 (docs.kernel.org/admin-guide/cgroup-v2.html) a process is in one group, in version 1
-in one for each controller; limits hold for all groups below.
+Linux alone has control groups. In version 2 (docs.kernel.org/admin-guide/cgroup-v2.html) a process is in one, in
+version 1 in one for each controller; limits hold for all groups below.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def memory_left() -> float:
         except (OSError, ValueError):
             continue
     return left
+
+
+def available_memory() -> int:
+    """Bytes that can still be used: what the system has free, or the container's limit leaves."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
+    return max(0, int(min(free, memory_left())))
 
 
 def _groups(controller: str) -> Iterator[Path]:
