@@ -30,6 +30,8 @@ from tinyserve.text.validation import Prompt, as_params, as_priorities, as_promp
 if TYPE_CHECKING:
     import numpy as np
 
+    from tinyserve.pipeline.sliced import Slices
+
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "Stream", "StreamChunk"]
 
 Message = Mapping[str, Any]
@@ -80,8 +82,9 @@ class LLM:
             self.name, self.tokenizer, self.config.vocab_size, self.engine, loaded.runners, given.seed
         )
         self.thread = EngineThread(self.engine)
+        self.slices = loaded.slices  # of the model in other processes, where it is cut
+        self._close = weakref.finalize(self, _close, self.thread, self.slices)  # also when the interpreter ends
         self._pooling = PoolingRunner(self.thread, self.engine.scheduler, loaded.runner)
-        weakref.finalize(self, self.thread.close)  # also when the interpreter ends
         logger.info("%s: cache of %s", self.name, self.cache_plan)
 
     @property
@@ -337,7 +340,7 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its thread; requests that are open fail with EngineDeadError, as do later ones."""
-        self.thread.close()
+        self._close()
 
     def take(self, request: RequestState, update: Update) -> None:
         """Apply an update to a request; where a stop string has ended it, finish its sequence in the engine."""
@@ -345,6 +348,12 @@ class LLM:
             self.thread.finish(request.sequence, "stop")
         if request.is_reading:
             self._progress("prefill", request.num_computed, request.metrics.prompt_tokens)
+
+
+def _close(thread: EngineThread, slices: "Slices | None") -> None:
+    thread.close()
+    if slices is not None:
+        slices.close()
 
 
 # What is said beside `chat_template_kwargs`, and by other means.
