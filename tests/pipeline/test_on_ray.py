@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import httpx2 as httpx
 import numpy as np
 import pytest
-from command_line import Shell
+from command_line import Children, Shell
 from conftest import answers
 from drafts import NGRAM, Spoiled, assert_all_is_free
+from processes import alive, descendants, wait_until_gone
 from test_sliced import requests
 
 from tinyserve import LLM, SamplingParams
@@ -54,7 +56,7 @@ def sliced(folder: Path) -> Iterator[LLM]:
     yield llm
     processes = [pid_of(llm)]
     llm.close()
-    wait_for(lambda: not any(map(is_alive, processes)))
+    assert not wait_until_gone(processes, 60)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,6 @@ def on_slice(llm: LLM, function: Callable[[Any], Any]) -> Any:
 def pid_of(llm: LLM) -> int:
     pid: int = on_slice(llm, lambda _: os.getpid())
     return pid
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() if Path("/proc").exists() else True
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -129,8 +123,30 @@ def test_a_slice_that_ends_in_the_middle_costs_time_and_no_bit(
     asking.join(120)
     assert answers(outputs) == answers(whole.generate(prompts, params))
     assert sum(output.metrics.preemptions for output in outputs) > 0
-    assert pid_of(sliced) != before and not is_alive(before)
+    assert pid_of(sliced) != before and not alive([before])
     assert_all_is_free(sliced)
+
+
+def test_a_server_goes_on_and_ends_as_ever(folder: Path, start: Children) -> None:
+    """Ray says nothing, and does not have SIGTERM, though it starts in a thread where Python cannot give it back."""
+    server = start("serve", f"tiny={folder}", "--port", "0", "--threads", "1", "--pipeline-parallel-size", "2")
+    assert server.stderr is not None and server.stdout is not None
+    url = server.stderr.readline().decode().split()[0]
+
+    def answer() -> Any:
+        asked = {"prompt": "ab", "max_tokens": 9, "ignore_eos": True, "temperature": 0}
+        return httpx.post(f"{url}/v1/completions", json=asked, timeout=120, trust_env=False).json()["choices"]
+
+    first = answer()
+    (pid,) = [pid for pid in descendants(server.pid) if b"SliceActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(pid, signal.SIGKILL)
+    assert answer() == first
+    server.send_signal(signal.SIGTERM)
+    errors = server.stderr.read().decode()
+    assert server.wait(60) == 0, errors
+    assert "is lost" in errors and "once more stops at once" in errors
+    assert "SIGTERM" not in errors and "raylet" not in errors
+    assert server.stdout.read() == b""
 
 
 MACHINES = """

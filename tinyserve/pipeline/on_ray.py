@@ -225,8 +225,13 @@ class _Session:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="tinyserve-ray", daemon=True)
         self._thread.start()
-        while not self._begun.wait(0.1):  # where Ctrl-C comes through
-            ...
+        try:
+            while not self._begun.wait(0.1):  # where Ctrl-C comes through
+                ...
+        except BaseException:
+            self._ends.set()
+            self._thread.join()  # or processes would be left of a start that breaks off
+            raise
         if self._error is not None:
             raise self._error
 
