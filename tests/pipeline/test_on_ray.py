@@ -26,7 +26,7 @@ from test_sliced import requests
 
 from tinyserve import LLM, SamplingParams
 from tinyserve.errors import EngineDeadError
-from tinyserve.pipeline import on_ray
+from tinyserve.pipeline import micro_batches, on_ray
 from tinyserve.pipeline.on_ray import RaySlices
 
 DEEP = checkpoints.CONFIGS["granite-hybrid"] | {
@@ -45,7 +45,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def build(folder: Path, slices: int = 1, **options: Any) -> LLM:
-    defaults = {"dtype": "int8", "num_threads": 1, "max_num_seqs": 6, "max_num_batched_tokens": 40}
+    defaults = {"dtype": "int8", "num_threads": 1, "max_num_seqs": 6, "max_num_batched_tokens": 256}
     return LLM(folder, **defaults | options, pipeline_parallel_size=slices)
 
 
@@ -82,9 +82,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_two_processes_are_one(sliced: LLM, whole: LLM) -> None:
-    assert pid_of(sliced) != os.getpid()
+def test_two_processes_are_one(sliced: LLM, whole: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pid_of(sliced) != os.getpid() and sliced.slices is not None
+    monkeypatch.setattr(micro_batches, "LEAST", 16)
+    monkeypatch.setattr(sliced.slices, "are_parallel", True)  # as on a machine with more cores
+    sent, send = list[Any](), sliced.slices.send
+    monkeypatch.setattr(sliced.slices, "send", lambda message: (sent.append(message), send(message))[1])
     prompts, params = requests(max_tokens=20)
+    long = [prompt + checkpoints.token_ids(40, seed=i) for i, prompt in enumerate(prompts)]
+    assert answers(sliced.generate(long, params)) == answers(whole.generate(long, params))
+    assert len(sent) > sliced.stats().steps + 3, "micro-batches"
     params[1] = replace(params[1], prompt_logprobs=3)
     for _ in range(2):
         first, second = (llm.generate(prompts, params) for llm in (whole, sliced))
@@ -94,7 +101,7 @@ def test_two_processes_are_one(sliced: LLM, whole: LLM) -> None:
     text = checkpoints.token_ids(70, seed=3)
     assert np.array_equal(sliced.logits(text, last=45), whole.logits(text, last=45))
     assert np.array_equal(sliced.embed([text])[0].embedding, whole.embed([text])[0].embedding)
-    assert sliced.slices is not None and sliced.slices.num_bytes > 70 * 4 * 120
+    assert sliced.slices.num_bytes > 70 * 4 * 120
     assert_all_is_free(sliced)
 
 

@@ -251,7 +251,8 @@ class _Session:
             if self._users == 0:
                 _Session._shared = None
                 self._ends.set()
-                self._thread.join()
+                if self._thread is not threading.current_thread():  # which may be the one that collects a model
+                    self._thread.join()
 
     def _run(self) -> None:
         try:
