@@ -12,6 +12,7 @@ from functools import cached_property
 from inspect import signature
 from os import PathLike
 from queue import SimpleQueue
+from random import Random
 from typing import TYPE_CHECKING, Any, Never, Self, Unpack
 
 from tinyserve.engine import EngineStats, EngineThread, Update
@@ -246,9 +247,9 @@ class LLM:
         """The text that a conversation becomes."""
         return self._chats.text(messages, _template_variables(chat_template_kwargs, template_variables))
 
-    def new_call_id(self) -> str:
+    def new_call_id(self, random: Random | None = None) -> str:
         """An id for a tool call, for a client that sends it back: one that the model's own template takes."""
-        return self._chats.new_call_id()
+        return self._chats.new_call_id(random)
 
     @cached_property
     def _chats(self) -> ChatFormat:

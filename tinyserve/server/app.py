@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,7 +25,7 @@ from tinyserve.server import chat, completions, embeddings, guards, status, toke
 from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
-from tinyserve.server.guards import Admission
+from tinyserve.server.guards import Admission, Service
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.page import page
 from tinyserve.server.pool import ModelPool
@@ -49,7 +49,6 @@ def create_app(
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
-    routes = _routes()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -61,11 +60,23 @@ def create_app(
             first.cancel()
             await pool.close()
 
+    return assemble(_routes(), state, admission or Admission(), lifespan, access_log)
+
+
+def assemble(
+    routes: list[Route],
+    service: Service,
+    admission: Admission,
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]],
+    access_log: bool,
+) -> Starlette:
+    """An application of these routes and the page behind the guards, with errors in OpenAI's form."""
+    routes = [*routes, Route("/", _page())]
     app = Starlette(
         routes=routes,
         middleware=[
             *([Middleware(AccessLog)] if access_log else []),
-            *_middleware(admission or Admission(), state, [route.path for route in routes]),
+            *_middleware(admission, service, [route.path for route in routes]),
         ],
         lifespan=lifespan,
         exception_handlers={
@@ -76,7 +87,7 @@ def create_app(
             Exception: _api_error,
         },
     )
-    app.state.server = state
+    app.state.server = service
     return app
 
 
@@ -96,14 +107,13 @@ def _routes() -> list[Route]:
         Route("/metrics", status.metrics),
         Route("/stats", status.stats),
         Route("/inspect", status.inspect),
-        Route("/", _page()),
     ]
 
 
-def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> list[Middleware]:
+def _middleware(admission: Admission, service: Service, paths: Sequence[str]) -> list[Middleware]:
     """What a request passes before it comes to its handler, from the outside in."""
     middleware = [Middleware(guards.ReadToTheEnd, limit=admission.max_body), Middleware(guards.PlainPaths)]
-    middleware.append(Middleware(guards.RequestMetrics, state=state, paths=paths))
+    middleware.append(Middleware(guards.RequestMetrics, service=service, paths=paths))
     if admission.cors_origins:
         middleware.append(
             Middleware(
@@ -117,7 +127,7 @@ def _middleware(admission: Admission, state: State, paths: Sequence[str]) -> lis
         )
     if admission.hosts:
         middleware.append(Middleware(guards.AllowedHosts, hosts=admission.hosts))
-    middleware.append(Middleware(guards.Unavailable, state=state))
+    middleware.append(Middleware(guards.Unavailable, service=service))
     if admission.api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=admission.api_keys))
     return [*middleware, Middleware(guards.SizeLimits, limit=admission.max_body), Middleware(guards.IgnoredFields)]

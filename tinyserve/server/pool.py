@@ -160,7 +160,7 @@ class ModelPool:
                     loop.call_soon_threadsafe(tell, stage, done, total)
 
                 start = time.monotonic()
-                llm = await _in_thread(
+                llm = await in_thread(
                     partial(LLM, model.source, progress=report, reserve=reserve, **self.options.as_dict())
                 )
                 model.engine = AsyncEngine(llm)
@@ -209,7 +209,7 @@ class ModelPool:
                 await asyncio.to_thread(model.engine.shutdown)
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+async def in_thread(work: Callable[[], T]) -> T:
     """The result of `work` in a daemon thread: a thread of a pool would delay the end of the process."""
     future: Future[T] = Future()
 
