@@ -4,6 +4,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tinyserve.fleet.options import (
     threads_of,
     version_of,
 )
-from tinyserve.models.config import ModelConfig, parse_config
+from tinyserve.models.config import ModelConfig, costs, parse_config
 from tinyserve.server.options import ServeOptions
 from tinyserve.tensor import _jit
 
@@ -70,6 +71,23 @@ def test_the_memory_of_a_node_is_shared_and_a_fifth_left(config: ModelConfig) ->
     assert plan("m", config, EngineOptions(kv_cache_memory=GB), None, [node()], 2).engine.kv_cache_memory == GB
     spread = plan("m", config, engine, None, [node(host="a"), node(host="b"), node(cores=0, host="head")], 2)
     assert spread.cores == 4
+
+
+def test_replicas_in_slices(config: ModelConfig) -> None:
+    """Each machine has as many slices as there are for it, and a replica is as large as its last one."""
+    engine, nodes = EngineOptions(max_model_len=64), [node(host="a"), node(host="b")]
+    whole = plan("m", config, engine, None, nodes, 2)
+    cut = plan("m", config, replace(engine, pipeline_parallel_size=2), None, nodes, 2)
+    assert cut.engine.pipeline_parallel_size == 2 and cut.engine.kv_cache_memory and whole.engine.kv_cache_memory
+    assert cut.memory < 0.75 * whole.memory and cut.cores == 0, "its slices share the cores"
+    assert abs(cut.engine.kv_cache_memory - whole.engine.kv_cache_memory) < 0.5 * whole.engine.kv_cache_memory
+    weights = costs.weight_bytes(config, "w8a16")
+    small = [node(free=int(1.1 * weights), host="a"), node(free=int(1.1 * weights), host="b")]
+    with pytest.raises(UserError, match="One replica of m"):
+        plan("m", config, engine, None, small, 1)
+    assert plan("m", config, replace(engine, pipeline_parallel_size=2), None, small, 1).memory < weights
+    with pytest.raises(UserError, match="2 slices of m on the node a"):
+        plan("m", config, replace(engine, pipeline_parallel_size=2), None, small, 2)
 
 
 def test_more_replicas_than_cores_share_them(config: ModelConfig) -> None:

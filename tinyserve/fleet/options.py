@@ -71,33 +71,40 @@ def plan(
 ) -> Plan:
     """Share out the nodes; raises UserError where their memory is too little for so many replicas."""
     from tinyserve.models.cache_plan import CacheNeeds, plan_cache
+    from tinyserve.pipeline.partition import part_of, partition
 
     nodes = [node for node in nodes if node.cores]
     if not nodes:
         raise UserError("No node of the Ray cluster has processors to give.")
     threads = threads_of(engine, [node.cores for node in nodes], replicas)
-    on_each = math.ceil(replicas / len(nodes))
+    on_each = math.ceil(replicas * engine.pipeline_parallel_size / len(nodes))
     resolved = engine.resolved(packed)
     needs = CacheNeeds(config, resolved.dtype, resolved.kv_cache_dtype, resolved.block_size, resolved.max_num_seqs)
-    weights = needs.weight_nbytes
+    slices = [
+        replace(needs, layers=layers) for layers in partition(config, resolved.dtype, engine.pipeline_parallel_size)
+    ]
+    weights = max(one.weight_nbytes for one in slices)
+    part = max(part_of([one], slices) for one in slices)  # of the cache, at the most
     least = min(nodes, key=lambda node: min(node.free_memory, node.memory))
     share = int(min(least.free_memory * _FREE, least.memory) / on_each)
-    wanted = weights + (engine.kv_cache_memory or 0)
+    wanted = weights + int((engine.kv_cache_memory or 0) * part)
     if wanted >= share:
+        what = "weights and cache" if engine.kv_cache_memory else "the weights alone"
         raise UserError(
-            f"{_many(on_each)} of {name} on the node {least.host} may take {size(share)} of memory each, and "
-            f"{'weights and cache' if engine.kv_cache_memory else 'the weights alone'} are {size(wanted)}: ask for "
+            f"{_many(on_each, 'slice' if len(slices) > 1 else 'replica')} of {name} on the node {least.host} may take "
+            f"{size(share)} of memory each, and {what} are {size(wanted)}: ask for "
             "fewer --replicas, or for a smaller --dtype or --kv-cache-memory."
         )
-    cache = plan_cache(needs, engine.max_model_len, engine.kv_cache_memory or share - weights).nbytes
+    cache = engine.kv_cache_memory or int((share - weights) / part)
+    whole = plan_cache(needs, engine.max_model_len, cache)
+    own = slices[-1].plan(whole.num_blocks, whole.max_model_len, whole.num_snapshots, None)  # of the replica's process
     fits = all(on_each * threads <= node.cores for node in nodes)
-    memory = weights + cache
-    given = replace(engine, num_threads=threads, kv_cache_memory=engine.kv_cache_memory or share - weights)
-    return Plan(engine=given, cores=threads if fits else 0, memory=memory)
+    given = replace(engine, num_threads=threads, kv_cache_memory=cache)
+    return Plan(engine=given, cores=threads if fits else 0, memory=slices[-1].weight_nbytes + own.nbytes)
 
 
-def _many(count: int) -> str:
-    return "One replica" if count == 1 else f"{count} replicas"
+def _many(count: int, what: str) -> str:
+    return f"One {what}" if count == 1 else f"{count} {what}s"
 
 
 def places(engine: EngineOptions) -> int:

@@ -102,7 +102,6 @@ def cache_memory(needs: "Sequence[CacheNeeds]", places: Sequence[Place]) -> int:
     `needs` are of the slices, and of a draft model beside one of them, and `places` are where they are. Raises
     UserError for a machine that has no room for the weights.
     """
-    blocks, states = sum(need.block_nbytes for need in needs), sum(need.state_nbytes for need in needs)
     budgets = list[int]()
     for node, free in {place.node: place.free for place in places}.items():
         here = [need for need, place in zip(needs, places, strict=True) if place.node == node]
@@ -112,15 +111,15 @@ def cache_memory(needs: "Sequence[CacheNeeds]", places: Sequence[Place]) -> int:
                 f"The weights on {node} take {size(weights)}, and it has {size(free)} free: free some memory there, "
                 "raise pipeline_parallel_size on more machines, or take a dtype of fewer bits."
             )
-        # A slice may have more of the blocks than of the states: the larger part counts for both.
-        parts = [
-            sum(each) / whole
-            for each, whole in (
-                ((need.block_nbytes for need in here), blocks),
-                ((need.state_nbytes for need in here), states),
-            )
-            if whole
-        ]
-        if part := max(parts, default=0.0):
+        if part := part_of(here, needs):
             budgets.append(int((free - weights) // 2 / part))
     return min(budgets, default=0)
+
+
+def part_of(some: "Sequence[CacheNeeds]", needs: "Sequence[CacheNeeds]") -> float:
+    """The part of all caches that those of some of the slices are: of blocks or of states, whichever is larger."""
+    blocks, states = (
+        [sum(getattr(need, name) for need in each) for each in (some, needs)]
+        for name in ("block_nbytes", "state_nbytes")
+    )
+    return max((here / whole for here, whole in (blocks, states) if whole), default=0.0)
