@@ -1,5 +1,6 @@
 """Fleets on a cluster that is there already, changed while they run; and as many replicas as requests ask for."""
 
+import os
 import signal
 import sys
 import threading
@@ -76,9 +77,10 @@ def cluster() -> Iterator[tuple[int, str]]:
         assert process.stdout is not None
         yield process.pid, process.stdout.readline().decode().strip()
         family = descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        assert not wait_until_gone(family, 20)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            assert not wait_until_gone(family, 20)
 
 
 def test_a_fleet_is_joined_changed_under_load_and_taken_down(
@@ -140,6 +142,23 @@ def test_a_fleet_that_is_left_is_found_again(
     assert once_more.replicas() == replicas
 
 
+def test_a_model_that_cannot_be_loaded_there_is_told_and_not_left_behind(
+    cluster: tuple[int, str], folder_of: Callable[[str], Path], tmp_path: Path, start: Children
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder_of("llama").iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    common = ("--address", cluster[1], "--port", "0", "--threads", "1", "--replicas", "1")
+    for command in (common, (*common, "--join")):  # for none is left to join
+        process = start("serve", f"broken={broken}", *command, **TOKEN)
+        _, told = process.communicate(timeout=120)
+        last = told.decode().splitlines()[-1]
+        assert process.returncode == (2 if "--join" in command else 1)
+        assert ("No fleet of the name" if "--join" in command else "broken could not be loaded: ") in last, told
+
+
 def test_what_is_not_there_cannot_be_joined(
     cluster: tuple[int, str], folder_of: Callable[[str], Path], start: Children
 ) -> None:
@@ -148,6 +167,19 @@ def test_what_is_not_there_cannot_be_joined(
     _, told = process.communicate(timeout=90)
     assert process.returncode == 2
     assert "No fleet of the name" in told.decode().splitlines()[-1], told
+
+
+def test_a_cluster_whose_head_is_gone_ends_the_command(
+    cluster: tuple[int, str], folder_of: Callable[[str], Path], start: Children
+) -> None:
+    """The last of this cluster. Whatever Ray does meanwhile, a supervisor hears of it."""
+    host, address = cluster
+    common = ("--address", address, "--port", "0", "--threads", "1", "--replicas", "1", "--drain-timeout", "1")
+    one = Fleet(start("serve", f"orphan={folder_of('llama')}", *common, **TOKEN), host)
+    one.until(lambda: one.get("/ready").status_code == 200)
+    os.kill(host, signal.SIGKILL)
+    assert one.process.wait(150) == 1
+    assert "does not answer" in "".join(one.log)
 
 
 def test_replicas_come_and_go_with_the_load(folder_of: Callable[[str], Path], start: Children) -> None:

@@ -139,7 +139,7 @@ class _FleetApp:
         """End what we have started, unless others have changed it since; an own cluster ends with all that is on it."""
         if self._deployed is None or self._session.is_own or self._fleet.leave:
             return
-        if await self._application.runs(self._deployed):
+        if await self._application.runs(self._deployed) or not (await self._application.condition()).running:
             await self._application.delete()
 
 
