@@ -7,20 +7,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-import httpx2 as httpx
 import pytest
 from command_line import Children
+from fleets import Fleet
 from processes import descendants, listeners, wait_until_gone
 from servers import running
 
@@ -49,71 +47,12 @@ class Poisonable(Replica):
 logging.basicConfig(level=logging.INFO)
 options = ServeOptions(
     models=names([sys.argv[1]]), port=0, engine=EngineOptions(max_num_seqs=16, num_threads=1, dtype="float32"),
-    on_listen=lambda url: print(url, flush=True), drain_timeout=60,
+    on_listen=lambda url: print(url, file=sys.stderr, flush=True), drain_timeout=60,
 )
 sys.exit(serve(options, FleetOptions(replicas=(2, 2), replica_timeout=4), Poisonable))
 """
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = 1900
-
-
-class Fleet:
-    """A front in a process of its own."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]"):
-        self.process = process
-        assert process.stdout is not None and process.stderr is not None
-        self.log: list[str] = []
-        self._reader = threading.Thread(target=self._read, args=(process.stderr,), daemon=True)
-        self._reader.start()
-        self.url = process.stdout.readline().decode().strip()
-        assert self.url, self.log
-
-    def _read(self, stream: Any) -> None:
-        with suppress(ValueError):
-            for line in stream:
-                self.log.append(line.decode())
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=180, trust_env=False)
-
-    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        with self.client() as client:
-            return client.post(path, json=body, headers=headers)
-
-    def get(self, path: str) -> httpx.Response:
-        with self.client() as client:
-            return client.get(path)
-
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < end, "".join(self.log[-40:])
-            time.sleep(0.1)
-
-    def until_ready(self) -> "Fleet":
-        self.until(lambda: len(self.replicas()) == 2 and self.get("/ready").status_code == 200)
-        return self
-
-    def replicas(self) -> list[int]:
-        """The processes of the replicas."""
-        return [pid for pid in descendants(self.process.pid) if title(pid).startswith("ray::ServeReplica")]
-
-    def metric(self, name: str) -> dict[str, float]:
-        """A metric by the replica's label, or "" without one."""
-        found: dict[str, float] = {}
-        for line in self.get("/metrics").text.splitlines():
-            if line.split("{")[0].split(" ")[0] == name:
-                label = re.search(r'replica="([^"]*)"', line)
-                found[label[1] if label else ""] = float(line.split()[-1])
-        return found
-
-
-def title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +240,30 @@ def test_a_session_stays_with_one_replica_and_others_spread(fleet: Fleet) -> Non
     assert asked(8, **{"x-session-id": "one"}) == [0, 8]
     spread = asked(24)
     assert sum(spread) == 24 and spread[0] > 0
+
+
+def test_chats_meet_their_caches(fleet: Fleet, model: Path) -> None:
+    """Nearly as much is cached as on a single server; with keys at random far less, so the test can fail."""
+    fleet.until_ready()
+
+    def cached(post: Any, word: str, **headers: str) -> int:
+        found = 0
+        for chat in range(8):
+            messages: list[dict[str, str]] = []
+            for turn in range(4):
+                messages.append({"role": "user", "content": f"{word} {chat}, question {turn}: " + "what? " * 8})
+                if headers:
+                    headers = {"x-session-id": f"{word} {chat} {turn}"}
+                got = post(CHAT, {"messages": messages, "temperature": 0, "max_tokens": 8}, **headers).json()
+                messages.append({"role": "assistant", "content": got["choices"][0]["message"]["content"]})
+                found += got["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    with running({"tiny": model}, max_num_seqs=16, num_threads=1, dtype="float32") as server:
+        single = cached(server.post, "First")
+    kept, spread = cached(fleet.post, "First"), cached(fleet.post, "Other", **{"x-session-id": "?"})
+    assert kept >= 0.95 * single > 0
+    assert spread < 0.85 * single
 
 
 def test_listening_ports_are_this_machines_own_but_one_that_asks_for_the_token(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -115,6 +116,7 @@ def running(
     wanted: int = 1,
     admission: Admission | None = None,
     condition: Condition = UP,
+    access_log: bool = False,
 ) -> Iterator[Running]:
     application, failures = FakeApplication(), list[Exception]()
     application.now = condition
@@ -127,7 +129,7 @@ def running(
         taken_down.set()
 
     front = Front("m", application, Attempts(application, 2, 5), gate, places, wanted)  # type: ignore[arg-type]
-    app = create_front(front, admission or Admission(), deploy, take_down, failures.append)
+    app = create_front(front, admission or Admission(), deploy, take_down, failures.append, access_log=access_log)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -143,7 +145,7 @@ def running(
         application.release.set()
         server.should_exit = True
         thread.join(30)
-        assert not thread.is_alive() and taken_down.is_set()
+        assert not thread.is_alive() and taken_down.is_set() is not front.is_lost
 
 
 @pytest.fixture(autouse=True)
@@ -309,6 +311,13 @@ def test_a_stream_that_waits_for_another_replica_is_kept_open(monkeypatch: pytes
         one.application.release.set()
         assert ": waiting\n\n" in got.result().text
         assert got.result().text.replace(": waiting\n\n", "") == "data: 1\n\ndata: 2\n\n"
+
+
+def test_the_access_log_has_the_tokens_that_a_replica_tells(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tinyserve.server.access"), running(access_log=True) as one:
+        one.post(CHAT, HELLO)
+        one.until(lambda: f"POST {CHAT} 200" in caplog.text)
+    assert "1+2 tokens" in caplog.text
 
 
 def test_the_gate_counts_right_whoever_comes_and_goes() -> None:

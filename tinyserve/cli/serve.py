@@ -121,6 +121,9 @@ def serve(
     check(port=port, max_queue=max_queue, memory=memory, max_body=max_body, drain_timeout=drain_timeout)
     check(replica_timeout=replica_timeout, retries=retries)
     fleet = None
+    for option, said in (("--leave", leave), ("--no-ray-auth", no_ray_auth)):
+        if said and replicas is None and address is None and not join:
+            raise UserError(f"{option} goes with --replicas.")
     if replicas is not None or address is not None or join:
         fleet = FleetOptions(
             replicas=parse_replicas(replicas or "1"), address=address, join=join, leave=leave,

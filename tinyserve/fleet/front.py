@@ -38,7 +38,7 @@ from tinyserve.server.state import BODY_TIMEOUT, LOOP_VALUES, MAX_VALUES, Json
 logger = logging.getLogger("tinyserve.fleet")
 
 WAIT_SECONDS = 600.0  # for a place at a replica, loading included
-MISSED_POLLS = 5  # of the cluster, after which it is given up
+MISSED_POLLS = 3  # of the cluster, after which it is given up: before Ray ends this process, after a minute
 # Of the client's connection, or of what is the front's own to know.
 _OWN_HEADERS = frozenset(
     (b"host", b"connection", b"content-length", b"transfer-encoding", b"authorization", b"cookie", b"expect",
@@ -85,7 +85,7 @@ class Gate:
             self._wake()
 
     def send_away(self) -> None:
-        """Refuse all who wait."""
+        """Refuse all who wait, as the server ends."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -136,7 +136,8 @@ class Front:
     wanted: int  # replicas that make it ready
     is_draining: bool = False
     condition: Condition = field(default_factory=Condition)
-    failure: str | None = None
+    failure: str | None = None  # after which nothing is served
+    is_lost: bool = False  # the cluster does not answer
     reports: dict[str, Report] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,7 +175,8 @@ async def watch(front: Front, on_failure: Callable[[Exception], None]) -> None:
         except TinyserveError as error:
             missed += 1
             if missed >= MISSED_POLLS:
-                front.failure = str(error)
+                front.failure, front.is_lost = str(error), True
+                front.gate.send_away()
                 on_failure(error)
                 return
         else:
@@ -219,7 +221,8 @@ def create_front(
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-            await take_down()
+            if not front.is_lost:
+                await take_down()
 
     forwarded = [Route(path, _forward, methods=[method]) for method, paths in _FORWARDED.items() for path in paths]
     own = [Route("/health", _health), Route("/ready", _ready), Route("/metrics", _metrics)]

@@ -20,7 +20,7 @@ logger = logging.getLogger("tinyserve.fleet")
 DEPLOYMENT = "Replica"
 NAMESPACE = "serve"  # of Serve's actors
 POLL_SECONDS = 1.0
-CONTROLLER_SECONDS = 30.0  # until Serve's controller has to have answered
+CONTROLLER_SECONDS = 15.0  # until Serve's controller has to have answered
 REPORT_SECONDS = 3.0
 ROUTER_POLLS = 5  # until a new way to the replicas has heard of them
 

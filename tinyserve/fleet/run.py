@@ -49,8 +49,11 @@ def serve(options: ServeOptions, fleet: FleetOptions, replica: type[Replica] = R
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     is_own = not (fleet.address or os.environ.get("RAY_ADDRESS"))
-    if fleet.join and is_own:
-        raise UserError("--join goes to a cluster that runs: say which by --address, or RAY_ADDRESS.")
+    for option, said in (("--join", fleet.join), ("--leave", fleet.leave)):
+        if said and is_own:
+            raise UserError(f"{option} is for a cluster that runs already: say which by --address, or RAY_ADDRESS.")
+    if options.memory is not None:
+        raise UserError("--memory is of a single process: --kv-cache-memory bounds the cache of each replica.")
     most = fleet.replicas[1]
     with run.listen(options.host, options.port) as listener:
         with LoadProgress(name) as progress:
@@ -92,7 +95,7 @@ class _FleetApp:
     ):
         self._options, self._fleet, self._session, self._application = options, fleet, session, application
         self._each, self._replica = each, replica
-        self._has_deployed = False
+        self._deployed: str | None = None  # the version that we have started
         ((self._name, source),) = options.models.items()
         self._told = ReplicaOptions(
             name=self._name,
@@ -130,11 +133,13 @@ class _FleetApp:
         environment = {} if self._session.is_own else ENVIRONMENT  # a cluster of our own has it from this process
         options = deployment_options(self._fleet, self._each, self._options.drain_timeout, environment)
         await self._application.deploy(self._replica, told, options)
-        self._has_deployed = True
+        self._deployed = version
 
     async def _take_down(self) -> None:
-        """End what we have started; an own cluster ends with all that is on it."""
-        if self._has_deployed and not (self._session.is_own or self._fleet.leave):
+        """End what we have started, unless others have changed it since; an own cluster ends with all that is on it."""
+        if self._deployed is None or self._session.is_own or self._fleet.leave:
+            return
+        if await self._application.runs(self._deployed) or not (await self._application.condition()).running:
             await self._application.delete()
 
 
