@@ -163,7 +163,7 @@ assert not any("TOKEN" in name or "ENABLE" in name for name in left), left
 
 def test_the_example_of_the_page_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"^## The cluster.*?```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.split()[0] == b"127.0.0.1" and done.stdout.split()[-1] == tinyserve.__version__.encode()

@@ -7,9 +7,10 @@ from fakes import FakeRunner
 from refusals import refused
 
 from tinyserve.engine import Engine
+from tinyserve.errors import CacheLostError, EngineDeadError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.block_manager import BlockManager
-from tinyserve.scheduling.prefix_cache import BlockPrefixCache, StatePrefixCache
+from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, StatePrefixCache
 from tinyserve.scheduling.scheduler import Scheduler, queue_order
 from tinyserve.scheduling.sequence import Sampled, Sequence
 from tinyserve.scheduling.speculative import Speculation
@@ -402,3 +403,55 @@ def test_draft_tokens_take_nobodys_block() -> None:
     engine.add([5] * 14, params(6))
     run(engine)
     assert engine.stats().preemptions == 0 and engine.stats().draft_tokens > 0
+
+
+class Lossy(FakeRunner):
+    """Loses all that it holds in some of its steps."""
+
+    def __init__(self, lost_in: set[int], **options: Any):
+        super().__init__(lambda sequence: len(sequence.token_ids) % 50, **options)
+        self.lost_in, self.steps, self.recovered = lost_in, 0, 0
+
+    def execute(self, scheduled: list[Any]) -> list[list[Sampled]]:
+        self.steps += 1
+        if self.steps in self.lost_in:
+            super().execute(scheduled)
+            raise CacheLostError("It is gone.")
+        return super().execute(scheduled)
+
+    def recover(self) -> None:
+        self.recovered += 1
+        self.pages.clear()
+        self.states.clear()
+
+
+@pytest.mark.parametrize("kind", [NoPrefixCache, BlockPrefixCache, StatePrefixCache])
+def test_a_lost_cache_costs_no_token(kind: type[NoPrefixCache]) -> None:
+    """The runner's memory is of numbers that stand for texts: whoever relied on what is gone would be caught."""
+
+    def answers(lost_in: set[int]) -> tuple[list[list[int]], int]:
+        runner = Lossy(lost_in, has_states=kind is StatePrefixCache)
+        blocks = BlockManager(40, 16)
+        cache = kind(blocks, range(4, 8)) if kind is StatePrefixCache else kind(blocks)
+        engine = Engine(runner, Scheduler(runner, blocks, 200, range(4), 24, cache), frozenset({END}))
+        done = []
+        for _ in range(2):
+            sequences = [engine.add([5] * (7 + 13 * i), params(12, n=2 if i == 2 else 1)) for i in range(6)]
+            done += [one for sequence in sequences for one in (sequence, *sequence.siblings)]
+            run(engine)
+        assert blocks.num_free == 40 and len(engine.scheduler._free_slots) >= 4
+        assert runner.recovered == len(lost_in)
+        return [one.output_token_ids for one in done], engine.stats().preemptions
+
+    expected, _ = answers(set())
+    for lost_in in ({1}, {2, 3, 4}, {1, 5, 9, 30, 31, 45}):
+        found, preemptions = answers(lost_in)
+        assert found == expected and preemptions >= len(lost_in)
+
+
+def test_a_cache_that_is_lost_again_and_again_ends_the_engine() -> None:
+    engine = build(Lossy({2, 3, 4, 5}))
+    engine.add([5] * 4, params())
+    assert len(engine.step()) == 1
+    with pytest.raises(EngineDeadError, match=r"It is gone\. That was 4 times in a row\."):
+        engine.step()

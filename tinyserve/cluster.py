@@ -3,6 +3,7 @@
 The only file that calls ray.init. It knows machines, no model.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -28,7 +29,8 @@ CONNECT_SECONDS = 10.0  # until an address has to have answered
 ASK_SECONDS = 60.0  # until each node has to have told what it has: a worker of its own starts for it
 
 # Before Ray is imported, unless the user has set them.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Of what its processes do Ray prints pages to stdout, whatever it was told; who asked for them says what is amiss.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 _TOKEN_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # In spite of its name the one switch by which Ray listens at 127.0.0.1 alone.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -236,7 +238,8 @@ def _held_interrupts() -> Iterator[None]:
     Ray takes SIGTERM over, which is given back.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with _kept_handler(signal.SIGTERM):
+            yield
         return
     interrupted = False
 
@@ -255,6 +258,18 @@ def _held_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
         if interrupted:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def _kept_handler(number: int) -> Iterator[None]:
+    """Give a signal back to whoever had it, from a thread that Python does not let say so."""
+    libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(1024)  # a struct sigaction is far smaller
+    is_known = libc.sigaction(int(number), None, kept) == 0
+    try:
+        yield
+    finally:
+        if is_known:
+            libc.sigaction(int(number), kept, None)
 
 
 # --- what the nodes have ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ updates through their sinks as they are: text is made of them in other threads, 
 """
 
 import ctypes
+import logging
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -17,7 +18,7 @@ from threading import RLock, Thread, current_thread
 from time import perf_counter
 from typing import NamedTuple, Protocol, TypeVar
 
-from tinyserve.errors import ContextLengthError, EngineDeadError, RequestError, TinyserveError
+from tinyserve.errors import CacheLostError, ContextLengthError, EngineDeadError, RequestError, TinyserveError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.scheduler import CacheCopier, Scheduler
 from tinyserve.scheduling.sequence import Logprobs, Sampled, Scheduled, Sequence
@@ -27,13 +28,22 @@ T = TypeVar("T")
 # Multi-step scheduling: for so long a batch that decodes goes on with nobody asked or told in between. Scheduling it
 # again, and waking who waits for its tokens, takes as long as a fifth of a small model's step.
 MULTI_STEP_SECONDS = 0.01
+MAX_LOSSES = 3  # of the cache, one after the other: then it is what is computed that ends processes
+
+logger = logging.getLogger("tinyserve")
 
 
 class Runner(CacheCopier, Protocol):
     """Computes scheduled tokens."""
 
     def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
-        """The tokens that follow each sequence: the accepted draft tokens and one more; none in mid-prompt."""
+        """The tokens that follow each sequence: the accepted draft tokens and one more; none in mid-prompt.
+
+        Raises CacheLostError where a part of the cache is gone.
+        """
+
+    def recover(self) -> None:
+        """After that, wait until all of the cache is there again, and empty; raises EngineDeadError."""
 
 
 class EngineStats(NamedTuple):
@@ -61,6 +71,7 @@ class Engine:
         self.runner, self.scheduler, self.eos_token_ids = runner, scheduler, eos_token_ids
         self.totals: Counter[str] = Counter()
         self.step_seconds = 0.0
+        self._losses = 0  # of the cache, since something was computed
         self._ids = count()
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> Sequence:
@@ -111,8 +122,29 @@ class Engine:
 
         While `may_repeat` says so, a batch that decodes is run again for the tokens that follow, for
         MULTI_STEP_SECONDS at most. Does nothing while prefill-only texts (text/pooling.py) hold the blocks that the
-        waiting sequences need.
+        waiting sequences need. Raises EngineDeadError.
         """
+        return self.compute(lambda: self._step(may_repeat))
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """What a function that runs the model returns; where the cache was lost, all begins again.
+
+        Raises EngineDeadError where it is lost for good.
+        """
+        while True:
+            try:
+                result = function()
+                self._losses = 0
+                return result
+            except CacheLostError as error:
+                self._losses += 1
+                logger.warning("%s All that run begin again.", error)
+                self.scheduler.forget()
+                if self._losses > MAX_LOSSES:
+                    raise EngineDeadError(f"{error} That was {self._losses} times in a row.") from error
+                self.runner.recover()
+
+    def _step(self, may_repeat: Callable[[], bool]) -> list[Sequence]:
         start = begin = perf_counter()
         scheduled = self.scheduler.schedule()
         if not scheduled:
@@ -122,6 +154,8 @@ class Engine:
                 sampled = self.runner.execute(scheduled)
                 for work, tokens in zip(scheduled, sampled, strict=True):
                     self._update(work, tokens)
+            except CacheLostError:
+                raise  # what is requeued is more than was scheduled
             except BaseException:
                 self.scheduler.requeue_failed(scheduled)
                 raise
@@ -240,13 +274,18 @@ class EngineThread:
                 self._commands.put(lambda: self._end(sequence, reason))
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function between two steps, and return what it returns; raises what it raises, or EngineDeadError."""
+        """Run a function between two steps, and return what it returns; raises what it raises, or EngineDeadError.
+
+        Where the cache is lost while it runs the model, it is run again (`Engine.compute`).
+        """
         results: list[T] = []
         done: Future[None] = Future()
 
         def run() -> None:
             try:
-                results.append(function())
+                results.append(self._engine.compute(function))
+            except EngineDeadError:  # and so ends this thread, and this call with it
+                raise
             except Exception as error:
                 self._calls.discard(done)
                 done.set_exception(error)
@@ -310,6 +349,8 @@ class EngineThread:
     def _step(self) -> None:
         try:
             grown = self._engine.step(may_repeat=self._commands.empty)  # until a command comes
+        except EngineDeadError:
+            raise
         except Exception as error:  # those that were scheduled fail, and the others go on
             scheduler = self._engine.scheduler
             scheduled = [work.sequence for work in scheduler.scheduled]
@@ -370,7 +411,8 @@ def _error_of(sequence: Sequence, message: str) -> TinyserveError:
 
 
 def _dead(error: BaseException | None) -> EngineDeadError:
-    dead = EngineDeadError(f"The engine has stopped: {error!r}." if error else "The engine was closed.")
+    why = str(error) if isinstance(error, EngineDeadError) else repr(error)
+    dead = EngineDeadError(f"The engine has stopped: {why.rstrip('.')}." if error else "The engine was closed.")
     dead.__cause__ = error
     return dead
 

@@ -16,6 +16,8 @@ from tinyserve.models.dtypes import KV_CACHE_DTYPES, resolve_dtype, resolve_kv_c
 from tinyserve.scheduling.speculative import SpeculativeConfig
 
 LOAD_FORMATS: Final = ("auto", "dummy")
+BACKENDS: Final = ("ray", "uni")
+PIPELINE_PARALLEL_SIZE_HELP: Final = "Cut the layers into so many processes, on Ray's machines, or on this one."
 CHAT_TEMPLATE_HELP: Final = "Chat by the Jinja template in this file.  [default: the model's own]"
 Check = Callable[[str, Any], None]
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
@@ -46,6 +48,11 @@ def check_load_format(name: str, value: Any) -> None:
     """Raise UserError for a load format that does not exist."""
     if value not in LOAD_FORMATS:
         raise UserError(f"{name} {value!r} does not exist; there are {' and '.join(LOAD_FORMATS)}.")
+
+
+def _backend(name: str, value: Any) -> None:
+    if value is not None and value not in BACKENDS:
+        raise UserError(f"{name} {value!r} does not exist; there are {' and '.join(BACKENDS)}.")
 
 
 def _dtype(name: str, value: Any) -> None:
@@ -149,6 +156,19 @@ class EngineOptions:
         "by default the cores this process may use.",
         Flag("--threads", "NUMBER", "Threads; by default the cores this process may use.", bounds=(1, 4096)),
     )
+    pipeline_parallel_size: int = _option(
+        1,
+        _whole(most=256, required=True),
+        "into how many processes the layers are cut, for a model that one machine has no room for; each has a range of "
+        "them, and this one the last.",
+        Flag("--pipeline-parallel-size", "NUMBER", PIPELINE_PARALLEL_SIZE_HELP),
+    )
+    distributed_executor_backend: str | None = _option(
+        None,
+        _backend,
+        'where they are: "ray", the default, on the machines of the cluster at RAY_ADDRESS, or on this one; "uni" in '
+        "this process, for trying.",
+    )
     seed: int | None = _option(None, _whole(0), "makes requests that have no seed of their own repeatable.")
     load_format: str = _option(
         "auto",
@@ -212,6 +232,8 @@ class EngineKeywords(TypedDict, total=False):
     enable_prefix_caching: bool
     speculative_config: Mapping[str, Any] | None
     num_threads: int | None
+    pipeline_parallel_size: int
+    distributed_executor_backend: str | None
     seed: int | None
     load_format: str
     chat_template: str | PathLike[str] | None

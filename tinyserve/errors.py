@@ -71,6 +71,10 @@ class EngineDeadError(TinyserveError):
     """The engine was closed, or a mistake of its own ended it: no request is served any more."""
 
 
+class CacheLostError(TinyserveError):
+    """A process that had a part of the model, and of its cache, has ended: what was computed has to be again."""
+
+
 class HubError(TinyserveError):
     """A download failed: no network, a gated or missing repository, a full disk."""
 

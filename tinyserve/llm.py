@@ -12,6 +12,7 @@ from functools import cached_property
 from inspect import signature
 from os import PathLike
 from queue import SimpleQueue
+from random import Random
 from typing import TYPE_CHECKING, Any, Never, Self, Unpack
 
 from tinyserve.engine import EngineStats, EngineThread, Update
@@ -29,6 +30,8 @@ from tinyserve.text.validation import Prompt, as_params, as_priorities, as_promp
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tinyserve.pipeline.sliced import Slices
 
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "Stream", "StreamChunk"]
 
@@ -82,8 +85,9 @@ class LLM:
             self.name, self.tokenizer, self.config.vocab_size, self.engine, loaded.runners, given.seed
         )
         self.thread = EngineThread(self.engine)
+        self.slices = loaded.slices  # of the model in other processes, where it is cut
+        self._close = weakref.finalize(self, _close, self.thread, self.slices)  # also when the interpreter ends
         self._pooling = PoolingRunner(self.thread, self.engine.scheduler, loaded.runner)
-        weakref.finalize(self, self.thread.close)  # also when the interpreter ends
         logger.info("%s: cache of %s", self.name, self.cache_plan)
 
     @property
@@ -245,9 +249,9 @@ class LLM:
         """The text that a conversation becomes."""
         return self._chats.text(messages, _template_variables(chat_template_kwargs, template_variables))
 
-    def new_call_id(self) -> str:
+    def new_call_id(self, random: Random | None = None) -> str:
         """An id for a tool call, for a client that sends it back: one that the model's own template takes."""
-        return self._chats.new_call_id()
+        return self._chats.new_call_id(random)
 
     @cached_property
     def _chats(self) -> ChatFormat:
@@ -277,12 +281,10 @@ class LLM:
         import numpy as np
 
         ids = self._input_processor.token_ids(token_ids)
-        unwanted = 0 if last is None else len(ids) - last  # positions to come that nobody asks for
+        first = 0 if last is None else max(0, len(ids) - last)
 
-        def wanted_logits(hidden: np.ndarray) -> np.ndarray:
-            nonlocal unwanted
-            first, unwanted = max(0, unwanted), unwanted - len(hidden)
-            return self.model.logits(hidden[first:])
+        def wanted_logits(hidden: np.ndarray, start: int) -> np.ndarray:
+            return self.model.logits(hidden[max(0, first - start) :])
 
         return np.concatenate(self._pooling.run(ids, wanted_logits))
 
@@ -311,7 +313,7 @@ class LLM:
         texts = [self._pooling.checked(self._input_processor.token_ids(prompt)) for prompt in batch]
         outputs = []
         for prompt, ids in zip(batch, texts, strict=True):
-            sums = self._pooling.run(ids, lambda hidden: sum_pool(self.model.normed(hidden)), is_cancelled)
+            sums = self._pooling.run(ids, lambda hidden, _: sum_pool(self.model.normed(hidden)), is_cancelled)
             text = prompt if isinstance(prompt, str) else None
             outputs.append(EmbeddingOutput(text, ids, mean_pool(sums, len(ids), normalize)))
         return outputs
@@ -348,7 +350,7 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its thread; requests that are open fail with EngineDeadError, as do later ones."""
-        self.thread.close()
+        self._close()
 
     def take(self, request: RequestState, update: Update) -> None:
         """Apply an update to a request; where a stop string has ended it, finish its sequence in the engine."""
@@ -356,6 +358,12 @@ class LLM:
             self.thread.finish(request.sequence, "stop")
         if request.is_reading:
             self._progress("prefill", request.num_computed, request.metrics.prompt_tokens)
+
+
+def _close(thread: EngineThread, slices: "Slices | None") -> None:
+    thread.close()
+    if slices is not None:
+        slices.close()
 
 
 # What is said beside `chat_template_kwargs`, and by other means.

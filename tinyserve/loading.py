@@ -4,8 +4,9 @@ Knows what lies in a folder or a GGUF file and what only looks like it, and whic
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from tinyserve.model_runner import ModelRunner
 from tinyserve.models import build_model, check_supported, check_weights
 from tinyserve.models.cache_plan import MAX_SNAPSHOTS, CacheNeeds, CachePlan, plan_cache
 from tinyserve.models.config import GenerationConfig, ModelConfig, parse_config, preset_config
+from tinyserve.models.forward import ForwardPass
+from tinyserve.models.kv_cache import KVCache
 from tinyserve.models.lookup import load_raw_config
+from tinyserve.pipeline.partition import cache_memory, partition
+from tinyserve.pipeline.slice import Part
+from tinyserve.pipeline.sliced import LocalSlices, SlicedCache, SlicedForwardPass, SlicedModel, Slices
 from tinyserve.progress import Progress, default_progress
 from tinyserve.scheduling.block_manager import BlockManager
 from tinyserve.scheduling.draft_model import DraftModel
@@ -97,17 +103,44 @@ def _synthetic(ref: ModelRef) -> ModelFiles:
     return ModelFiles(ref.name, None, config, synthetic_checkpoint(config), None, None, generation, ends, raw)
 
 
-def _from_folder(name: str, folder: Path) -> ModelFiles:
-    from tinyserve.checkpoints.safetensors import open_safetensors
+def open_weights(model: str | PathLike[str], load_format: str = "auto") -> tuple[ModelConfig, Checkpoint]:
+    """The config and the tensors of a model, as `open_model` finds them, and nothing else of it."""
+    ref = ModelRef.parse(model)
+    if load_format == "dummy":
+        files = _synthetic(ref)
+        return files.config, files.checkpoint
+    path = hub.resolve(ref)
+    if path.is_dir():
+        return _folder_weights(path, _folder_config(path)[0])
+    from tinyserve.checkpoints.gguf import open_gguf
+    from tinyserve.models.gguf_config import hf_config
 
+    file = open_gguf(path)
+    return parse_config(hf_config(file), str(path)), file.tensors
+
+
+def _folder_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not the folder of a Hugging Face checkpoint.")
     raw = read_json(folder / "config.json")
     config = parse_config(raw, str(folder / "config.json"))
     check_supported(config)
+    return config, raw
+
+
+def _from_folder(name: str, folder: Path) -> ModelFiles:
+    config, raw = _folder_config(folder)
     file = folder / "generation_config.json"
     generation = GenerationConfig.parse(read_json(file) if file.is_file() else {}, str(file))
     tokenizer = Tokenizer.from_folder(folder)
+    config, checkpoint = _folder_weights(folder, config)
+    return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)
+
+
+def _folder_weights(folder: Path, config: ModelConfig) -> tuple[ModelConfig, Checkpoint]:
+    """The tensors of a folder, and its config with what they say about its head."""
+    from tinyserve.checkpoints.safetensors import open_safetensors
+
     checkpoint = open_safetensors(folder)
     if config.tie_word_embeddings and "lm_head.weight" in checkpoint and checkpoint.is_copy("lm_head.weight"):
         checkpoint = checkpoint.without("lm_head.weight")  # the embedding, written twice
@@ -116,7 +149,7 @@ def _from_folder(name: str, folder: Path) -> ModelFiles:
     elif config.tie_word_embeddings and any(key.startswith("lm_head.") for key in checkpoint):
         # Tied is many a config's default, and a head in the file may be another matrix: transformers reads it too.
         config = replace(config, tie_word_embeddings=False)
-    return _assemble(name, folder, config, checkpoint, tokenizer, generation, raw)
+    return config, checkpoint
 
 
 def _embedding(config: ModelConfig) -> str:
@@ -200,6 +233,7 @@ class LoadedEngine:
     engine: Engine
     progress: Progress  # the caller's, or the default that has shown the loading
     runners: tuple[ModelRunner, ...]  # the model's, and a draft model's
+    slices: Slices | None  # where other processes have layers of the model; to be closed when the engine has ended
 
     @property
     def runner(self) -> ModelRunner:
@@ -215,8 +249,8 @@ def load_engine(
 ) -> LoadedEngine:
     """Open a model, plan its memory, load it with its draft model if there is one, and build its engine.
 
-    `reserve` is called with the bytes that weights and cache will take, before they take any. Raises UserError,
-    HubError, and what `reserve` raises.
+    `reserve` is called with the bytes that weights and cache will take on this machine, before they take any. Raises
+    UserError, HubError, and what `reserve` raises.
     """
     files = open_model(model, options.load_format, progress, options.chat_template)
     given, options = options, options.resolved(files.packed_dtype)
@@ -230,21 +264,34 @@ def load_engine(
     needs = _cache_needs(files, options)
     if speculative:
         needs = replace(needs, num_rollback_slots=min(MAX_DRAFTING_SEQS, options.max_num_seqs))
-    plan = plan_cache(needs, options.max_model_len, options.kv_cache_memory, draft.needs if draft else None)
-    if reserve is not None:
-        reserve(needs.weight_nbytes + (draft.needs.weight_nbytes if draft else 0) + plan.nbytes)
-    runners: tuple[ModelRunner, ...] = ()
-    proposer: Proposer | None = None
-    with default_progress(progress, files.name) as shown, reported_kernels(shown):
-        if draft and plan.draft:
-            engine, runner = build_engine(draft.files, draft.options, plan.draft, shown)
-            proposer, runners = DraftModel(engine, draft.num_tokens), (runner,)
-        elif speculative:
-            proposer = NgramProposer(
-                speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
-            )
-        engine, runner = build_engine(files, options, plan, shown, proposer)
-    return LoadedEngine(files, options, plan, engine, shown, (runner, *runners))
+    with ExitStack() as started:
+        slices = None
+        if options.pipeline_parallel_size > 1:
+            slices = started.enter_context(closing(start_slices(model, files, options)))
+        here, memory = [needs], options.kv_cache_memory
+        if slices is not None:
+            here, most = _share_out(slices, needs, draft.needs if draft else None)
+            memory = most if memory is None else memory
+        plan = plan_cache(needs, options.max_model_len, memory, draft.needs if draft else None)
+        if reserve is not None:
+            nbytes = draft.needs.weight_nbytes + plan.draft.nbytes if draft and plan.draft else 0
+            for part in here:
+                own = part.plan(plan.num_blocks, plan.max_model_len, plan.num_snapshots, None)
+                nbytes += part.weight_nbytes + own.nbytes
+            reserve(nbytes)
+        runners: tuple[ModelRunner, ...] = ()
+        proposer: Proposer | None = None
+        with default_progress(progress, files.name) as shown, reported_kernels(shown):
+            if draft and plan.draft:
+                engine, runner = build_engine(draft.files, draft.options, plan.draft, shown)
+                proposer, runners = DraftModel(engine, draft.num_tokens), (runner,)
+            elif speculative:
+                proposer = NgramProposer(
+                    speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
+                )
+            engine, runner = build_engine(files, options, plan, shown, proposer, slices)
+        started.pop_all()
+    return LoadedEngine(files, options, plan, engine, shown, (runner, *runners), slices)
 
 
 def build_engine(
@@ -253,18 +300,27 @@ def build_engine(
     plan: CachePlan,
     progress: Progress,
     proposer: Proposer | None = None,
+    slices: Slices | None = None,
 ) -> tuple[Engine, ModelRunner]:
     """Load weights, take the memory as planned, have the kernels compiled, and build the engine above them.
 
-    `options` are the model's own, with dtypes resolved; a draft model's engine is built in the same way.
+    `options` are the model's own, with dtypes resolved; a draft model's engine is built in the same way. Where there
+    are `slices`, the last layers alone are loaded here.
     """
     threads = options.num_threads
     if threads is not None:
         threads = min(threads, _jit.cores())  # more would wait for each other
     threads = _jit.set_threads(threads)
+    layers = slices.layers[-1] if slices else None
+    others = slices.load(plan) if slices else None
     with _jit.one_at_a_time(threads):
-        model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, progress)
-    runner = ModelRunner(model, plan, threads, files.eos_token_ids)
+        model = build_model(files.config, files.checkpoint, options.dtype, plan.max_model_len, progress, layers=layers)
+    if slices and others:
+        whole = SlicedModel(model, others(), options.dtype)
+        forward: ForwardPass = SlicedForwardPass(whole, SlicedCache(files.config, *plan.sizes, layers), slices, threads)
+    else:
+        forward = ForwardPass(model, KVCache(files.config, *plan.sizes))
+    runner = ModelRunner(forward, plan, threads, files.eos_token_ids)
     runner.compile_kernels(options.dtype, progress)
     blocks = BlockManager(plan.num_blocks, plan.block_size)
     prefix_cache = NoPrefixCache(blocks)
@@ -290,6 +346,34 @@ def _cache_needs(files: ModelFiles, options: EngineOptions) -> CacheNeeds:
     return CacheNeeds(
         files.config, options.dtype, options.kv_cache_dtype, options.block_size, options.max_num_seqs, snapshots
     )
+
+
+# --- a model in several processes -------------------------------------------------------------------------------------
+
+
+def start_slices(model: str | PathLike[str], files: ModelFiles, options: EngineOptions) -> Slices:
+    """The processes of all layers but the last ones, which are loaded here; none has loaded anything yet.
+
+    Raises UserError for more slices than layers, and where there is no Ray or no machine for them.
+    """
+    layers = partition(files.config, options.dtype, options.pipeline_parallel_size)
+    path = ModelRef.parse(model).path
+    where = model if path is None else path.absolute()  # a slice may be started in another folder
+    found = partial(open_weights, where, options.load_format)
+    parts = [Part(found, files.config, options.dtype, each, options.num_threads) for each in layers]
+    if options.distributed_executor_backend == "uni":
+        return LocalSlices(parts)
+    from tinyserve.pipeline.on_ray import RaySlices
+
+    return RaySlices(parts)
+
+
+def _share_out(slices: Slices, needs: CacheNeeds, draft: CacheNeeds | None) -> tuple[list[CacheNeeds], int]:
+    """What slices on this machine need, and the most that the caches of all may take; raises UserError."""
+    each, places = [replace(needs, layers=layers) for layers in slices.layers], slices.places
+    beside = [draft] if draft else []
+    most = cache_memory([*each, *beside], [*places, *places[-1:] * len(beside)])
+    return [one for one, place in zip(each, places, strict=True) if place.node == places[-1].node], most
 
 
 @contextmanager
@@ -335,6 +419,7 @@ def open_draft(
         max_num_seqs=min(MAX_DRAFTING_SEQS, options.max_num_seqs),
         enable_prefix_caching=True,  # it goes on from what it has computed of a text
         speculative_config=None,
+        pipeline_parallel_size=1,  # it is small, and here
     ).resolved(files.packed_dtype)
     needs = replace(_cache_needs(files, own), max_snapshots=DRAFT_SNAPSHOTS * own.max_num_seqs)
     return Draft(files, own, needs, config.num_speculative_tokens)

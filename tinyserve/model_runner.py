@@ -6,15 +6,12 @@ The highest layer that makes arrays: above, they are only handed on. It neither 
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from tinyserve.models.base import DecoderModel
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.forward import ForwardPass, Step
-from tinyserve.models.kv_cache import KVCache
 from tinyserve.progress import Progress
 from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Scheduled, Sequence
@@ -27,21 +24,20 @@ _ROWS = 64  # rows of a prompt's logits computed at a time: 13 MB for a vocabula
 
 
 class ModelRunner:
-    """Runs one model over one cache. One thread at a time may call it; of two runners in a process, one waits."""
+    """Runs one model over its cache. One thread at a time may call it; of two runners in a process, one waits."""
 
     def __init__(
         self,
-        model: DecoderModel,
+        forward: ForwardPass,
         plan: CachePlan,
         num_threads: int | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
     ):
-        """Take the memory that `plan` says; raises UserError where the system refuses it."""
-        self.model, self.plan = model, plan
+        """`plan` is what the cache of the forward pass is divided into."""
+        self.forward, self.plan = forward, plan
+        self.model, self.cache = forward.model, forward.cache
         self.num_threads = _jit.set_threads(num_threads)
-        self.cache = KVCache(model.config, plan.num_blocks, plan.block_size, plan.kv_cache_dtype, plan.num_slots)
         self.sampler = Sampler(eos_token_ids)
-        self.forward = ForwardPass(model, self.cache)
         self.masks: Masks | None = None  # for sequences that have a grammar
 
     def execute(self, scheduled: list[Scheduled]) -> list[list[Sampled]]:
@@ -50,12 +46,19 @@ class ModelRunner:
         """
         places = _places_to_sample(scheduled)
         filler = self._start_masks(scheduled)  # while the model works
-        with _jit.one_at_a_time(self.num_threads):
-            step = self.forward(
+        all_hidden = any(work.sequence.params.prompt_logprobs is not None for work in scheduled)
+        try:
+            begun = self.forward.begin(
                 [(work.token_ids, work.sequence.cache) for work in scheduled],
                 [place.row for place in places],
-                all_hidden=any(work.sequence.params.prompt_logprobs is not None for work in scheduled),
+                all_hidden,
             )
+        except BaseException:
+            if filler is not None:
+                filler.wait()  # until then nobody else may touch its matchers, and these go on
+            raise
+        with _jit.one_at_a_time(self.num_threads):
+            step = self.forward(begun.work, begun.rows, all_hidden, begun.stream)
             self._add_prompts_logprobs(scheduled, step)
             masks = list[Array | None]()
             if filler is not None:
@@ -116,46 +119,41 @@ class ModelRunner:
         """The state slot of a text that is only read; one at a time."""
         return self.plan.scratch_slot
 
-    def prefill(self, sequence: PrefillOnlySequence, max_tokens: int, reduce: Callable[[Array], T]) -> T:
-        """What `reduce` makes of the hidden states (tokens, hidden) of a text's next tokens, at most so many."""
+    def recover(self) -> None:
+        """After a CacheLostError, have an empty cache again; raises EngineDeadError."""
+        self.forward.recover()
+
+    def prefill(
+        self, sequence: PrefillOnlySequence, max_tokens: int, reduce: Callable[[Array, int], T]
+    ) -> tuple[int, T]:
+        """Compute a text's next tokens, at most so many: the first one's place in the text, and what `reduce` makes of
+        their hidden states (tokens, hidden) and that place.
+        """
         start = sequence.cache.num_computed
         token_ids = sequence.token_ids[start : start + max_tokens]
+        begun = self.forward.begin([(token_ids, sequence.cache)], [], all_hidden=True)
         with _jit.one_at_a_time(self.num_threads):
-            reduced = reduce(self.forward([(token_ids, sequence.cache)], [], all_hidden=True).hidden)
+            reduced = reduce(self.forward(begun.work, [], True, begun.stream).hidden, start)
         sequence.cache.num_computed += len(token_ids)
-        return reduced
+        return start, reduced
 
     def compile_kernels(self, dtype: str, progress: Progress) -> None:
         """Run some tokens and draw, the first time on a machine: of two processes one compiles, the other waits for it.
 
         `dtype` is that of the weights. `progress` hears ("wait", 0, 0) when another process has the lock.
         """
-        from filelock import FileLock, Timeout
-
-        ready = _jit.cache_folder() / f"{self._kernels(dtype)}.ready"
-        if ready.exists():
-            return None
-        lock = FileLock(_jit.cache_folder() / "compiling.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            progress("wait", 0, 0)
-            lock.acquire()
-        except OSError:  # nothing can be written there: who runs kernels compiles them
-            return self._run_kernels()
-        try:
-            self._run_kernels()
-            with suppress(OSError):
-                ready.touch()
-        finally:
-            lock.release()
+        _jit.compile_once(self._kernels(dtype), self._run_kernels, lambda: progress("wait", 0, 0))
 
     def _run_kernels(self) -> None:
         with _jit.one_at_a_time(self.num_threads):
             cache = CacheState([0], self.scratch_slot)
             for tokens, rows in ((3, [2]), (1, [0])):  # a single row has kernels of its own
-                self.forward([([0] * tokens, cache)], rows)
-            self.sampler.run_kernels(self.forward([([0, 0], cache)], [0, 1]).logits)
+                self._run(([0] * tokens, cache), rows)
+            self.sampler.run_kernels(self._run(([0, 0], cache), [0, 1]).logits)
+
+    def _run(self, tokens: tuple[list[int], CacheState], rows: list[int]) -> Step:
+        begun = self.forward.begin([tokens], rows)
+        return self.forward(begun.work, begun.rows, stream=begun.stream)
 
     def _kernels(self, dtype: str) -> str:
         """A key for the set of kernels that this model compiles; models that may need others get another key.
@@ -164,7 +162,7 @@ class ModelRunner:
         each matrix, which a GGUF file decides: the bytes of all weights tell those apart.
         """
         config, kv_cache_dtype = self.model.config, self.cache.dtype
-        told = f"{config!r} {self.model.nbytes}"
+        told = f"{config!r} {self.model.nbytes} {self.model.layers}"
         return f"{config.model_type}-{dtype}-{kv_cache_dtype}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 

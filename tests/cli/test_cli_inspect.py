@@ -97,6 +97,20 @@ def test_every_preset_fits_eighty_columns(name: str) -> None:
         assert key in result.stdout.split("Unverified:")[1]
 
 
+def test_slices_are_told_offline() -> None:
+    whole, cut = inspect("llama-3.1-8b"), inspect("llama-3.1-8b", "--pipeline-parallel-size", "2")
+    pipeline = cut.pop("pipeline")
+    assert cut == whole and pipeline["network_bytes_per_token"] == 4 * 4096
+    for dtype, slices in pipeline["slices"].items():
+        assert [each["last_layer"] - each["first_layer"] + 1 for each in slices] == [16, 16]
+        assert sum(each["weight_bytes"] for each in slices) == whole["weight_bytes"][dtype]
+    shown = run("inspect-config", "granite-4.0-h-tiny", "--pipeline-parallel-size", "3").stdout
+    assert "3 slices in int8" in shown and "12.3 kB cross the network for each token" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    refused = run("inspect-config", "granite-4.0-h-tiny", "--pipeline-parallel-size", "41")
+    assert isinstance(refused.exception, UserError) and "has 40 layers" in str(refused.exception)
+
+
 def test_the_layer_map_shows_the_hybrid_at_a_glance() -> None:
     assert layer_map(["mamba"] * 10 + ["attention"] + ["mamba"] * 2) == ["   0  MMMMMMMMMM AMM"]
     assert layer_map(["attention"] * 41) == ["   0  " + " ".join(["A" * 10] * 4), "  40  A"]

@@ -16,7 +16,7 @@ from command_line import Shell
 
 from tinyserve.cli.serve import keys, names
 from tinyserve.errors import UserError
-from tinyserve.server.run import _listen, listens_on_loopback
+from tinyserve.server.run import listen, listens_on_loopback
 
 
 class Process:
@@ -213,7 +213,7 @@ def test_a_port_in_use_is_named(shell: Shell, arguments: list[str]) -> None:
 
 def test_small_pieces_are_sent_at_once() -> None:
     """asyncio turns Nagle's algorithm off where a socket says that it is TCP: a first token had waited for 40 ms."""
-    with _listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 
 

@@ -126,6 +126,17 @@ def test_the_page_about_many_prompts_runs(smollm2: Path, tmp_path: Path) -> None
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
+def test_the_section_about_slices_runs(smollm2: Path) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Slices.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    (inspect,) = re.findall(r"^tinyserve (inspect-config [^#\n]*)", section, re.MULTILINE)
+    told = run([sys.executable, "-m", "tinyserve", *shlex.split(inspect)])
+    assert told.returncode == 0 and "16.4 kB cross the network for each token" in told.stdout, told.stderr
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    done = run([sys.executable, "-c", example])
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+
+
 def test_every_command_in_the_readme_exists() -> None:
     import typer
 

@@ -99,3 +99,19 @@ def test_a_partial_block_is_found_by_each_registered_beginning() -> None:
     blocks.free(held)
     blocks.allocate(1)
     assert evicted == ids and blocks.find(ROOT_PREFIX, (1, 2)) is None
+
+
+def test_forgetting_all_prefixes() -> None:
+    """Of blocks that are held, which stay held, and of free ones, which stay free."""
+    blocks, evicted = BlockManager(4, 2), list[int]()
+    blocks.on_evict = evicted.append
+    held, free = blocks.allocate(1), blocks.allocate(2)
+    ids = [blocks.register(block, ROOT_PREFIX, (block, 1)).prefix_id for block in held + free]
+    ids.append(blocks.register(held[0], ids[0], (7,)).prefix_id)
+    blocks.free(free)
+    blocks.forget()
+    assert sorted(evicted) == sorted(ids) and blocks.num_free == 3
+    assert all(blocks.find(ROOT_PREFIX, (block, 1)) is None for block in held + free)
+    assert sorted(blocks.allocate(3)) == sorted({0, 1, 2, 3} - set(held))
+    blocks.free(held)
+    assert blocks.num_free == 1

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
+from random import Random
 from typing import Any
 
 import pytest
@@ -380,6 +381,7 @@ def called(call_id: str) -> list[dict[str, Any]]:
 def test_ids_of_calls_are_such_as_the_template_takes() -> None:
     template = ChatTemplate(MISTRAL, SPECIAL, "m")
     ids = [template.new_call_id() for _ in range(3)]
+    assert template.new_call_id(Random("a")) == template.new_call_id(Random("a")) != template.new_call_id(Random("b"))
     assert all(len(call_id) == 9 and call_id.isalnum() for call_id in ids) and len(set(ids)) == 3
     for call_id in ids:
         assert template.render(called(call_id)) == f"[INST]a[/INST]{call_id} {call_id}"

@@ -66,15 +66,19 @@ def find_backend(
     server: str | None,
     api_key: str | None,
     reasoning_effort: str | None = None,
+    pipeline_parallel_size: int = 1,
 ) -> Backend:
     """The model, by default the preset; with a server, the server's model of this name, by default its first."""
     if server is None:
         if api_key is not None:
             raise UserError("--api-key is for a server, and none is given: add --server URL.")
-        return LocalBackend(model or presets.DEFAULT, dtype, threads, chat_template, reasoning_effort)
+        return LocalBackend(
+            model or presets.DEFAULT, dtype, threads, chat_template, reasoning_effort, pipeline_parallel_size
+        )
     decided = {
         "--dtype": dtype != "auto",
         "--threads": threads is not None,
+        "--pipeline-parallel-size": pipeline_parallel_size > 1,
         "--chat-template": chat_template is not None,
     }
     for option, said in decided.items():
@@ -96,10 +100,12 @@ class LocalBackend:
         threads: int | None,
         chat_template: str | None = None,
         reasoning_effort: str | None = None,
+        pipeline_parallel_size: int = 1,
     ):
         from tinyserve.cli._load import load
 
-        self.llm, self.line = load(model, dtype, threads, max_num_seqs=1, chat_template=chat_template)
+        options = {"chat_template": chat_template, "pipeline_parallel_size": pipeline_parallel_size}
+        self.llm, self.line = load(model, dtype, threads, max_num_seqs=1, **options)
         self.name = self.llm.name
         self.introduction = f"{self.name}, loaded in {self.line.seconds:.1f} s."
         self.chats = self.llm.chat_template is not None

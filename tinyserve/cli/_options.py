@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tinyserve.cli import _names
-from tinyserve.engine_options import CHAT_TEMPLATE_HELP, EngineOptions, Flag
+from tinyserve.engine_options import CHAT_TEMPLATE_HELP, PIPELINE_PARALLEL_SIZE_HELP, EngineOptions, Flag
 from tinyserve.errors import UserError
 from tinyserve.models import dtypes
 from tinyserve.sampling_params import Param, SamplingParams
@@ -45,6 +45,10 @@ Dtype = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Threads; by default the cores this process may use.")
+]
+PipelineParallelSize = Annotated[
+    int,
+    typer.Option("--pipeline-parallel-size", min=1, metavar="NUMBER", help=PIPELINE_PARALLEL_SIZE_HELP),
 ]
 Server = Annotated[
     str | None,

@@ -20,6 +20,7 @@ from tinyserve.cli._options import (
     ChatTemplateFile,
     Dtype,
     JsonSchema,
+    PipelineParallelSize,
     ReasoningEffort,
     Regex,
     Server,
@@ -108,6 +109,7 @@ class AskOptions:
     raw: Raw = False
     dtype: Dtype = "auto"
     threads: Threads = None
+    pipeline_parallel_size: PipelineParallelSize = 1
     server: Server = None
     api_key: ApiKey = None
     json_: Json = False
@@ -141,6 +143,7 @@ def _ask(model: str | None, prompt: str | None, sampling: dict[str, Any], option
         model,
         dtype=options.dtype,
         threads=options.threads,
+        pipeline_parallel_size=options.pipeline_parallel_size,
         chat_template=options.chat_template,
         server=options.server,
         api_key=options.api_key,

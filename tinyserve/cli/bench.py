@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from tinyserve.checkpoints import presets
-from tinyserve.cli._options import Dtype, Model, Threads, fields_of, with_options
+from tinyserve.cli._options import Dtype, Model, PipelineParallelSize, Threads, fields_of, with_options
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
 from tinyserve.evaluation import bench_budget
-from tinyserve.progress import Progress
+from tinyserve.pipeline.partition import network_bytes
+from tinyserve.progress import Progress, size
 
 if TYPE_CHECKING:
     from tinyserve.evaluation.bench import Limits, Measurement, Plan, Work
     from tinyserve.llm import LLM
+    from tinyserve.pipeline.sliced import Slices
     from tinyserve.progress import LoadProgress
 
 STDOUT = Path("-")
@@ -177,6 +179,7 @@ def bench(
     works: Works,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    pipeline_parallel_size: PipelineParallelSize = 1,
     load_format: Annotated[
         str | None,
         typer.Option(
@@ -218,15 +221,18 @@ def bench(
     kept_as, repetitions = resolve_dtype(dtype), works.counted()
     files = open_model(model, load_format)
     synthetic = files.path is None
-    plan = measure.plan(files.config, kept_as, works.wanted(), repetitions, available_memory(), synthetic=synthetic)
+    memory = available_memory() * pipeline_parallel_size  # of as many machines as this one
+    plan = measure.plan(files.config, kept_as, works.wanted(), repetitions, memory, synthetic=synthetic)
     _check_asked_for(plan, works.prefill or (), works.depth or ())
-    llm, line = load(model, dtype, threads, load_format=load_format, **plan.options)
+    options = {"load_format": load_format, "pipeline_parallel_size": pipeline_parallel_size, **plan.options}
+    llm, line = load(model, dtype, threads, **options)
     recipe = {
         "model": llm.name,
         "dtype": llm.dtype,
         "weights": load_format,
         "weight_bytes": llm.model.nbytes,
         "threads": llm.num_threads,
+        "slices": pipeline_parallel_size,
         **measure.machine(llm.dtype),
     }
     show = print if outputs.shows_table() else _say_nothing
@@ -244,6 +250,8 @@ def bench(
         report = {
             **recipe,
             "load_seconds": line.seconds,
+            "network_bytes": llm.slices.num_bytes if llm.slices else 0,
+            "steps": llm.engine.totals["steps"],
             "repetitions": repetitions,
             "budget_seconds": works.seconds(),
             "full_seconds": measured.full_seconds,
@@ -256,12 +264,25 @@ def bench(
     else:
         show(_LEGEND)
         notes = [f"skipped: {skip.reason}" for skip in plan.skipped]
+        if llm.slices is not None:
+            notes.append(_crossed(llm, llm.slices))
         if left_out:
             notes.append(_left_out(left_out, measured.full_seconds))
         for note in notes:
             print(note, file=sys.stderr if outputs.csv_ == STDOUT else sys.stdout)
     if measured.interruption is not None:
         raise measured.interruption
+
+
+def _crossed(llm: "LLM", slices: "Slices") -> str:
+    """What went from one process to another, where the model is cut."""
+    ranges = ", ".join(f"{layers.start} to {layers.stop - 1}" for layers in slices.layers)
+    steps = llm.engine.totals["steps"]
+    each = f"{size(slices.num_bytes / max(1, steps))} a step"
+    return (
+        f"slices: layers {ranges}; {size(network_bytes(llm.config, len(slices.layers)))} cross the network for a "
+        f"token; in {steps} steps {size(slices.num_bytes)}, {each}"
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from tinyserve.cli import _names
 from tinyserve.models.config import MAMBA, parse_config
 from tinyserve.models.inspection import DEFAULT_BANDWIDTH, DEFAULT_CONTEXT, inspection
 from tinyserve.models.lookup import load_raw_config
+from tinyserve.pipeline.partition import described
 from tinyserve.progress import count, size
 
 LAYERS_PER_ROW = 40
@@ -38,6 +39,15 @@ def inspect_config(
         typer.Option(min=0, metavar="NUMBER", help="Tokens already in the cache when the roofline's token is decoded."),
     ] = DEFAULT_CONTEXT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel-size",
+            min=1,
+            metavar="NUMBER",
+            help="Also what each of so many slices holds, and what crosses the network between them.",
+        ),
+    ] = 1,
 ) -> None:
     """Show what a config implies, offline.
 
@@ -48,10 +58,14 @@ def inspect_config(
       tinyserve inspect-config granite-350m
       tinyserve inspect-config ./my-model --bandwidth 80
       tinyserve inspect-config falcon-7b --json
+      tinyserve inspect-config llama-3.1-8b --pipeline-parallel-size 2
     """
     ref = ModelRef.parse(model)
     raw, source = load_raw_config(ref)
-    report = inspection(parse_config(raw, source), ref, source, bandwidth, context)
+    config = parse_config(raw, source)
+    report = inspection(config, ref, source, bandwidth, context)
+    if pipeline_parallel_size > 1:
+        report["pipeline"] = described(config, pipeline_parallel_size, list(report["weight_bytes"]))
     if json_:
         print(json.dumps(report, indent=2))
     else:
@@ -97,6 +111,8 @@ def _show(report: dict[str, Any]) -> None:
     _show_parameters(console, report)
     _show_memory(console, report)
     _show_cache(console, report)
+    if "pipeline" in report:
+        _show_slices(console, report["pipeline"])
 
 
 def _table(*columns: str, title: str) -> Any:
@@ -174,6 +190,28 @@ def _show_memory(console: Any, report: dict[str, Any]) -> None:
         )
     )
     console.print()
+
+
+def _show_slices(console: Any, pipeline: dict[str, Any], dtype: str = "int8") -> None:
+    from rich.text import Text
+
+    slices, count = pipeline["slices"][dtype], pipeline["pipeline_parallel_size"]
+    has_states = any(each["state_bytes_per_sequence"] for each in slices)
+    console.print()
+    columns = ("slice", "layers", "weights", "cache per token", *["state"] * has_states)
+    table = _table(*columns, title=f"{count} slices in {dtype}")
+    for i, each in enumerate(slices):
+        cells = [str(i + 1), f"{each['first_layer']} to {each['last_layer']}", size(each["weight_bytes"])]
+        cells.append(size(each["kv_bytes_per_token"]))
+        table.add_row(*cells, *[size(each["state_bytes_per_sequence"])] * has_states)
+    console.print(table)
+    console.print(
+        Text(
+            f"{size(pipeline['network_bytes_per_token'])} cross the network for each token. The last slice is the "
+            "process that is asked; tables of the first and the last are counted, a tied one twice.",
+            style="dim",
+        )
+    )
 
 
 def _show_cache(console: Any, report: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from tinyserve.cli import _names
 from tinyserve.cli._options import check_range, engine_options, with_options
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
+from tinyserve.fleet.options import FleetOptions, parse_replicas
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 
 
@@ -73,6 +74,33 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
     max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = ServeOptions.max_body / 1e6,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX", help="So many engines of one model, on Ray; between two numbers as requests ask for."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The Ray cluster that they are on, or auto.  [default: RAY_ADDRESS, else one of our own on this "
+            "machine]",
+        ),
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Start no replicas: be one more address of those that run there.")
+    ] = False,
+    leave: Annotated[bool, typer.Option("--leave", help="At the end, leave the replicas running there.")] = False,
+    replica_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Silence after which a replica is given up.")
+    ] = FleetOptions.replica_timeout,
+    retries: Annotated[
+        int, typer.Option(metavar="NUMBER", help="How often a request is asked again whose replica was lost.")
+    ] = FleetOptions.retries,
+    no_ray_auth: Annotated[
+        bool, typer.Option("--no-ray-auth", help="Join a Ray cluster that asks for no token.")
+    ] = False,
     batch_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Answer OpenAI's batches, too (/v1/batches), and keep them here."),
@@ -92,8 +120,19 @@ def serve(
       tinyserve serve smollm2-135m
       tinyserve serve tiny=./my-model.gguf granite-350m --port 8080
       TINYSERVE_API_KEY=secret tinyserve serve llama-3.2-1b --host 0.0.0.0
+      tinyserve serve llama-3.2-1b --replicas 2
     """
     check(port=port, max_queue=max_queue, memory=memory, max_body=max_body, drain_timeout=drain_timeout)
+    check(replica_timeout=replica_timeout, retries=retries)
+    fleet = None
+    for option, said in (("--leave", leave), ("--no-ray-auth", no_ray_auth)):
+        if said and replicas is None and address is None and not join:
+            raise UserError(f"{option} goes with --replicas.")
+    if replicas is not None or address is not None or join:
+        fleet = FleetOptions(
+            replicas=parse_replicas(replicas or "1"), address=address, join=join, leave=leave,
+            replica_timeout=replica_timeout, retries=retries, no_ray_auth=no_ray_auth,
+        )  # fmt: skip
     try:
         from tinyserve.server.run import serve as run
     except ImportError as error:
@@ -125,15 +164,23 @@ def serve(
         drain_timeout=drain_timeout,
         on_listen=lambda url: print(f"{url}  {', '.join(options.models)}; Ctrl-C stops.", file=sys.stderr, flush=True),
     )
-    if batch_dir is None:
-        code = run(options)
-    else:
+    if fleet is not None:
+        from tinyserve.fleet.run import serve as run_fleet
+
+        if batch_dir is not None:
+            raise UserError(
+                "--batch-dir is for a server with one engine: have the fleet asked by `tinyserve batch --server`."
+            )
+        code = run_fleet(options, fleet)
+    elif batch_dir is not None:
         from tinyserve.batch.service import BatchService
 
         rows = max(1, engine.max_num_seqs * 3 // 4)  # people find a place free
         service = BatchService(batch_dir, rows, options.api_keys[0] if options.api_keys else None)
         with service.held():
             code = run(options, service)
+    else:
+        code = run(options)
     if code:
         raise typer.Exit(code)
 
@@ -180,6 +227,8 @@ _RANGES = {
     "memory": (1e-3, 1e6),
     "max_body": (1e-3, 1e3),
     "drain_timeout": (0, 86400),
+    "replica_timeout": (1, 86400),
+    "retries": (0, 100),
 }
 
 

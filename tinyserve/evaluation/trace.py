@@ -258,9 +258,12 @@ def trace(llm: "LLM", shape: StepShape) -> Trace:
 
     The tokens behind which it computes are not read: timing does not depend on what is in the cache.
     """
+    from tinyserve.models.base import DecoderModel
     from tinyserve.models.kv_cache import KVCache
     from tinyserve.tensor import _jit, limits
 
+    if not isinstance(llm.model, DecoderModel):
+        raise UserError("A step is traced in one process: load the model without pipeline_parallel_size.")
     with _jit.one_at_a_time(llm.num_threads):
         cache = KVCache(llm.config, shape.batch * shape.blocks, BLOCK, llm.kv_cache_dtype, shape.batch)
         _fill(cache)

@@ -36,14 +36,15 @@ def build_model(
     max_model_len: int,
     progress: Progress | None = None,
     built: "dict[str, Matrix | Array] | None" = None,
+    layers: range | None = None,
 ) -> "DecoderModel":
     """Load a model's weights in this dtype; `progress` hears ("load", numbers packed, numbers in all).
 
-    `built` receives every matrix and array of the model under the names it was built from.
+    `built` receives every matrix and array of the model under the names it was built from. `layers` make a slice of it.
 
     Raises ConfigError for an unsupported architecture, CheckpointError for a missing or misshapen tensor.
     """
-    loader = _loader(config, checkpoint, dtype, max_model_len, progress)
+    loader = _loader(config, checkpoint, dtype, max_model_len, progress, layers)
     family = registry.by_model_type()[config.model_type]
     model: DecoderModel = getattr(family.model_module(), str(family.model))(config, loader)
     if built is not None:
@@ -52,10 +53,15 @@ def build_model(
 
 
 def _loader(
-    config: ModelConfig, checkpoint: "Checkpoint", dtype: str, max_model_len: int, progress: Progress | None = None
+    config: ModelConfig,
+    checkpoint: "Checkpoint",
+    dtype: str,
+    max_model_len: int,
+    progress: Progress | None = None,
+    layers: range | None = None,
 ) -> "Loader":
     from tinyserve.models.base import Loader
 
     check_supported(config)
     sanitize = registry.by_model_type()[config.model_type].model_module().sanitize
-    return Loader(config, sanitize(checkpoint, config), dtype, max_model_len, progress)
+    return Loader(config, sanitize(checkpoint, config), dtype, max_model_len, progress, layers)

@@ -48,21 +48,31 @@ Array = np.ndarray
 class DecoderModel:
     """Token ids to logits: embedding, blocks, a last norm, a head, which is the embedding again where the two are tied.
 
-    Holds weights and nothing else: state belongs to sequences, in the cache.
+    Holds weights and nothing else: state belongs to sequences, in the cache. A slice of a model (pipeline/) has some of
+    the layers; only the first one embeds, and only the last one has a norm and a head.
     """
+
+    embedding: Embedding
+    norm: RMSNorm | LayerNorm
+    head: Linear
 
     def __init__(
         self,
         config: ModelConfig,
         loader: "Loader",
-        embedding: Embedding,
+        embedding: str,
         blocks: Sequence[Block],
-        norm: RMSNorm | LayerNorm,
+        norm: Callable[[], RMSNorm | LayerNorm],
     ):
-        self.config = config
-        self.embedding, self.blocks, self.norm = embedding, blocks, norm
-        self.head = embedding.head if config.tie_word_embeddings else loader.head("lm_head")
+        self.config, self.layers, self.blocks = config, loader.layers, blocks
+        tied = config.tie_word_embeddings
+        if loader.is_first or (loader.is_last and tied):
+            self.embedding = loader.embedding(embedding)
+        if loader.is_last:
+            self.norm = norm()
+            self.head = self.embedding.head if tied else loader.head("lm_head")
         self.nbytes = loader.nbytes  # of all weights as they are kept
+        self.weights_by_bits = loader.weights_by_bits
         self.kept = kept_weights(loader.dtype, loader.weights_by_bits, loader.nbytes)
 
     def embed(self, batch: Batch) -> Array:
@@ -71,7 +81,7 @@ class DecoderModel:
 
     def __call__(self, batch: Batch, cache: KVCache) -> Array:
         """-> hidden states (tokens, hidden) float32, before the last norm; of the wanted tokens, if others are not."""
-        x = self.embed(batch)
+        x = self.embed(batch) if self.layers.start == 0 else batch.stream
         last = len(self.blocks) - 1
         for i, (block, layer_cache) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             x = block(x, batch, layer_cache, batch.wanted if i == last else None)
@@ -123,29 +133,32 @@ class Loader:
         dtype: str,
         max_model_len: int,
         progress: Progress | None = None,
+        layers: range | None = None,
     ):
         """Check every tensor before anything is allocated; raises CheckpointError for one that is missing, misshapen,
-        or left over.
+        or left over. `layers` are those to build, by default all: tensors of others are not read.
         """
         self.checkpoint, self.dtype, self.max_model_len = checkpoint, dtype, max_model_len
+        self.layers = range(config.num_hidden_layers) if layers is None else layers
+        self.is_first, self.is_last = self.layers.start == 0, self.layers.stop == config.num_hidden_layers
         self.nbytes = 0
         self.weights_by_bits = Counter[int]()  # of matrices, how many weights have so many bits
         self._progress = progress or silent
-        self._done, self._total = 0, 0
+        self._done = 0
         self.built: dict[str, Matrix | Array] = {}
         shapes = {tensor.name: tensor.shape for tensor in config.tensor_shapes()}
         packed: set[str] = set()
         parts: set[str] = set()
         for key in checkpoint:
-            layers = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{STREAM}") else []
-            if layers and all(layer in shapes for layer in layers):
-                self._check_size(key, [shapes[layer] for layer in layers])
-                packed.update(layers)
+            weights = [f"{name}.weight" for name in _names(key)] if key.endswith(f".{STREAM}") else []
+            if weights and all(weight in shapes for weight in weights):
+                self._check_size(key, [shapes[weight] for weight in weights])
+                packed.update(weights)
                 parts.add(key)
         for name, shape in shapes.items():
             if name not in packed:
                 checkpoint.check(name, shape)
-            self._total += math.prod(shape)
+        self._total = sum(tensor.size for tensor in config.tensor_shapes(self.layers))
         checkpoint.check_nothing_is_left_over(shapes.keys() | parts)
         self._shapes = shapes
 

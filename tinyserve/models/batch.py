@@ -9,15 +9,22 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tinyserve.tensor.arena import aligned
+
 Array = np.ndarray
 
 
 class SequenceCache(Protocol):
     """Where a sequence is in the cache: its blocks, its state slot, and how many of its tokens are there."""
 
-    block_table: list[int]
-    state_slot: int
-    num_computed: int
+    @property
+    def block_table(self) -> list[int]: ...
+
+    @property
+    def state_slot(self) -> int: ...
+
+    @property
+    def num_computed(self) -> int: ...
 
 
 Work = Sequence[tuple[Sequence[int], SequenceCache]]  # the new tokens of each sequence
@@ -31,14 +38,16 @@ class BatchShape(NamedTuple):
     blocks: int  # in a row of the block tables: a power of two, so that a growing sequence seldom changes it
     rows: int  # whose logits are wanted
     all_hidden: bool = False  # whether the hidden states of all tokens are, or only of those rows
+    stream_width: int = 0  # of what comes in from layers in another process; 0 where the first layer is here
 
     @classmethod
-    def of(cls, work: Work, rows: int, all_hidden: bool = False) -> "BatchShape":
+    def of(cls, work: Work, rows: int, all_hidden: bool = False, stream_width: int = 0) -> "BatchShape":
         """The shape of these tokens, with so many rows of logits."""
         blocks = tokens = 0
         for token_ids, cache in work:
             blocks, tokens = max(blocks, len(cache.block_table)), tokens + len(token_ids)
-        return cls(tokens, len(work), max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length()), rows, all_hidden)
+        most = max(LEAST_BLOCKS, 1 << (blocks - 1).bit_length())
+        return cls(tokens, len(work), most, rows, all_hidden, stream_width)
 
 
 LEAST_BLOCKS = 32
@@ -65,6 +74,7 @@ class Batch:
     state_indices: Array  # (sequences,) int64: each sequence's state slot, its row of the recurrent states
     rows: Array  # int64: the tokens whose logits are wanted
     wanted: Wanted | None  # None: the hidden states of all tokens
+    stream: Array  # (tokens, hidden) float32: what layers in another process have made of the tokens
     written: list[list[int]]  # what stands in the rows of the block tables: it seldom changes from step to step
 
     @classmethod
@@ -83,11 +93,14 @@ class Batch:
             np.zeros(shape.sequences, np.int64),
             rows,
             None if everything else Wanted(rows, np.zeros_like(rows), np.zeros_like(rows)),
+            aligned((shape.tokens, shape.stream_width), np.float32),
             [[] for _ in range(shape.sequences)],
         )
 
-    def fill(self, work: Work, rows: Sequence[int], block_size: int) -> None:
+    def fill(self, work: Work, rows: Sequence[int], block_size: int, stream: Array | None = None) -> None:
         """Take in the new tokens of some sequences, from their `num_computed` on, in blocks of so many tokens."""
+        if stream is not None:
+            self.stream[:] = stream
         first = 0
         for i, (token_ids, cache) in enumerate(work):
             table, position = cache.block_table, cache.num_computed

@@ -27,21 +27,22 @@ class CacheNeeds:
     max_num_seqs: int
     max_snapshots: int = MAX_SNAPSHOTS
     num_rollback_slots: int = 0
+    layers: range | None = None  # of a slice of the model; None: all
 
     @property
     def block_nbytes(self) -> int:
         """Bytes of a block over all attention layers."""
-        return KVCache.block_nbytes(self.config, self.block_size, self.kv_cache_dtype)
+        return KVCache.block_nbytes(self.config, self.block_size, self.kv_cache_dtype, self.layers)
 
     @property
     def state_nbytes(self) -> int:
         """Bytes of one sequence's recurrent states; 0 for a model of attention alone."""
-        return state_bytes_per_sequence(self.config)
+        return state_bytes_per_sequence(self.config, self.layers)
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of the weights."""
-        return weight_bytes(self.config, self.dtype)
+        return weight_bytes(self.config, self.dtype, self.layers)
 
     def plan(self, num_blocks: int, max_model_len: int, num_snapshots: int, draft: "CachePlan | None") -> "CachePlan":
         """A plan of so many blocks and snapshots."""
@@ -106,6 +107,11 @@ class CachePlan:
     def num_slots(self) -> int:
         """How many state slots there are in all."""
         return self.scratch_slot + 1
+
+    @property
+    def sizes(self) -> tuple[int, int, str, int]:
+        """What a KVCache is made by, beside a config."""
+        return self.num_blocks, self.block_size, self.kv_cache_dtype, self.num_slots
 
     @property
     def nbytes(self) -> int:

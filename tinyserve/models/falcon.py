@@ -28,10 +28,9 @@ class Falcon(DecoderModel):
             alibi = alibi_table(config.num_attention_heads, loader.max_model_len)
         else:
             rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
-        embedding = loader.embedding("transformer.word_embeddings")
-        blocks = [_block(config, loader, f"transformer.h.{i}", rope, alibi) for i in range(config.num_hidden_layers)]
-        norm = loader.layer_norm("transformer.ln_f", config.layer_norm_epsilon)
-        super().__init__(config, loader, embedding, blocks, norm)
+        blocks = [_block(config, loader, f"transformer.h.{i}", rope, alibi) for i in loader.layers]
+        norm = partial(loader.layer_norm, "transformer.ln_f", config.layer_norm_epsilon)
+        super().__init__(config, loader, "transformer.word_embeddings", blocks, norm)
 
 
 def _block(config: FalconConfig, loader: Loader, layer: str, rope: Rope | None, alibi: Array | None) -> Block:

@@ -5,12 +5,12 @@ Knows a model's face and its cache; what runs in a batch, and what becomes of lo
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch, BatchShape, Work
+from tinyserve.models.config import ModelConfig
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.tensor.arena import Arena
 from tinyserve.tensor.program import Program, capture
@@ -20,6 +20,24 @@ from tinyserve.tensor.sampling import find_largest
 Array = np.ndarray
 
 MOST_PROGRAMS = 64  # kept: those that were run last. One is some 100 kB, and a new one some milliseconds of Python
+
+
+class Model(Protocol):
+    """The face of a model: whole, or the last layers of one whose others are in other processes (pipeline/)."""
+
+    config: ModelConfig
+    layers: range  # that are in this process
+    nbytes: int  # of all weights as they are kept
+    kept: str  # what is kept, in words
+
+    def __call__(self, batch: Batch, cache: KVCache, /) -> Array:
+        """-> hidden states (tokens, hidden), before the last norm; of the wanted tokens, if others are not."""
+
+    def normed(self, hidden: Array) -> Array:
+        """-> (rows, hidden), behind the last norm."""
+
+    def logits(self, hidden: Array) -> Array:
+        """-> (rows, vocab)."""
 
 
 class Step(NamedTuple):
@@ -37,23 +55,41 @@ class Step(NamedTuple):
         return self.largest[0]
 
 
+class Begun(NamedTuple):
+    """A step of which nothing is left to wait for: what is to be computed here, as `ForwardPass` is called with it."""
+
+    work: Work
+    rows: Sequence[int]
+    stream: Array | None = None  # (tokens, hidden) float32, of layers in other processes
+
+
 class ForwardPass:
     """A model over its cache. Shapes of batches that have not come for long are forgotten."""
 
-    def __init__(self, model: DecoderModel, cache: KVCache):
+    def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
         self._steps: OrderedDict[BatchShape, Step] = OrderedDict()
         self._arena = Arena()
 
-    def __call__(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Step:
-        """Compute the new tokens of some sequences, and the logits behind `rows` of them."""
+    def __call__(self, work: Work, rows: Sequence[int], all_hidden: bool = False, stream: Array | None = None) -> Step:
+        """Compute the new tokens of some sequences, and the logits behind `rows` of them.
+
+        A slice that is not the first goes on from a `stream` (tokens, hidden) float32, what those before it have made.
+        """
         for _, cache in work:
             if cache.num_computed == 0:
                 self.cache.reset_state(cache.state_slot)  # a new sequence: its state begins with zeros
-        step = self.step(BatchShape.of(work, len(rows), all_hidden))
-        step.batch.fill(work, rows, self.cache.block_size)
+        step = self.step(BatchShape.of(work, len(rows), all_hidden, 0 if stream is None else stream.shape[1]))
+        step.batch.fill(work, rows, self.cache.block_size, stream)
         step.program.run()
         return step
+
+    def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:
+        """Have layers in other processes, where there are any, compute a step's tokens; kernels are free meanwhile."""
+        return Begun(work, rows)
+
+    def recover(self) -> None:
+        """After a CacheLostError, have an empty cache again. Where all of it is in this process it is never lost."""
 
     def step(self, shape: BatchShape) -> Step:
         """The program for a shape of batch."""
@@ -73,7 +109,7 @@ class ForwardPass:
         return Step(program, batch, *results)
 
 
-def compute(model: DecoderModel, cache: KVCache, batch: Batch) -> tuple[Array, Array, tuple[Array, Array]]:
+def compute(model: Model, cache: KVCache, batch: Batch) -> tuple[Array, Array, tuple[Array, Array]]:
     """The hidden states of a batch, and behind its `rows` logits and the largest of them, as `Step` has them."""
     hidden = model(batch, cache)
     if not batch.rows.size:

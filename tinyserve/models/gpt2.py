@@ -4,6 +4,8 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Its 
 (inputs, outputs), the other way round from everybody else's.
 """
 
+from functools import partial
+
 from tinyserve.checkpoints.checkpoint import Array, Checkpoint, LazyTensor
 from tinyserve.models.base import DecoderModel, Loader, gguf_names
 from tinyserve.models.batch import Batch
@@ -19,10 +21,10 @@ class GPT2(DecoderModel):
     """Token and position embeddings are added; each half of a block is behind a LayerNorm."""
 
     def __init__(self, config: GPT2Config, loader: Loader):
-        embedding = loader.embedding("wte")
-        self.wpe = loader.array("wpe.weight")  # (positions, hidden)
-        blocks = [_block(config, loader, i) for i in range(config.num_hidden_layers)]
-        super().__init__(config, loader, embedding, blocks, loader.layer_norm("ln_f", config.layer_norm_epsilon))
+        if loader.is_first:
+            self.wpe = loader.array("wpe.weight")  # (positions, hidden)
+        blocks = [_block(config, loader, i) for i in loader.layers]
+        super().__init__(config, loader, "wte", blocks, partial(loader.layer_norm, "ln_f", config.layer_norm_epsilon))
 
     def embed(self, batch: Batch) -> Array:
         x = super().embed(batch)

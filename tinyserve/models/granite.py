@@ -77,16 +77,16 @@ class Granite(DecoderModel):
         eps = config.rms_norm_eps
         frequencies = rope_frequencies(config.rope, config.head_dim) if config.rope else None
         rope = Rope.none() if frequencies is None else Rope(frequencies, loader.max_model_len)
-        embedding = loader.embedding("model.embed_tokens")
         blocks = []
-        for i, kind in enumerate(config.layer_types):
-            layer = f"model.layers.{i}"
-            mixer = _mamba(config, loader, layer) if kind == MAMBA else _attention(config, loader, layer, rope)
+        for i in loader.layers:
+            layer, is_mamba = f"model.layers.{i}", config.layer_types[i] == MAMBA
+            mixer = _mamba(config, loader, layer) if is_mamba else _attention(config, loader, layer, rope)
             mixer_norm = loader.rms_norm(f"{layer}.input_layernorm", eps)
             mlp_norm = loader.rms_norm(f"{layer}.post_attention_layernorm", eps)
             blocks.append(Block(mixer_norm, mixer, mlp_norm, _mlp(config, loader, layer)))
-        super().__init__(config, loader, embedding, blocks, loader.rms_norm("model.norm", eps))
-        self.head = self.head.scaled(1 / config.logits_scaling)
+        super().__init__(config, loader, "model.embed_tokens", blocks, partial(loader.rms_norm, "model.norm", eps))
+        if loader.is_last:
+            self.head = self.head.scaled(1 / config.logits_scaling)
         self.embedding_multiplier = np.float32(config.embedding_multiplier)
 
     def embed(self, batch: Batch) -> Array:

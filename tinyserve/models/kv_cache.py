@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyserve.errors import UserError
-from tinyserve.models.config import MAMBA, ModelConfig
+from tinyserve.models.config import ATTENTION, MAMBA, ModelConfig
 from tinyserve.models.config.costs import state_bytes_per_sequence
 from tinyserve.models.dtypes import KV_CACHE_DTYPES
 from tinyserve.progress import size
@@ -33,11 +33,17 @@ class LayerState(NamedTuple):
 class KVCache:
     """Every layer's memory: `num_blocks` blocks of `block_size` tokens, and states for `num_slots` sequences.
 
-    What is untouched costs address space, not memory.
+    That of some `layers` where it is a slice's. What is untouched costs address space, not memory.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str = "float32", num_slots: int = 1
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: str = "float32",
+        num_slots: int = 1,
+        layers: range | None = None,
     ):
         """Raises UserError, with the numbers, where the system refuses the memory."""
         self.block_size = block_size
@@ -45,9 +51,10 @@ class KVCache:
         self.dtype = dtype
         self._states: list[LayerState] = []
         self._pages: list[Pages] = []
-        self.layers: list[Any] = []  # by layer number: Pages or a LayerState
+        self.layers: list[Any] = []  # one after the other: Pages or a LayerState
+        kinds = config.layer_types if layers is None else config.layer_types[layers.start : layers.stop]
         try:
-            for kind in config.layer_types:
+            for kind in kinds:
                 if kind == MAMBA:
                     window, state = config.state_shapes
                     self._states.append(
@@ -61,8 +68,8 @@ class KVCache:
                     self._pages.append(_pages(config, num_blocks, block_size, dtype))
                     self.layers.append(self._pages[-1])
         except MemoryError:
-            states = num_slots * state_bytes_per_sequence(config)
-            nbytes = num_blocks * self.block_nbytes(config, block_size, dtype) + states
+            states = num_slots * state_bytes_per_sequence(config, layers)
+            nbytes = num_blocks * self.block_nbytes(config, block_size, dtype, layers) + states
             raise UserError(
                 f"The system refuses {size(nbytes)} for the cache of {num_blocks * block_size} tokens: lower "
                 f"max_model_len or max_num_seqs, or set kv_cache_memory."
@@ -88,12 +95,12 @@ class KVCache:
                     pages[target] = pages[source]
 
     @staticmethod
-    def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32") -> int:
-        """Bytes of one block over all attention layers, keys and values."""
+    def block_nbytes(config: ModelConfig, block_size: int, dtype: str = "float32", layers: range | None = None) -> int:
+        """Bytes of one block over all attention layers, or those among some `layers`: keys and values."""
         kind, width = KV_CACHE_DTYPES[dtype], config.head_dim
         # Keys in whole words, and values in whole vectors.
         per_head = kind.head_bytes(padded(width, _KEPT_AS[dtype][1])) + kind.head_bytes(padded(width, LANES))
-        return config.num_key_value_heads * per_head * block_size * config.num_attention_layers
+        return config.num_key_value_heads * per_head * block_size * config.count_layers(ATTENTION, layers)
 
 
 def _pages(config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> Pages:

@@ -21,9 +21,9 @@ class Llama(DecoderModel):
 
     def __init__(self, config: LlamaConfig, loader: Loader):
         rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
-        embedding = loader.embedding("model.embed_tokens")
-        blocks = [_block(config, loader, f"model.layers.{i}", rope) for i in range(config.num_hidden_layers)]
-        super().__init__(config, loader, embedding, blocks, loader.rms_norm("model.norm", config.rms_norm_eps))
+        blocks = [_block(config, loader, f"model.layers.{i}", rope) for i in loader.layers]
+        norm = partial(loader.rms_norm, "model.norm", config.rms_norm_eps)
+        super().__init__(config, loader, "model.embed_tokens", blocks, norm)
 
 
 def _block(config: LlamaConfig, loader: Loader, layer: str, rope: Rope) -> Block:

@@ -4,6 +4,8 @@ Yang et al. 2024, arXiv:2407.10671 and 2412.15115; Yang et al. 2025, arXiv:2505.
 keep the scores of attention small: Dehghani et al. 2023, arXiv:2302.05442.
 """
 
+from functools import partial
+
 from tinyserve.checkpoints.checkpoint import Checkpoint
 from tinyserve.models.base import DecoderModel, Loader, gguf_names
 from tinyserve.models.config.qwen import QwenConfig
@@ -16,9 +18,9 @@ class Qwen(DecoderModel):
 
     def __init__(self, config: QwenConfig, loader: Loader):
         rope = Rope(rope_frequencies(config.rope, config.head_dim), loader.max_model_len)
-        embedding = loader.embedding("model.embed_tokens")
-        blocks = [_block(config, loader, f"model.layers.{i}", rope) for i in range(config.num_hidden_layers)]
-        super().__init__(config, loader, embedding, blocks, loader.rms_norm("model.norm", config.rms_norm_eps))
+        blocks = [_block(config, loader, f"model.layers.{i}", rope) for i in loader.layers]
+        norm = partial(loader.rms_norm, "model.norm", config.rms_norm_eps)
+        super().__init__(config, loader, "model.embed_tokens", blocks, norm)
 
 
 def _block(config: QwenConfig, loader: Loader, layer: str, rope: Rope) -> Block:

@@ -106,6 +106,13 @@ class BlockManager:
             if block in self._keys_of:
                 self._evict(block)
 
+    def forget(self) -> None:
+        """Nothing is cached any more, in held blocks or free ones: their memory is lost."""
+        for block in list(self._keys_of):
+            self._evict(block)
+        self._uncached_free += self._cached_free
+        self._cached_free.clear()
+
     def _evict(self, block: int) -> None:
         for key in self._keys_of.pop(block):
             self.on_evict(self._cached.pop(key).prefix_id)

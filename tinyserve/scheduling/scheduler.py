@@ -66,6 +66,7 @@ class Scheduler:
         self.num_prompt_tokens = 0  # of sequences that have begun, and how many of them the prefix cache had
         self.num_cached_tokens = 0
         self._free_slots = deque(running_slots)
+        self._prefill_only: list[PrefillOnlySequence] = []
 
     # --- the queues ---------------------------------------------------------------------------------------------
 
@@ -103,6 +104,17 @@ class Scheduler:
             if work.sequence.is_running:
                 self._stop_running(work.sequence, keep_state=False)
                 self.add(work.sequence)
+
+    def forget(self) -> None:
+        """The cache's memory is lost: all that run wait again, what is only read begins anew, and nothing is cached."""
+        for sequence in list(self.running):
+            sequence.metrics.preemptions += 1
+            self.num_preemptions += 1
+            self._stop_running(sequence, keep_state=False)
+            self.add(sequence)
+        for text in self._prefill_only:
+            text.cache.num_computed = 0
+        self.blocks.forget()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -335,10 +347,13 @@ class Scheduler:
                 "are free.",
                 param="prompt",
             )
-        return PrefillOnlySequence(token_ids, CacheState(self.blocks.allocate(needed), state_slot))
+        text = PrefillOnlySequence(token_ids, CacheState(self.blocks.allocate(needed), state_slot))
+        self._prefill_only.append(text)
+        return text
 
     def finish_prefill_only(self, sequence: PrefillOnlySequence) -> None:
         """Free what `start_prefill_only` gave."""
+        self._prefill_only.remove(sequence)
         self.blocks.free(sequence.cache.block_table)
         sequence.cache = CacheState()
 

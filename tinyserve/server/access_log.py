@@ -17,12 +17,21 @@ _LONGEST_PATH = 200  # characters
 
 
 @dataclass
-class _Tokens:
+class Tokens:
+    """What was read and written for one request."""
+
     prompt: int = 0
     output: int = 0
 
 
-_tokens: ContextVar[_Tokens | None] = ContextVar("tokens", default=None)  # of the request that a task belongs to
+_tokens: ContextVar[Tokens | None] = ContextVar("tokens", default=None)  # of the request that a task belongs to
+
+
+def hear_tokens() -> Tokens:
+    """What `count_tokens` adds to from now on, in this task and in those that it starts."""
+    tokens = Tokens()
+    _tokens.set(tokens)
+    return tokens
 
 
 def count_tokens(prompt: int, output: int) -> None:
@@ -45,7 +54,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, tokens, status, whole = perf_counter(), _Tokens(), 0, False
+        begun, tokens, status, whole = perf_counter(), hear_tokens(), 0, False
         # As it came, for others change it; quoted, or it might leave its line; without the query, which may have keys.
         path = quote(scope["path"])
 
@@ -56,7 +65,6 @@ class AccessLog:
             await send(message)
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        _tokens.set(tokens)
         try:
             await self.app(scope, receive, noted_send)
         except Exception:

@@ -26,7 +26,7 @@ from tinyserve.server import chat, completions, embeddings, guards, status, toke
 from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error
-from tinyserve.server.guards import Admission
+from tinyserve.server.guards import Admission, Service
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.page import page
 from tinyserve.server.pool import ModelPool
@@ -65,8 +65,6 @@ def create_app(
     on_failure: called with the error if the first model cannot be loaded.
     """
     state = State(pool, ServerMetrics(pool), tool_format, strict=strict)
-    routes = [*(extension.routes if extension is not None else ()), *_routes()]
-    max_bodies = extension.max_bodies if extension is not None else {}
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -79,11 +77,26 @@ def create_app(
             first.cancel()
             await pool.close()
 
+    routes = [*(extension.routes if extension is not None else ()), *_routes()]
+    max_bodies = extension.max_bodies if extension is not None else {}
+    return assemble(routes, state, admission or Admission(), lifespan, access_log, max_bodies)
+
+
+def assemble(
+    routes: list[Route],
+    service: Service,
+    admission: Admission,
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]],
+    access_log: bool,
+    max_bodies: Mapping[str, int] | None = None,
+) -> Starlette:
+    """An application of these routes and the page behind the guards, with errors in OpenAI's form."""
+    routes = [*routes, Route("/", _page())]
     app = Starlette(
         routes=routes,
         middleware=[
             *([Middleware(AccessLog)] if access_log else []),
-            *_middleware(admission or Admission(), state, [route.path for route in routes], max_bodies),
+            *_middleware(admission, service, [route.path for route in routes], max_bodies or {}),
         ],
         lifespan=lifespan,
         exception_handlers={
@@ -94,7 +107,7 @@ def create_app(
             Exception: _api_error,
         },
     )
-    app.state.server = state
+    app.state.server = service
     return app
 
 
@@ -114,16 +127,15 @@ def _routes() -> list[Route]:
         Route("/metrics", status.metrics),
         Route("/stats", status.stats),
         Route("/inspect", status.inspect),
-        Route("/", _page()),
     ]
 
 
 def _middleware(
-    admission: Admission, state: State, paths: Sequence[str], max_bodies: Mapping[str, int]
+    admission: Admission, service: Service, paths: Sequence[str], max_bodies: Mapping[str, int]
 ) -> list[Middleware]:
     """What a request passes before it comes to its handler, from the outside in."""
     middleware = [Middleware(guards.ReadToTheEnd, limit=admission.max_body), Middleware(guards.PlainPaths)]
-    middleware.append(Middleware(guards.RequestMetrics, state=state, paths=paths))
+    middleware.append(Middleware(guards.RequestMetrics, service=service, paths=paths))
     if admission.cors_origins:
         middleware.append(
             Middleware(
@@ -137,7 +149,7 @@ def _middleware(
         )
     if admission.hosts:
         middleware.append(Middleware(guards.AllowedHosts, hosts=admission.hosts))
-    middleware.append(Middleware(guards.Unavailable, state=state))
+    middleware.append(Middleware(guards.Unavailable, service=service))
     if admission.api_keys:
         middleware.append(Middleware(guards.ApiKeys, keys=admission.api_keys))
     return [

@@ -1,9 +1,8 @@
 """POST /v1/chat/completions: a conversation's next message, whole or as a stream."""
 
 import asyncio
-import time
-import uuid
 from contextlib import AbstractAsyncContextManager, aclosing
+from random import Random
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +15,7 @@ from tinyserve.server.answers import UsageCounter, chat_logprobs, usage
 from tinyserve.server.protocol import ChatBody, TemplateBody, TokenizeBody
 from tinyserve.server.sampling import chat_params
 from tinyserve.server.sse import EventStream, SSEWriter
-from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
+from tinyserve.server.state import Json, State, cancel_on_disconnect, name_of_answer, read, state_of
 from tinyserve.text.chat import ChatRequest
 from tinyserve.text.request import CompletionOutput, StreamChunk
 from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
@@ -24,7 +23,7 @@ from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
 
 async def chat_completions(request: Request) -> Response:
     body = await read(request, ChatBody)
-    chat = _Chat(state_of(request), body)
+    chat = _Chat(state_of(request), body, *name_of_answer(request, "chatcmpl"))
     if body.stream:
         return EventStream(chat.stream)
     return Json(await cancel_on_disconnect(request, chat.whole()))
@@ -43,10 +42,11 @@ def template_options(body: ChatBody | TemplateBody | TokenizeBody) -> dict[str, 
 class _Chat:
     """One request, whose answers are the choices of its response."""
 
-    def __init__(self, state: State, body: ChatBody):
+    def __init__(self, state: State, body: ChatBody, name: str, created: int):
         self._state, self._body = state, body
         self._model = state.pool.find(body.model)
-        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = name, created
+        self._random = Random(name)  # so that whoever answers anew under this name gives its calls the same ids
         self._answers = body.best_of or body.n or 1
 
     async def whole(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Chat:
         """An event with what has come, and one of its own for the end: clients read no text in that one."""
         delta = self._reasoning(chunk.reasoning) | ({"content": chunk.text} if chunk.text else {})
         if chunk.tool_call_deltas:
-            delta["tool_calls"] = [_part(llm, part) for part in chunk.tool_call_deltas]
+            delta["tool_calls"] = [self._part(llm, part) for part in chunk.tool_call_deltas]
         choice = {"index": chunk.index, "delta": delta}
         if self._body.logprobs:
             choice["logprobs"] = self._logprobs(llm, chunk)
@@ -123,7 +123,8 @@ class _Chat:
     def _choice(self, llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.tool_calls:
-            message |= {"content": answer.text or None, "tool_calls": [_call(llm, call) for call in answer.tool_calls]}
+            calls = [self._call(llm, call) for call in answer.tool_calls]
+            message |= {"content": answer.text or None, "tool_calls": calls}
         message |= self._reasoning(answer.reasoning)
         return {
             "index": answer.index,
@@ -144,14 +145,12 @@ class _Chat:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model.name}
 
+    def _part(self, llm: LLM, part: ToolCallDelta) -> dict[str, Any]:
+        """What a call has more, in a stream: its first part has all but the arguments."""
+        if part.name is None:
+            return {"index": part.index, "function": {"arguments": part.arguments}}
+        return {"index": part.index, **self._call(llm, ToolCall(part.name, part.arguments))}
 
-def _part(llm: LLM, part: ToolCallDelta) -> dict[str, Any]:
-    """What a call has more, in a stream: its first part has all but the arguments."""
-    if part.name is None:
-        return {"index": part.index, "function": {"arguments": part.arguments}}
-    return {"index": part.index, **_call(llm, ToolCall(part.name, part.arguments))}
-
-
-def _call(llm: LLM, call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": llm.new_call_id(), "type": "function", "function": function}
+    def _call(self, llm: LLM, call: ToolCall) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": llm.new_call_id(self._random), "type": "function", "function": function}

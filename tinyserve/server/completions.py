@@ -1,8 +1,6 @@
 """POST /v1/completions: each prompt is continued, whole or as a stream; with `echo`, the text begins with it."""
 
 import asyncio
-import time
-import uuid
 from collections.abc import Coroutine, Iterable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -21,7 +19,7 @@ from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import CompletionBody
 from tinyserve.server.sampling import completion_params
 from tinyserve.server.sse import EventStream, SSEWriter
-from tinyserve.server.state import Json, State, cancel_on_disconnect, read, state_of
+from tinyserve.server.state import Json, State, cancel_on_disconnect, name_of_answer, read, state_of
 from tinyserve.text.request import RequestOutput
 from tinyserve.text.validation import Prompt
 
@@ -33,7 +31,7 @@ T = TypeVar("T")
 
 async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
-    work = _Completion(state_of(request), body)
+    work = _Completion(state_of(request), body, *name_of_answer(request, "cmpl"))
     if body.stream:
         return EventStream(work.stream)
     return Json(await cancel_on_disconnect(request, work.whole()))
@@ -63,11 +61,11 @@ def _are_ids(given: Any) -> bool:
 class _Completion:
     """One request; choice i of prompt p has index p * n + i."""
 
-    def __init__(self, state: State, body: CompletionBody):
+    def __init__(self, state: State, body: CompletionBody, name: str, created: int):
         self._state, self._body = state, body
         self._model = state.pool.find(body.model)
         self._prompts = prompts_of(body.prompt, "prompt")
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = name, created
         self._n = body.n or 1
         self._answers = (body.best_of or self._n) * len(self._prompts)
         self._scores_only = bool(body.echo) and body.max_tokens == 0

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.server.errors import ApiError
 from tinyserve.server.options import ServeOptions
-from tinyserve.server.state import IGNORED, State
+from tinyserve.server.state import IGNORED
 
 # Paths that need no key: the page, which asks its user for one, and the probes of supervisors.
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -35,6 +36,18 @@ class Admission:
     max_body: int = ServeOptions.max_body
 
 
+class Service(Protocol):
+    """What stands behind the guards."""
+
+    is_draining: bool  # running requests are finished, new ones refused
+
+    def refusal(self) -> ApiError | None:
+        """Why nothing at all is served, or None."""
+
+    def responded(self, path: str, status: int) -> None:
+        """Count a response that has begun."""
+
+
 class Guard(ABC):
     """Passes a request on unless `refusal` returns an error."""
 
@@ -53,17 +66,16 @@ class Guard(ABC):
 
 
 class Unavailable(Guard):
-    """Refuses every path, /health too, once the server is draining or an engine is dead."""
+    """Refuses every path, /health too, once the server is draining or cannot serve at all."""
 
-    def __init__(self, app: ASGIApp, state: State):
+    def __init__(self, app: ASGIApp, service: Service):
         super().__init__(app)
-        self._state = state
+        self._service = service
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        if self._state.is_draining:
+        if self._service.is_draining:
             return ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=10)
-        reason = self._state.pool.dead()
-        return None if reason is None else ApiError(503, f"{reason} Restart the server.", code="engine_dead")
+        return self._service.refusal()
 
 
 class ApiKeys(Guard):
@@ -220,15 +232,15 @@ class IgnoredFields:
 class RequestMetrics:
     """Counts responses by path and status."""
 
-    def __init__(self, app: ASGIApp, state: State, paths: Sequence[str]):
-        self.app, self._state, self._paths = app, state, frozenset(paths)
+    def __init__(self, app: ASGIApp, service: Service, paths: Sequence[str]):
+        self.app, self._service, self._paths = app, service, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Clients may ask for any path: a label for each would fill the memory.
                 path = scope["path"] if scope["path"] in self._paths else "other"
-                self._state.metrics.responded(path, message["status"])
+                self._service.responded(path, message["status"])
             await send(message)
 
         await self.app(scope, receive, counted_send if scope["type"] == "http" else send)

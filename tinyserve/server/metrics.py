@@ -3,7 +3,7 @@
 Each server has a registry of its own, so that two in one process do not add up.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -42,7 +42,7 @@ class ServerMetrics:
 
     def __init__(self, pool: ModelPool):
         self.registry = CollectorRegistry()
-        self.registry.register(_Engines(pool))
+        self.registry.register(EngineCollector(("model",), lambda: _engines(pool)))
         labels = ("model",)
         self._first = Histogram(
             "tinyserve_time_to_first_token_seconds", "From a request's arrival to its first token.", labels,
@@ -59,9 +59,7 @@ class ServerMetrics:
         self._ends = Counter(
             "tinyserve_answers", "Answers, by why they ended.", ("model", "finish_reason"), registry=self.registry
         )
-        self._responses = Counter(
-            "tinyserve_http_responses", "Responses, by path and status.", ("path", "status"), registry=self.registry
-        )
+        self._responses = count_responses(self.registry)
 
     def answered(self, model: str, metrics: Metrics, reason: str | None) -> None:
         """Record the latencies and the finish reason of one answer."""
@@ -106,27 +104,34 @@ class Watch:
         self._metrics.answered(self._model, metrics, reason)
 
 
-class _Engines(Collector):
-    """Reads the engines' own counters at each scrape."""
+def count_responses(registry: CollectorRegistry) -> Counter:
+    """A counter of responses by path and status."""
+    return Counter("tinyserve_http_responses", "Responses, by path and status.", ("path", "status"), registry=registry)
 
-    def __init__(self, pool: ModelPool):
-        self._pool = pool
+
+def _engines(pool: ModelPool) -> dict[tuple[str, ...], EngineStats]:
+    return {(model.name,): model.engine.stats() for model in pool.models.values() if model.engine is not None}
+
+
+class EngineCollector(Collector):
+    """Reads engines' own counters at each scrape: `stats` gives those of each by the values of its labels."""
+
+    def __init__(self, labels: Sequence[str], stats: Callable[[], Mapping[tuple[str, ...], EngineStats]]):
+        self._labels, self._stats = labels, stats
 
     def collect(self) -> Iterable[Metric]:
-        stats: dict[str, EngineStats] = {
-            model.name: model.engine.stats() for model in self._pool.models.values() if model.engine is not None
-        }
+        stats = self._stats()
         for name, (help_, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(name, help_, labels=["model"])
-            for model, one in stats.items():
-                gauge.add_metric([model], value(one))
+            gauge = GaugeMetricFamily(name, help_, labels=self._labels)
+            for labels, one in stats.items():
+                gauge.add_metric(labels, value(one))
             yield gauge
         for name, (help_, value) in _COUNTERS.items():
-            counter = CounterMetricFamily(name, help_, labels=["model"])
-            for model, one in stats.items():
-                counter.add_metric([model], value(one))
+            counter = CounterMetricFamily(name, help_, labels=self._labels)
+            for labels, one in stats.items():
+                counter.add_metric(labels, value(one))
             yield counter
-        steps = SummaryMetricFamily("tinyserve_step_seconds", "Steps of the engine.", labels=["model"])
-        for model, one in stats.items():
-            steps.add_metric([model], one.steps, one.step_seconds)
+        steps = SummaryMetricFamily("tinyserve_step_seconds", "Steps of the engine.", labels=self._labels)
+        for labels, one in stats.items():
+            steps.add_metric(labels, one.steps, one.step_seconds)
         yield steps

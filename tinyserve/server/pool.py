@@ -163,7 +163,7 @@ class ModelPool:
                     loop.call_soon_threadsafe(tell, stage, done, total)
 
                 start = time.monotonic()
-                llm = await _in_thread(
+                llm = await in_thread(
                     partial(LLM, model.source, progress=report, reserve=reserve, **self.options.as_dict())
                 )
                 model.engine = AsyncEngine(llm)
@@ -224,7 +224,7 @@ def pool_of(options: ServeOptions) -> ModelPool:
     return ModelPool(options.models, engine, memory, options.max_queue)
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+async def in_thread(work: Callable[[], T]) -> T:
     """The result of `work` in a daemon thread: a thread of a pool would delay the end of the process."""
     future: Future[T] = Future()
 

@@ -9,21 +9,21 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
 from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.server.app import Extension, create_app
 from tinyserve.server.connections import limit_connections, most_connections
-from tinyserve.server.guards import MAX_HEADERS, Admission
+from tinyserve.server.guards import MAX_HEADERS, Admission, Service
 from tinyserve.server.heaps import keep_heaps_small
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import pool_of
-from tinyserve.server.state import State
 from tinyserve.text.tools import format_named
 
 logger = logging.getLogger("tinyserve.server")
@@ -34,14 +34,47 @@ GRACE = 2.0  # seconds behind the drain timeout, in which what it has ended is p
 
 def serve(options: ServeOptions, extension: Extension | None = None) -> int:
     """Serve until a signal comes; returns the exit code. Raises UserError for options that would be unsafe or wrong."""
+    check(options)
+    keep_heaps_small()
+    listener = listen(options.host, options.port)
+
+    def make_app(admission: Admission, fail: Callable[[Exception], None]) -> Starlette:
+        return create_app(
+            pool_of(options),
+            admission,
+            tool_format=options.tool_format,
+            strict=options.strict,
+            access_log=options.access_log,
+            extension=extension,
+            on_failure=fail,
+        )
+
+    return run(options, listener, make_app)
+
+
+def check(options: ServeOptions) -> None:
+    """Raise UserError for options that would be unsafe, or whose mistakes would show only when a model is loaded."""
     if not (options.api_keys or options.no_auth or listens_on_loopback(options.host)):
         raise UserError(
             f"--host {options.host} lets other machines in: set an API key ({API_KEY_VARIABLE}, or --api-key-file), or "
             "say --no-auth if everybody may use it."
         )
-    _check(options)
-    keep_heaps_small()
-    listener = _listen(options.host, options.port)
+    if options.tool_format is not None:
+        format_named(options.tool_format)
+    for source in options.models.values():
+        ModelRef.parse(source)  # whether there is such a repository, only the Hub knows
+
+
+def run(
+    options: ServeOptions,
+    listener: socket.socket,
+    make_app: Callable[[Admission, Callable[[Exception], None]], Starlette],
+    grace: float = GRACE,
+) -> int:
+    """Serve an application until a signal comes, or it calls what it is given with an error; returns the exit code.
+
+    `grace` are the seconds behind the drain timeout in which it puts away what it has.
+    """
     failures: list[Exception] = []
 
     def fail(error: Exception) -> None:
@@ -55,22 +88,17 @@ def serve(options: ServeOptions, extension: Extension | None = None) -> int:
         if listens_on_loopback(options.host) and not options.api_keys
         else ()
     )
-    app = create_app(
-        pool_of(options),
-        Admission(api_keys=options.api_keys, hosts=hosts, cors_origins=options.cors_origins, max_body=options.max_body),
-        tool_format=options.tool_format,
-        strict=options.strict,
-        access_log=options.access_log,
-        extension=extension,
-        on_failure=fail,
+    admission = Admission(
+        api_keys=options.api_keys, hosts=hosts, cors_origins=options.cors_origins, max_body=options.max_body
     )
+    app = make_app(admission, fail)
     protocol = limit_connections(most_connections())
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="on", access_log=False, log_config=None, server_header=False,
         backlog=64, h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
-    server = _Server(config, app.state.server, options.drain_timeout)
+    server = _Server(config, app.state.server, options.drain_timeout + grace)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}"
     options.on_listen(url)
@@ -79,14 +107,6 @@ def serve(options: ServeOptions, extension: Extension | None = None) -> int:
     if failures:
         raise failures[0] if isinstance(failures[0], TinyserveError) else TinyserveError(str(failures[0]))
     return 128 + signal.SIGINT if server.interrupted else 0
-
-
-def _check(options: ServeOptions) -> None:
-    """Raise UserError for mistakes that would otherwise show only when a model is loaded."""
-    if options.tool_format is not None:
-        format_named(options.tool_format)
-    for source in options.models.values():
-        ModelRef.parse(source)  # whether there is such a repository, only the Hub knows
 
 
 def listens_on_loopback(host: str) -> bool:
@@ -99,7 +119,8 @@ def listens_on_loopback(host: str) -> bool:
         return False
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises UserError for an address that is taken, or none of this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # asyncio sets TCP_NODELAY only if the protocol is given; without it a token waits for 40 ms.
@@ -130,9 +151,9 @@ class _Server(uvicorn.Server):
 
     interrupted = False
 
-    def __init__(self, config: uvicorn.Config, state: State, drain_timeout: float):
+    def __init__(self, config: uvicorn.Config, service: Service, patience: float):
         super().__init__(config)
-        self._state, self._drain_timeout = state, drain_timeout
+        self._service, self._patience = service, patience
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -149,8 +170,8 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)  # threads included
         self.should_exit, self.interrupted = True, sig == signal.SIGINT
         # Python waits for the threads of its pools; one that is at work on somebody's grammar keeps no promise of ours.
-        watch = threading.Timer(self._drain_timeout + GRACE, _leave, [128 + sig if self.interrupted else 0])
+        watch = threading.Timer(self._patience, _leave, [128 + sig if self.interrupted else 0])
         watch.daemon = True
         watch.start()
-        self._state.is_draining = True  # until its sockets are closed, a moment later
+        self._service.is_draining = True  # until its sockets are closed, a moment later
         logger.warning("Finishing what runs; once more stops at once.")

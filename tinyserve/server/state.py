@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ T = TypeVar("T")
 logger = logging.getLogger("tinyserve.server")
 
 IGNORED = "tinyserve.ignored"  # in a request's scope: the fields of its body that were passed over
+ANSWER = "tinyserve.answer"  # in a request's scope: an answer's number and time, where somebody has chosen them before
 BODY_TIMEOUT = 30.0  # seconds
 MAX_VALUES = (
     1 << 18
@@ -44,6 +47,15 @@ class State:
     strict: bool = False  # fields that are not built are refused, also where an answer is as good without them
     ignored: set[str] = field(default_factory=set)  # fields that were passed over and said in the log
 
+    def refusal(self) -> ApiError | None:
+        """Why nothing is served any more: an engine has died."""
+        reason = self.pool.dead()
+        return None if reason is None else ApiError(503, f"{reason} Restart the server.", code="engine_dead")
+
+    def responded(self, path: str, status: int) -> None:
+        """Count a response that has begun."""
+        self.metrics.responded(path, status)
+
     @asynccontextmanager
     async def engine(
         self,
@@ -59,6 +71,12 @@ class State:
         with error_context(aliases_of(body) if body is not None else NO_ALIASES):
             async with self.pool.use(model, answers, progress) as engine:
                 yield engine
+
+
+def name_of_answer(request: Request, prefix: str) -> tuple[str, int]:
+    """The id of a new answer, and when it began, in seconds of Unix time."""
+    number, created = request.scope.get(ANSWER) or (uuid.uuid4().hex, int(time.time()))
+    return f"{prefix}-{number}", created
 
 
 class Json(Response):

@@ -333,6 +333,32 @@ def cores() -> int:
 MAX_THREADS = 256  # that a pool has room for
 
 
+def compile_once(kernels: str, run: Callable[[], None], on_wait: Callable[[], None]) -> None:
+    """Run what compiles a set of kernels, the first time on a machine: of two processes one compiles, the other waits.
+
+    `kernels` is the name of the set; `on_wait` is called when another process has the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    ready = cache_folder() / f"{kernels}.ready"
+    if ready.exists():
+        return None
+    lock = FileLock(cache_folder() / "compiling.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    except OSError:  # nothing can be written there: who runs kernels compiles them
+        return run()
+    try:
+        run()
+        with suppress(OSError):
+            ready.touch()
+    finally:
+        lock.release()
+
+
 class _Threads(threading.local):
     count: int | None = None
 

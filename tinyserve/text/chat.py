@@ -6,6 +6,7 @@ One path for all who chat. Knows templates and tools; nothing of how tokens come
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from random import Random
 from typing import Any, NamedTuple
 
 from tinyserve.errors import RequestError
@@ -148,9 +149,9 @@ class ChatFormat:
             return self._template
         return ChatTemplate(source, self._tokenizer.special_tokens, self._name)
 
-    def new_call_id(self) -> str:
+    def new_call_id(self, random: Random | None = None) -> str:
         """An id for a call in an answer, such as the template takes when the call is sent back."""
-        return self._tool_template.new_call_id()
+        return self._tool_template.new_call_id(random)
 
     def text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """A conversation as the template writes it; raises RequestError as templates do."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from random import Random, SystemRandom
 from typing import Any, NamedTuple
 
 from tinyserve.errors import RequestError, UserError
@@ -112,9 +112,10 @@ class ChatTemplate:
             )
         return text[:end].replace(_END, "")  # a template may have shown it before
 
-    def new_call_id(self) -> str:
-        """An id for a call of a tool that the template takes when the call is sent back."""
-        return uuid.uuid4().hex[:9] if self._wants_short_ids else f"call_{uuid.uuid4().hex[:24]}"
+    def new_call_id(self, random: Random | None = None) -> str:
+        """An id for a call of a tool that the template takes when the call is sent back, from `random` if given."""
+        number = f"{(random or SystemRandom()).getrandbits(128):032x}"
+        return number[:9] if self._wants_short_ids else f"call_{number[:24]}"
 
     # --- what this template takes
 

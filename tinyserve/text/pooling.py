@@ -45,25 +45,28 @@ class PoolingRunner:
     def run(
         self,
         token_ids: list[int],
-        reduce: "Callable[[np.ndarray], T]",
+        reduce: "Callable[[np.ndarray, int], T]",
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> list[T]:
-        """What `reduce` makes of the hidden states (tokens, hidden) of each chunk, in the engine's thread.
+        """What `reduce` makes of the hidden states (tokens, hidden) of each chunk, and of its place in the text.
+
+        It is called in the engine's thread, and for a chunk more than once where the engine had to begin again.
 
         Raises RequestError for a text that does not fit, EngineDeadError, and TinyserveError when it is cancelled.
         """
         self.checked(token_ids)
-        scheduler, call, parts = self._scheduler, self._thread.call, []
+        scheduler, call, parts = self._scheduler, self._thread.call, dict[int, T]()
         with self._lock:
             text = call(partial(scheduler.start_prefill_only, token_ids, self._runner.scratch_slot))
             try:
                 while text.cache.num_computed < len(token_ids):
                     if is_cancelled():
                         raise TinyserveError("The text is not wanted any more.")
-                    parts.append(call(partial(self._runner.prefill, text, scheduler.max_num_batched_tokens, reduce)))
+                    start, part = call(partial(self._runner.prefill, text, scheduler.max_num_batched_tokens, reduce))
+                    parts[start] = part
             finally:
                 call(partial(scheduler.finish_prefill_only, text))
-        return parts
+        return [parts[start] for start in sorted(parts)]
 
     def checked(self, token_ids: list[int]) -> list[int]:
         """A text that can be read; raises RequestError for one that is empty, or too long."""

@@ -98,21 +98,39 @@ class ModelConfig(ABC):
     def sizes(self) -> dict[str, str]:
         """Say how wide things are, where one number does not, by the name of what is said."""
 
-    def tensor_shapes(self) -> Iterator[TensorShape]:
-        """Yield every tensor of this architecture's Hugging Face checkpoint, layer by layer."""
+    def tensor_shapes(self, layers: range | None = None) -> Iterator[TensorShape]:
+        """Yield every tensor of this architecture's Hugging Face checkpoint, layer by layer; or what `layers` need."""
+        for tensor in self._tensor_shapes():
+            if layers is None or any(layer in layers for layer in self.layers_of(tensor)):
+                yield tensor
+
+    def _tensor_shapes(self) -> Iterator[TensorShape]:
         yield from self.backbone_shapes()
         if not self.tie_word_embeddings:
             yield TensorShape("lm_head.weight", (self.vocab_size, self.hidden_size), "head")
 
+    def layers_of(self, tensor: TensorShape) -> set[int]:
+        """The layers that a tensor is kept with: its own, or the first or last one, or both for a tied embedding."""
+        first, last = 0, self.num_hidden_layers - 1
+        if tensor.layer is not None:
+            return {tensor.layer}
+        if tensor.component == "embedding":
+            return {first, last} if self.tie_word_embeddings else {first}
+        return {first if tensor.component == "position" else last}
+
+    def count_layers(self, kind: str, layers: range | None = None) -> int:
+        """How many layers are of a kind, of all or of some `layers`."""
+        return (self.layer_types if layers is None else self.layer_types[layers.start : layers.stop]).count(kind)
+
     @property
     def num_attention_layers(self) -> int:
         """How many layers keep keys and values."""
-        return self.layer_types.count(ATTENTION)
+        return self.count_layers(ATTENTION)
 
     @property
     def num_mamba_layers(self) -> int:
         """How many layers keep a recurrent state."""
-        return self.layer_types.count(MAMBA)
+        return self.count_layers(MAMBA)
 
 
 @dataclass(frozen=True, kw_only=True)

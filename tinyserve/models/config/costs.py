@@ -7,7 +7,7 @@ import math
 from functools import lru_cache
 
 from tinyserve.errors import UserError
-from tinyserve.models.config.base import ModelConfig
+from tinyserve.models.config.base import ATTENTION, MAMBA, ModelConfig
 from tinyserve.models.config.shapes import COMPONENTS, TensorShape
 from tinyserve.models.dtypes import KV_CACHE_DTYPES, SCALE_BYTES, WEIGHT_DTYPES, weight_dtype
 
@@ -15,8 +15,8 @@ _FLOAT32_BYTES = 4
 
 
 @lru_cache(maxsize=64)
-def _tensors(config: ModelConfig) -> tuple[TensorShape, ...]:
-    return tuple(config.tensor_shapes())
+def _tensors(config: ModelConfig, layers: range | None = None) -> tuple[TensorShape, ...]:
+    return tuple(config.tensor_shapes(layers))
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -52,13 +52,13 @@ def tensor_bytes(tensor: TensorShape, dtype: str) -> int:
     return tensor.size // inputs * per_output
 
 
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """The bytes of all weights in memory.
+def weight_bytes(config: ModelConfig, dtype: str, layers: range | None = None) -> int:
+    """The bytes of all weights in memory, or of a slice that has some `layers`.
 
     Matrices are kept in the dtype, by groups of inputs with a float16 scale each where it is one of integers (models/
     dtypes.py); embedding, head and router have 8 bits where others have 4. All else is float32.
     """
-    return sum(tensor_bytes(tensor, dtype) for tensor in _tensors(config))
+    return sum(tensor_bytes(tensor, dtype) for tensor in _tensors(config, layers))
 
 
 def weight_bytes_per_token(config: ModelConfig, dtype: str) -> int:
@@ -74,17 +74,17 @@ def weight_bytes_per_token(config: ModelConfig, dtype: str) -> int:
     return round(total)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: str = "float32") -> int:
-    """The bytes of keys and values one token leaves in the cache: attention layers only."""
+def kv_bytes_per_token(config: ModelConfig, dtype: str = "float32", layers: range | None = None) -> int:
+    """The bytes of keys and values one token leaves in the cache: attention layers only, of all or of some `layers`."""
     if dtype not in KV_CACHE_DTYPES:
         raise UserError(f"there is no KV cache dtype {dtype!r}; take one of {', '.join(KV_CACHE_DTYPES)}.")
     head = KV_CACHE_DTYPES[dtype].head_bytes(config.head_dim)
-    return 2 * config.num_attention_layers * config.num_key_value_heads * head
+    return 2 * config.count_layers(ATTENTION, layers) * config.num_key_value_heads * head
 
 
-def state_bytes_per_sequence(config: ModelConfig) -> int:
+def state_bytes_per_sequence(config: ModelConfig, layers: range | None = None) -> int:
     """The float32 bytes of a sequence's Mamba layers, whatever its length: SSM states, conv windows."""
-    return config.num_mamba_layers * sum(map(math.prod, config.state_shapes)) * _FLOAT32_BYTES
+    return config.count_layers(MAMBA, layers) * sum(map(math.prod, config.state_shapes)) * _FLOAT32_BYTES
 
 
 def matmul_flops_per_token(config: ModelConfig) -> int:

@@ -1,0 +1,187 @@
+"""One engine of a fleet: the ASGI application of server/, called in its process, as a deployment of Ray Serve.
+
+Knows ASGI and an engine; who calls, and what becomes of answers that break off, is for the fronts.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from starlette.types import Message, Scope
+
+from tinyserve.engine_options import EngineOptions
+from tinyserve.errors import EngineDeadError
+from tinyserve.fleet.messages import Began, Call, Ended, Identity, Item, Report
+from tinyserve.llm import LLM
+from tinyserve.server.access_log import Tokens, hear_tokens
+from tinyserve.server.app import create_app
+from tinyserve.server.guards import Admission
+from tinyserve.server.heaps import keep_heaps_small
+from tinyserve.server.pool import ModelPool
+from tinyserve.server.state import ANSWER, State
+
+logger = logging.getLogger("tinyserve.fleet")
+
+STUCK_SECONDS = 120.0  # with work and without a step, after which an engine is given up
+FINGERPRINT_TOKENS = 32
+_DEAD = 70  # the exit code of a replica whose engine is dead
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """What each replica of a fleet is told."""
+
+    name: str  # that clients give the model
+    source: str
+    engine: EngineOptions
+    tool_format: str | None = None
+    strict: bool = False
+    max_queue: int
+    max_body: int  # bytes
+    cores: int  # that it pins itself to, where each has its own; 0 for none
+    beat: float  # seconds
+    version: str = ""  # of all that the fleet was told
+
+
+class Replica:
+    """One engine; the fronts call `answer`, and Ray Serve `check_health`."""
+
+    async def __init__(self, options: ReplicaOptions):  # type: ignore[misc]  # Serve awaits it
+        from ray import serve
+
+        context = serve.get_replica_context()
+        _pin(context.rank.local_rank, options.cores)
+        keep_heaps_small()
+        await self.load(options, context.replica_tag, context.replica_id.to_full_id_str())
+
+    async def load(self, options: ReplicaOptions, name: str, actor: str) -> None:
+        """Load the model; raises what is wrong with it."""
+        self._options = options
+        pool = ModelPool({options.name: options.source}, options.engine, 1 << 62, options.max_queue)
+        self.app = create_app(
+            pool, Admission(max_body=options.max_body), tool_format=options.tool_format, strict=options.strict
+        )
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()  # the process ends it
+        async with pool.use(pool.default) as engine:
+            self._llm = engine.llm
+        bits = await asyncio.to_thread(fingerprint, self._llm)
+        self._identity = Identity(name, actor, bits)
+        self._steps, self._stepped = 0, time.monotonic()
+
+    @property
+    def state(self) -> State:
+        """The application's."""
+        state: State = self.app.state.server
+        return state
+
+    async def answer(self, call: Call) -> AsyncGenerator[Item, None]:
+        """Who has taken the request, the response as it comes, and its end; a beat where there is nothing else.
+
+        Leaving the loop is as a client that closes its connection.
+        """
+        yield self._identity
+        outbox: asyncio.Queue[Message | None] = asyncio.Queue()
+        gone, unread = asyncio.Event(), [call.body]
+
+        async def receive() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> Tokens:
+            tokens = hear_tokens()
+            try:
+                await self.app(_scope(call), receive, outbox.put)
+            finally:
+                outbox.put_nowait(None)
+            return tokens
+
+        task = asyncio.create_task(run())
+        try:
+            while (message := await self._next(outbox)) is not None:
+                if message["type"] == "beat":
+                    yield None
+                elif message["type"] == "http.response.start":
+                    yield Began(message["status"], list(message.get("headers", ())))
+                elif body := message.get("body", b""):
+                    yield body
+            tokens = await task
+            yield Ended(tokens.prompt, tokens.output)
+        finally:
+            gone.set()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _next(self, outbox: "asyncio.Queue[Message | None]") -> Message | None:
+        """What comes next, all of a body that is there in one; None at the end."""
+        try:
+            message = await asyncio.wait_for(outbox.get(), self._options.beat)
+        except TimeoutError:
+            message = {"type": "beat"}
+        self._leave_if_dead()
+        return message
+
+    async def report(self) -> Report:
+        """What it is doing."""
+        return Report(self._identity, self._llm.stats(), self._options.version)
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError where the engine is dead, or has work and makes no step; Ray Serve replaces it."""
+        self._leave_if_dead()
+        stats, now = self._llm.stats(), time.monotonic()
+        if stats.steps != self._steps or not stats.num_running + stats.num_waiting:
+            self._steps, self._stepped = stats.steps, now
+        elif now - self._stepped > STUCK_SECONDS:
+            raise EngineDeadError(f"The engine has made no step for {STUCK_SECONDS:.0f} s.")
+
+    def _leave_if_dead(self) -> None:
+        """End the process of a dead engine: fronts know what to do about that, and nobody waits for it."""
+        if (error := self._llm.thread.dead_error) is not None:
+            logger.critical("The engine is dead: %s", error)
+            logging.shutdown()
+            os._exit(_DEAD)
+
+
+def fingerprint(llm: LLM) -> str:
+    """A hash of the logits of a fixed prompt: who has the same computes the same bits, as far as anybody can tell."""
+    count = min(FINGERPRINT_TOKENS, llm.max_model_len)
+    logits = llm.logits([(7 * i + 3) % llm.config.vocab_size for i in range(count)])
+    return hashlib.sha256(logits.tobytes()).hexdigest()[:16]
+
+
+def _scope(call: Call) -> Scope:
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": call.method,
+        "scheme": "http",
+        "path": call.path,
+        "raw_path": quote(call.path).encode(),
+        "root_path": "",
+        "query_string": call.query,
+        "headers": call.headers,
+        "client": None,
+        "server": None,
+        "state": {},
+    }
+    if call.answer is not None:
+        scope[ANSWER] = call.answer
+    return scope
+
+
+def _pin(rank: int, cores: int) -> None:
+    """Have this process run on the cores of its rank on this machine, if there are so many."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        return
+    usable = sorted(os.sched_getaffinity(0))
+    own = usable[rank * cores : (rank + 1) * cores]
+    if len(own) == cores:
+        os.sched_setaffinity(0, own)

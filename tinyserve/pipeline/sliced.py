@@ -1,0 +1,152 @@
+"""A model of which this process has the last layers, and slices the others: the face of a whole one to whoever runs it.
+
+Knows what has to go to the slices, in which order; how it gets there is a transport's.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from tinyserve.models.base import DecoderModel
+from tinyserve.models.batch import Batch, Work
+from tinyserve.models.cache_plan import CachePlan
+from tinyserve.models.dtypes import kept_weights
+from tinyserve.models.forward import Begun, ForwardPass
+from tinyserve.models.kv_cache import KVCache
+from tinyserve.pipeline.micro_batches import PER_SLICE, micro_batches
+from tinyserve.pipeline.partition import Place
+from tinyserve.pipeline.slice import Copy, Loaded, Message, Part, Slice
+from tinyserve.tensor import _jit
+from tinyserve.tensor.cgroups import available_memory
+
+Array = np.ndarray
+
+
+class Slices(Protocol):
+    """The slices of a model but the last, wherever they are: a transport."""
+
+    layers: list[range]  # of each, and at last those of this process
+    places: list[Place]  # where they are
+    num_bytes: int  # that have gone from one process to another in steps
+    are_parallel: bool  # whether they can work at the same time, and this process beside them
+
+    def load(self, plan: CachePlan) -> Callable[[], list[Loaded]]:
+        """Begin to load all of them, as `Slice.load`; what is returned waits for the end of it."""
+
+    def send(self, message: Message) -> Callable[[], Array]:
+        """Have them go through a message one after the other; what is returned waits for what they make of its tokens.
+
+        It is valid until the next of these is called, in the order of the messages. Both raise CacheLostError where
+        one of the slices has died, or does not answer.
+        """
+
+    def recover(self) -> None:
+        """After that: wait until all have their layers again, with empty caches. Raises EngineDeadError."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+class LocalSlices:
+    """Slices in this process."""
+
+    num_bytes = 0
+    are_parallel = True  # not truly: what comes of it can be seen here
+
+    def __init__(self, parts: Sequence[Part]):
+        """The last part is not theirs."""
+        self.layers = [part.layers for part in parts]
+        self.places = [Place("this machine", available_memory())] * len(parts)
+        self.slices = [Slice(part) for part in parts[:-1]]
+        self._plan: CachePlan | None = None
+
+    def load(self, plan: CachePlan) -> Callable[[], list[Loaded]]:
+        self._plan = plan
+        loaded = [one.load(plan) for one in self.slices]
+        return lambda: loaded
+
+    def send(self, message: Message) -> Callable[[], Array]:
+        def run() -> Array:
+            stream: Array | None = None
+            for one in self.slices:
+                stream = one.run(message, stream)
+            assert stream is not None
+            return stream
+
+        return run
+
+    def recover(self) -> None:
+        assert self._plan is not None
+        self.load(self._plan)
+
+    def close(self) -> None: ...
+
+
+class SlicedModel:
+    """The last layers of a model, with the face of the whole."""
+
+    def __init__(self, last: DecoderModel, others: Sequence[Loaded], dtype: str):
+        self.config, self.layers = last.config, last.layers
+        self.normed, self.logits = last.normed, last.logits
+        self.nbytes = last.nbytes + sum(one.nbytes for one in others)
+        by_bits = sum((Counter(one.weights_by_bits) for one in others), Counter(last.weights_by_bits))
+        self.kept = kept_weights(dtype, by_bits, self.nbytes)
+        self._last = last
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Array:
+        return self._last(batch, cache)
+
+
+class SlicedCache(KVCache):
+    """The last layers' part of the cache, which notes what is to happen to the others."""
+
+    def __init__(self, *sizes: Any):
+        super().__init__(*sizes)
+        self._copies: list[Copy] = []
+
+    def copy_block(self, source: int, target: int) -> None:
+        self._copies.append(Copy("block", source, target))
+        super().copy_block(source, target)
+
+    def copy_state(self, source: int, target: int) -> None:
+        self._copies.append(Copy("state", source, target))
+        super().copy_state(source, target)
+
+    def take_copies(self) -> list[Copy]:
+        """Those that were made since the last time."""
+        copies, self._copies = self._copies, []
+        return copies
+
+
+class SlicedForwardPass(ForwardPass):
+    """The forward pass of the last slice, which goes on from what the others have made."""
+
+    cache: SlicedCache
+
+    def __init__(self, model: SlicedModel, cache: SlicedCache, slices: Slices, num_threads: int):
+        super().__init__(model, cache)
+        self.slices, self._threads = slices, num_threads
+
+    def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:
+        """Have the slices go through a step's tokens, and this process too, but for what is left for the end.
+
+        Raises CacheLostError.
+        """
+        count = 1 if all_hidden or not self.slices.are_parallel else PER_SLICE * len(self.slices.layers)
+        *batches, last = micro_batches(work, rows, count)
+        copies = self.cache.take_copies()
+        answers = []
+        for batch in (*batches, last):
+            answers.append(self.slices.send(Message(copies, batch.work)))
+            copies = []
+        for batch, answer in zip(batches, answers, strict=False):
+            stream = answer()
+            with _jit.one_at_a_time(self._threads):
+                self(batch.work, [], stream=stream)
+        return Begun(last.work, last.rows, answers[-1]())
+
+    def recover(self) -> None:
+        self.cache.take_copies()
+        self.slices.recover()
