@@ -118,6 +118,19 @@ def test_a_stopped_replica_is_given_up_and_not_noticed(fleet: Fleet, expected: l
     assert not wait_until_gone([stopped], 60)
 
 
+def test_a_replica_that_is_stopped_while_it_has_nothing_to_do_is_passed_by(fleet: Fleet) -> None:
+    fleet.until_ready()
+    stopped = fleet.replicas()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(fleet.post, COMPLETIONS, {"prompt": str(i), "max_tokens": 3}) for i in range(6)]
+            assert [one.result(170).status_code for one in asked] == [200] * 6
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    assert not wait_until_gone([stopped], 60)
+
+
 def test_a_request_that_kills_all_it_reaches_is_refused_and_takes_no_other_with_it(fleet: Fleet) -> None:
     fleet.until_ready()
     body = {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
