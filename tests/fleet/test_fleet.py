@@ -3,22 +3,19 @@
 One fleet for all tests but those of its beginning; each waits until both replicas run again.
 """
 
-import json
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 from command_line import Children
-from fleets import Fleet
+from fleets import CHAT, COMPLETIONS, LONG, Fleet, Streams, answers_of_one_server, bodies, in_mid_answer, write_model
 from processes import descendants, listeners, wait_until_gone
 from servers import running
 
@@ -51,14 +48,11 @@ options = ServeOptions(
 )
 sys.exit(serve(options, FleetOptions(replicas=(2, 2), replica_timeout=4), Poisonable))
 """
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LONG = 1900
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = checkpoints.CONFIGS["llama"] | {"max_position_embeddings": 2048}
-    return checkpoints.write_folder(tmp_path_factory.mktemp("fleet") / "model", raw)
+    return write_model(tmp_path_factory.mktemp("fleet") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -73,83 +67,9 @@ def fleet(model: Path) -> Iterator[Fleet]:
         assert not wait_until_gone(family, 20)
 
 
-def bodies() -> list[tuple[str, dict[str, Any]]]:
-    """Eight streams: greedy and drawn, chats and texts, with log-probabilities and without."""
-    common = {"model": "tiny", "max_tokens": LONG, "ignore_eos": True, "stream": True}
-    usage = {"stream_options": {"include_usage": True}}
-    found = []
-    for i in range(4):
-        decoding = {"temperature": 0} if i % 2 else {"temperature": 1, "seed": i}
-        messages = [{"role": "user", "content": f"Question {i}"}]
-        found.append((CHAT, {**common, **decoding, **usage, "messages": messages, "logprobs": i > 1}))
-        found.append((COMPLETIONS, {**common, **decoding, "prompt": f"Text {i}"}))
-    return found
-
-
-def events(text: str) -> list[Any]:
-    """The events of a stream, but for what chance and caches decide."""
-    found: list[Any] = []
-    for block in text.split("\n\n"):
-        if block.startswith("data: {"):
-            event = json.loads(block.removeprefix("data: "))
-            event.pop("id", None), event.pop("created", None)
-            if event.get("usage"):
-                event["usage"].pop("prompt_tokens_details")
-            found.append(event)
-        elif block.startswith("data: "):
-            found.append(block)
-    return found
-
-
 @pytest.fixture(scope="module")
 def expected(model: Path) -> list[list[Any]]:
-    """What a single server says to all of them."""
-    options = {"max_num_seqs": 16, "num_threads": 1, "dtype": "float32"}
-    with running({"tiny": model}, **options) as server, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda one: events(server.post(*one).text), bodies()))
-    assert all(len(one) > LONG // 4 and one[-1] == "data: [DONE]" for one in found)
-    return found
-
-
-class Streams:
-    """The eight streams at once."""
-
-    def __init__(self, fleet: Fleet):
-        self.texts, self.ids = [""] * 8, [set[str]() for _ in range(8)]
-        self._fleet = fleet
-        self._threads = [threading.Thread(target=self._read, args=(i, *one)) for i, one in enumerate(bodies())]
-        for thread in self._threads:
-            thread.start()
-
-    def _read(self, i: int, path: str, body: dict[str, Any]) -> None:
-        with self._fleet.client() as client, client.stream("POST", path, json=body) as got:
-            for piece in got.iter_text():
-                self.texts[i] += piece
-
-    def until_both_replicas_speak(self) -> bool:
-        """Wait until all have begun; whether both replicas have some that are not near their end."""
-        self._fleet.until(lambda: all("data: " in text for text in self.texts))
-        running = self._fleet.metric("tinyserve_requests_running")
-        return len(running) == 2 and min(running.values()) > 0 and all(t.count("data: ") < LONG / 2 for t in self.texts)
-
-    def ended(self) -> list[list[Any]]:
-        for thread in self._threads:
-            thread.join(180)
-            assert not thread.is_alive(), "".join(self._fleet.log[-40:])
-        for text in self.texts:  # one answer, whoever has said it
-            assert len(set(re.findall(r'"id":"([^"]+)"', text))) == 1
-            assert len(set(re.findall(r'"created":(\d+)', text))) == 1
-        return [events(text) for text in self.texts]
-
-
-def in_mid_answer(fleet: Fleet) -> Streams:
-    """The eight streams, once both replicas are at work."""
-    for _ in range(20):
-        streams = Streams(fleet)
-        if streams.until_both_replicas_speak():
-            return streams
-        streams.ended()
-    raise AssertionError("too fast for the test")
+    return answers_of_one_server(model)
 
 
 def test_answers_are_a_single_servers(fleet: Fleet, model: Path, expected: list[list[Any]]) -> None:
@@ -195,6 +115,19 @@ def test_a_stopped_replica_is_given_up_and_not_noticed(fleet: Fleet, expected: l
     stopped = fleet.replicas()[0]
     os.kill(stopped, signal.SIGSTOP)
     assert streams.ended() == expected
+    assert not wait_until_gone([stopped], 60)
+
+
+def test_a_replica_that_is_stopped_while_it_has_nothing_to_do_is_passed_by(fleet: Fleet) -> None:
+    fleet.until_ready()
+    stopped = fleet.replicas()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(fleet.post, COMPLETIONS, {"prompt": str(i), "max_tokens": 3}) for i in range(6)]
+            assert [one.result(170).status_code for one in asked] == [200] * 6
+    finally:
+        os.kill(stopped, signal.SIGKILL)
     assert not wait_until_gone([stopped], 60)
 
 

@@ -239,13 +239,14 @@ def test_metrics_have_each_replica_by_its_label_and_what_befell_requests() -> No
         one.post(CHAT, HELLO)
         text = one.get("/metrics").text
         assert 'tinyserve_requests_running{model="m",replica="r1"} 1.0' in text
+        assert 'tinyserve_replica{fingerprint="bits",model="m",replica="r1"} 1.0' in text
         assert 'tinyserve_requests_total{model="m",replica="r1"} 7.0' in text
         assert f'tinyserve_http_responses_total{{path="{CHAT}",status="200"}} 1.0' in text
         assert "tinyserve_replicas_running 1.0" in text and "tinyserve_streams_spliced_total 0.0" in text
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_sentence() -> None:
-    with running(condition=Condition(failure="x.safetensors is truncated")) as one:
+    with running(condition=Condition(failure="x.safetensors is truncated.")) as one:
         one.until(lambda: bool(one.failures))
         assert str(one.failures[0]) == "m could not be loaded: x.safetensors is truncated."
 

@@ -1,16 +1,20 @@
 """A fleet as others see it: a front in a process of its own, its log, and the processes of its replicas."""
 
+import json
 import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import httpx2 as httpx
 from processes import descendants
+from servers import running
 
 
 class Fleet:
@@ -74,3 +78,90 @@ def title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONG = 1900
+
+
+def bodies() -> list[tuple[str, dict[str, Any]]]:
+    """Eight streams: greedy and drawn, chats and texts, with log-probabilities and without."""
+    common = {"model": "tiny", "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    usage = {"stream_options": {"include_usage": True}}
+    found = []
+    for i in range(4):
+        decoding = {"temperature": 0} if i % 2 else {"temperature": 1, "seed": i}
+        messages = [{"role": "user", "content": f"Question {i}"}]
+        found.append((CHAT, {**common, **decoding, **usage, "messages": messages, "logprobs": i > 1}))
+        found.append((COMPLETIONS, {**common, **decoding, "prompt": f"Text {i}"}))
+    return found
+
+
+def events(text: str) -> list[Any]:
+    """The events of a stream, but for what chance and caches decide."""
+    found: list[Any] = []
+    for block in text.split("\n\n"):
+        if block.startswith("data: {"):
+            event = json.loads(block.removeprefix("data: "))
+            event.pop("id", None), event.pop("created", None)
+            if event.get("usage"):
+                event["usage"].pop("prompt_tokens_details")
+            found.append(event)
+        elif block.startswith("data: "):
+            found.append(block)
+    return found
+
+
+class Streams:
+    """The eight streams at once."""
+
+    def __init__(self, fleet: Fleet):
+        self.texts, self.ids = [""] * 8, [set[str]() for _ in range(8)]
+        self._fleet = fleet
+        self._threads = [threading.Thread(target=self._read, args=(i, *one)) for i, one in enumerate(bodies())]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, i: int, path: str, body: dict[str, Any]) -> None:
+        with self._fleet.client() as client, client.stream("POST", path, json=body) as got:
+            for piece in got.iter_text():
+                self.texts[i] += piece
+
+    def until_both_replicas_speak(self) -> bool:
+        """Wait until all have begun; whether both replicas have some that are not near their end."""
+        self._fleet.until(lambda: all("data: " in text for text in self.texts))
+        running = self._fleet.metric("tinyserve_requests_running")
+        return len(running) == 2 and min(running.values()) > 0 and all(t.count("data: ") < LONG / 2 for t in self.texts)
+
+    def ended(self) -> list[list[Any]]:
+        for thread in self._threads:
+            thread.join(180)
+            assert not thread.is_alive(), "".join(self._fleet.log[-40:])
+        for text in self.texts:  # one answer, whoever has said it
+            assert len(set(re.findall(r'"id":"([^"]+)"', text))) == 1
+            assert len(set(re.findall(r'"created":(\d+)', text))) == 1
+        return [events(text) for text in self.texts]
+
+
+def in_mid_answer(fleet: Fleet) -> Streams:
+    """The eight streams, once both replicas are at work."""
+    for _ in range(20):
+        streams = Streams(fleet)
+        if streams.until_both_replicas_speak():
+            return streams
+        streams.ended()
+    raise AssertionError("too fast for the test")
+
+
+def answers_of_one_server(model: Path) -> list[list[Any]]:
+    """What a single server says to all of them."""
+    options = {"max_num_seqs": 16, "num_threads": 1, "dtype": "float32"}
+    with running({"tiny": model}, **options) as server, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: events(server.post(*one).text), bodies()))
+    assert all(len(one) > LONG // 4 and one[-1] == "data: [DONE]" for one in found)
+    return found
+
+
+def write_model(folder: Path) -> Path:
+    """A tiny model with room for long answers."""
+    return checkpoints.write_folder(folder, checkpoints.CONFIGS["llama"] | {"max_position_embeddings": 2048})

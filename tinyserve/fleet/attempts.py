@@ -20,6 +20,7 @@ from tinyserve.server.sse import dumps
 logger = logging.getLogger("tinyserve.fleet")
 
 PLACE_SECONDS = 600.0  # until some replica has to have taken a request
+TAKE_SECONDS = 5.0  # until a replica has taken a request that the front has a place for; another is asked then
 PAUSE = 0.1  # seconds before a request is sent again that nobody has taken
 MOST_STRANGERS = 8  # replicas with other bits that are asked before a stream is given up
 
@@ -141,7 +142,7 @@ class Attempts:
         """One attempt; raises LostError, _NotTaken and SeamError."""
         async with aclosing(self._replicas.call(call, key)) as items:
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(min(self._timeout, TAKE_SECONDS)):
                     identity = await anext(items)
             except (LostError, StopAsyncIteration, TimeoutError) as error:
                 raise _NotTaken from error

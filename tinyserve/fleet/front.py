@@ -183,7 +183,7 @@ async def watch(front: Front, on_failure: Callable[[Exception], None]) -> None:
             missed = 0
             front.take(condition)
             if condition.failure is not None and not was_up:
-                front.failure = f"{front.model} could not be loaded: {condition.failure}."
+                front.failure = f"{front.model} could not be loaded: {condition.failure.rstrip('.')}."
                 on_failure(TinyserveError(front.failure))
                 return
             was_up = was_up or condition.is_up
@@ -340,7 +340,14 @@ class _FrontCollector(Collector):
             "tinyserve_streams_spliced": ("Those that another replica went on with.", counts.spliced),
             "tinyserve_requests_failed": ("Those that were given up.", counts.failed),
         }
+        bits = GaugeMetricFamily(
+            "tinyserve_replica", "Who runs; whoever has the same fingerprint computes the same bits.",
+            labels=["model", "replica", "fingerprint"],
+        )  # fmt: skip
+        for name, report in front.reports.items():
+            bits.add_metric([front.model, name, report.identity.fingerprint], 1)
         return [
+            bits,
             *(GaugeMetricFamily(name, help_, value=value) for name, (help_, value) in gauges.items()),
             *(CounterMetricFamily(name, help_, value=value) for name, (help_, value) in counters.items()),
         ]

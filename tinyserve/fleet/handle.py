@@ -50,6 +50,7 @@ class Application:
     def __init__(self, name: str):
         self.name = name
         self._handle: Any = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     # --- the application
 
@@ -161,7 +162,9 @@ class Application:
     def give_up(self, replica: Identity) -> None:
         """Have Ray end a replica's process; Serve starts another."""
         logger.warning("replica %s is silent, and is given up", replica.name)
-        asyncio.get_running_loop().create_task(_quietly(lambda: _kill(replica.actor)))
+        task = asyncio.get_running_loop().create_task(_quietly(lambda: _kill(replica.actor)))
+        self._ending.add(task)  # or nobody holds it
+        task.add_done_callback(self._ending.discard)
 
     async def reports(self) -> list[Report]:
         """What each replica is doing; of those that do not answer, nothing."""
