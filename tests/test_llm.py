@@ -814,3 +814,10 @@ def test_a_child_of_a_fork_has_threads_of_its_own(folder_of: Callable[[str], Pat
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(folder_of("llama"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.split("\n")[:4] == ["0 True"] * 3 + ["59"], done.stderr
+
+
+def test_the_fingerprint_is_of_the_bits(llm_of: Callable[..., LLM]) -> None:
+    one, other = llm_of("llama", "float32"), llm_of("llama", "int8")
+    before = one.stats().prompt_tokens
+    assert one.fingerprint() == one.fingerprint() != other.fingerprint()
+    assert one.stats().prompt_tokens == before

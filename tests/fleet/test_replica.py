@@ -16,7 +16,7 @@ from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import EngineDeadError, TinyserveError
 from tinyserve.fleet import replica as module
 from tinyserve.fleet.messages import Began, Call, Ended, Identity, Item
-from tinyserve.fleet.replica import Replica, ReplicaOptions, fingerprint
+from tinyserve.fleet.replica import Replica, ReplicaOptions
 from tinyserve.llm import LLM
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "max_num_seqs": 4}
@@ -68,7 +68,7 @@ def test_an_answer_is_the_servers_under_the_name_that_was_chosen(folder_of: Call
 
     async def test(replica: Replica, llm: LLM) -> None:
         identity, head, body, ended = await items(replica.answer(call(BODY)))
-        assert identity == Identity("r1", "actor r1", fingerprint(llm))
+        assert identity == Identity("r1", "actor r1", llm.fingerprint())
         assert isinstance(head, Began) and head.status == 200
         assert isinstance(body, bytes)
         assert json.loads(body) == {**whole, "id": "chatcmpl-f00", "created": 7, "usage": json.loads(body)["usage"]}
@@ -159,10 +159,3 @@ def test_what_is_wrong_with_a_model_is_said_as_it_is_loaded(tmp_path: Path) -> N
 
     with pytest.raises(TinyserveError, match="has no config"):
         with_replica(tmp_path, test)
-
-
-def test_the_fingerprint_is_of_the_bits(llm_of: Callable[[str, str], LLM]) -> None:
-    one, other = llm_of("llama", "float32"), llm_of("llama", "bfloat16")
-    assert fingerprint(one) == fingerprint(one) != fingerprint(other)
-    before = one.stats()
-    assert fingerprint(one) and one.stats().prompt_tokens == before.prompt_tokens

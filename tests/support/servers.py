@@ -74,7 +74,7 @@ def running(
     application = create_app(pool, admission, **(app or {}))
     protocol = limit_connections(connections)
     config = uvicorn.Config(
-        application, host="127.0.0.1", port=0, http=protocol, ws="none", log_config=None, lifespan="on",
+        application, host="127.0.0.1", port=0, http=protocol, loop="asyncio", ws="none", log_config=None, lifespan="on",
         h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)

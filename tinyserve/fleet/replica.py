@@ -4,7 +4,6 @@ Knows ASGI and an engine; who calls, and what becomes of answers that break off,
 """
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -17,7 +16,6 @@ from starlette.types import Message, Scope
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import EngineDeadError
 from tinyserve.fleet.messages import Began, Call, Ended, Identity, Item, Report
-from tinyserve.llm import LLM
 from tinyserve.server.access_log import Tokens, hear_tokens
 from tinyserve.server.app import create_app
 from tinyserve.server.guards import Admission
@@ -28,7 +26,6 @@ from tinyserve.server.state import ANSWER, State
 logger = logging.getLogger("tinyserve.fleet")
 
 STUCK_SECONDS = 120.0  # with work and without a step, after which an engine is given up
-FINGERPRINT_TOKENS = 32
 _DEAD = 70  # the exit code of a replica whose engine is dead
 
 
@@ -70,7 +67,7 @@ class Replica:
         await self._lifespan.__aenter__()  # the process ends it
         async with pool.use(pool.default) as engine:
             self._llm = engine.llm
-        bits = await asyncio.to_thread(fingerprint, self._llm)
+        bits = await asyncio.to_thread(self._llm.fingerprint)
         self._identity = Identity(name, actor, bits)
         self._steps, self._stepped = 0, time.monotonic()
 
@@ -147,13 +144,6 @@ class Replica:
             logger.critical("The engine is dead: %s", error)
             logging.shutdown()
             os._exit(_DEAD)
-
-
-def fingerprint(llm: LLM) -> str:
-    """A hash of the logits of a fixed prompt: who has the same computes the same bits, as far as anybody can tell."""
-    count = min(FINGERPRINT_TOKENS, llm.max_model_len)
-    logits = llm.logits([(7 * i + 3) % llm.config.vocab_size for i in range(count)])
-    return hashlib.sha256(logits.tobytes()).hexdigest()[:16]
 
 
 def _scope(call: Call) -> Scope:

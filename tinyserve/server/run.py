@@ -95,6 +95,7 @@ def run(
     protocol = limit_connections(most_connections())
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="on", access_log=False, log_config=None, server_header=False,
+        loop="asyncio",  # also where another package has brought uvloop
         backlog=64, h11_max_incomplete_event_size=2 * MAX_HEADERS, timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=max(1, round(options.drain_timeout)),
     )  # fmt: skip
