@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinyserve.text.limited_process import EndedError, Excess, LimitedProcesses, Limits
+from tinyserve.text.limited_process import EndedError, Excess, LimitedProcesses, Limits, limit_processor
 
 if TYPE_CHECKING:
     import llguidance
 
 MAX_BYTES = 1_000_000  # of a grammar as llguidance reads it
-MAX_SECONDS = 10.0
+MAX_SECONDS = 10.0  # of the processor
+MAX_WAIT = 60.0  # by the clock: on a busy server whoever is being answered has the processor
 MAX_MEMORY = 2 << 30  # bytes, its vocabulary among them
 STACK = 4 << 20  # half of what a thread of the server has
 
@@ -48,9 +49,9 @@ class GrammarProbe:
         if len(source) > MAX_BYTES:
             return f"it comes to {len(source)} characters, and {MAX_BYTES} are the most"
         try:
-            answer = self._processes.ask(json.dumps(source).encode(), MAX_SECONDS, is_cancelled)
+            answer = self._processes.ask(json.dumps([source, MAX_SECONDS]).encode(), MAX_WAIT, is_cancelled)
         except EndedError as error:
-            if error.excess is Excess.WAIT:
+            if error.excess in (Excess.PROCESSOR, Excess.WAIT):
                 return f"it takes longer than {MAX_SECONDS:g} s to compile"
             return "it takes more memory, or a deeper stack, than there is for compiling one"
         reason: str | None = json.loads(answer)
@@ -74,10 +75,13 @@ def answerer(setup: bytes) -> Callable[[bytes], bytes]:
     executor, mask = llguidance.LLExecutor(1), np.empty((1, (len(pieces) + 31) // 32), np.uint32)
 
     def answer(question: bytes) -> bytes:
-        matcher = compiled(vocabulary, json.loads(question))
+        source, seconds = json.loads(question)
+        limit_processor(seconds)
+        matcher = compiled(vocabulary, source)
         reason = matcher.get_error() if matcher.is_error() else None
         if reason is None:  # the first mask takes memory, too, and finds what the compiler does not
             executor.unsafe_compute_mask_ptr([(matcher, 0)], mask.ctypes.data, 4 * mask.shape[1], 1)
+        limit_processor(0)
         return json.dumps(reason).encode()
 
     return answer
