@@ -24,9 +24,12 @@ class StepClock:
         self._forward = forward
         self.steps: list[Step] = []
 
-    def __call__(self, work: Any, rows: Any, all_hidden: bool = False) -> Any:
+    def begin(self, *arguments: Any, **options: Any) -> Any:
+        return self._forward.begin(*arguments, **options)
+
+    def __call__(self, work: Any, rows: Any, all_hidden: bool = False, stream: Any = None) -> Any:
         began = perf_counter()
-        result = self._forward(work, rows, all_hidden)
+        result = self._forward(work, rows, all_hidden, stream)
         tokens = sum(len(token_ids) for token_ids, _ in work)
         self.steps.append(Step(tokens, len(work), began, perf_counter()))
         return result

@@ -107,7 +107,7 @@ def test_requests_go_on_between_chunks(folder_of: Callable[[str], Path], monkeyp
 
     def decoding(*args: Any) -> Any:
         events.append("execute")
-        time.sleep(0.002)  # a whole answer of this model would take less than the text needs to come
+        time.sleep(0.02)  # a whole answer of this model would take less than the text needs to come
         return execute(*args)
 
     monkeypatch.setattr(runner, "prefill", reading)
