@@ -114,15 +114,16 @@ class Engine:
         runner, queued, waits, goes_on, together = self.llm.engine.runner, Event(), Event(), Event(), 0
         forward = runner.forward
 
-        def wait(work: Any, rows: Any, all_hidden: bool = False) -> Any:
+        def wait(work: Any, rows: Any, all_hidden: bool = False, stream: Any = None) -> Any:
             nonlocal together
             queued.wait()
             together += len(work) == len(prompts) == sum(len(token_ids) for token_ids, _ in work)
             if together > lead and not waits.is_set():
                 waits.set()
                 goes_on.wait()
-            return forward(work, rows, all_hidden)
+            return forward(work, rows, all_hidden, stream)
 
+        wait.begin = forward.begin  # type: ignore[attr-defined]  # as the runner asks a step
         runner.forward = wait
         try:
             streams = [self.llm.stream(prompt, _greedy(count)) for prompt in prompts]
