@@ -3,6 +3,7 @@
 Knows responses, /metrics and /proc; it asks nothing.
 """
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,6 +151,25 @@ def lost(before: Snapshot, after: Snapshot) -> list[str]:
 
 
 def unsteady(memory: Sequence[tuple[float, int]], tolerance: float) -> list[str]:
+    """Where resident memory leaves its level at the beginning of the series, by a share above `tolerance`.
+
+    The level is the median of the first fifth; medians of the other fifths are compared, and no single peak.
+    """
+    if len(memory) < 10:
+        return []
+    size = len(memory) // 5
+    fifths = [memory[i * size : (i + 1) * size] for i in range(5)]
+    level, *others = [statistics.median(size for _, size in fifth) for fifth in fifths]
+    for fifth, other in zip(fifths[1:], others, strict=True):
+        if abs(other / level - 1) > tolerance:
+            return [
+                f"Resident memory is {other / 1e6:.1f} MB between {fifth[0][0] / 60:.1f} and {fifth[-1][0] / 60:.1f} "
+                f"minutes, and was {level / 1e6:.1f} MB behind the warm-up: {100 * (other / level - 1):+.1f} %."
+            ]
+    return []
+
+
+def grown_at_rest(memory: Sequence[tuple[float, int]], tolerance: float) -> list[str]:
     """Where resident memory at rest is away from what it was first by a share above `tolerance`."""
     if not memory:
         return []

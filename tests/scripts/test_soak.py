@@ -155,15 +155,28 @@ def test_more_descriptors_threads_or_processes_are_reported(checks: Any) -> None
     assert len(checks.lost(before, checks.Snapshot())) == 3  # the process is gone
 
 
-def test_memory_that_grows_is_reported(checks: Any) -> None:
-    flat = [(600.0 * i, 100_000_000 + 2_000_000 * (i % 3)) for i in range(6)]
-    assert checks.unsteady(flat, 0.05) == [] == checks.unsteady([], 0.05)
+def test_memory_that_grows_is_reported_and_one_peak_is_not(checks: Any) -> None:
+    flat = [(60.0 * i, 100_000_000 + i % 3) for i in range(50)]
+    assert checks.unsteady(flat, 0.05) == []
+    peak = [(at, 2 * size if at == 1800 else size) for at, size in flat]
+    assert checks.unsteady(peak, 0.05) == []
     growing = [(at, size + int(at) * 3000) for at, size in flat]
-    first, *others = checks.unsteady(growing, 0.05)
+    (sentence,) = checks.unsteady(growing, 0.05)
+    assert sentence.startswith("Resident memory is ") and sentence.endswith(" %.")
+    shrinking = [(at, size - int(at) * 3000) for at, size in flat]
+    assert len(checks.unsteady(shrinking, 0.05)) == 1
+    assert checks.resident(os.getpid()) > 1 << 20 and checks.resident(2**22 + 1) is None
+
+
+def test_memory_that_grows_at_rest_is_reported(checks: Any) -> None:
+    flat = [(600.0 * i, 100_000_000 + 2_000_000 * (i % 3)) for i in range(6)]
+    assert checks.grown_at_rest(flat, 0.05) == [] == checks.grown_at_rest([], 0.05)
+    growing = [(at, size + int(at) * 3000) for at, size in flat]
+    first, *others = checks.grown_at_rest(growing, 0.05)
     assert first.startswith("Resident memory at rest is 107.6 MB after 20.0 minutes, and was 100.0 MB behind the ")
     assert first.endswith("warm-up: +7.6 %.") and len(others) == 3
     shrinking = [(at, size - int(at) * 3500) for at, size in flat]
-    assert len(checks.unsteady(shrinking, 0.05)) == 3
+    assert len(checks.grown_at_rest(shrinking, 0.05)) == 3
     assert checks.resident(os.getpid()) > 1 << 20 and checks.resident(2**22 + 1) is None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyserve.errors import TinyserveError
+from tinyserve.server.sse import LINE_ENDS
 
 
 @contextmanager
@@ -46,10 +47,10 @@ def encoded(value: Any) -> bytes:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), default=str)
-    # Half a surrogate pair, which JSON can spell, is no UTF-8; and some readers end lines at these characters, too.
-    if any(end in text for end in "\x85\u2028\u2029") or not is_unicode(text):
-        text = json.dumps(_finite(value), separators=(",", ":"), default=str)
-    return text.encode() + b"\n"
+    try:
+        return text.translate(LINE_ENDS).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return json.dumps(_finite(value), separators=(",", ":"), default=str).encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -58,12 +59,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

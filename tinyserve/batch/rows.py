@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from tinyserve.batch.shards import MAX_DEPTH, Row, is_deeper
 from tinyserve.errors import UserError, did_you_mean
+from tinyserve.server.client import message_in
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 # What a plain row is given, with its type in Parquet.
@@ -220,7 +221,7 @@ class PlainRows(Rows):
 
     def answered(self, row: Row, path: str, status: int, body: Mapping[str, Any]) -> Outcome:
         if status != 200:
-            return self.failed(row, _message(body, status))
+            return self.failed(row, message_in(body.get("error") or body) or f"The answer has status {status}.")
         try:
             choice = body["choices"][0]
             message = choice.get("message") or {"content": choice["text"]}
@@ -263,11 +264,3 @@ def _usage(body: Mapping[str, Any]) -> tuple[int, int]:
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
     prompt_tokens, output_tokens = (one if type(one) is int and 0 <= one < 1 << 53 else 0 for one in counts)
     return prompt_tokens, output_tokens
-
-
-def _message(body: Mapping[str, Any], status: int) -> str:
-    """The sentence in an error's body, by OpenAI's form."""
-    error = body.get("error")
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return str(error["message"])
-    return str(error or body.get("message") or body.get("detail") or f"The answer has status {status}.")

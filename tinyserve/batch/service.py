@@ -7,14 +7,14 @@ a folder: a server that is started again goes on.
 import asyncio
 import json
 import logging
-import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from tinyserve.batch.counts import Counts
-from tinyserve.batch.disk import encoded, writing
-from tinyserve.batch.job import Job, opened, remove
+from tinyserve.batch.disk import encoded, new_file, writing
+from tinyserve.batch.job import TEMPORARY, Job, opened, remove
 from tinyserve.batch.manifest import Manifest
 from tinyserve.batch.rows import OpenAIRows
 from tinyserve.batch.shards import Input, read_input
@@ -66,7 +66,7 @@ class Folder:
 
     def make(self) -> None:
         with writing(self.path):
-            for name in ("files", "batches"):
+            for name in ("files", "batches", TEMPORARY):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
 
     def content(self, file: str) -> Path:
@@ -78,11 +78,8 @@ class Folder:
 
     def save(self, kind: str, what: Mapping[str, Any]) -> None:
         """Write the description of a file or a batch in place of the one before."""
-        path = self._description(kind, what["id"])
-        with writing(self.path):
-            new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-            new.write_text(json.dumps(what), encoding="utf-8")
-            new.replace(path)
+        with writing(self.path), new_file(self._description(kind, what["id"]), self.path / TEMPORARY) as path:
+            path.write_text(json.dumps(what), encoding="utf-8")
 
     def load(self, kind: str, name: str) -> dict[str, Any]:
         """Raises ApiError 404."""
@@ -109,19 +106,19 @@ class Folder:
     def _description(self, kind: str, name: str) -> Path:
         return self.path / kind / f"{name}.json"
 
-    def add(self, content: Path, filename: str, purpose: str) -> dict[str, Any]:
-        """Take a file over; it is there when this returns. One of a batch takes the place of what it was before."""
+    def add(self, pieces: Iterable[bytes], filename: str, purpose: str) -> dict[str, Any]:
+        """Write a file; it is there when this returns. One of a batch takes the place of what it was before."""
         of_batch = purpose == "batch_output"
         name = f"file-{uuid.uuid5(uuid.NAMESPACE_URL, filename).hex if of_batch else _new_name()}"
-        size = content.stat().st_size
-        with writing(self.path):
-            content.replace(self.content(name))
-        file = {
-            "id": name, "object": "file", "bytes": size, "created_at": int(time.time()), "filename": filename,
-            "purpose": purpose, "status": "processed",
+        content = self.content(name)
+        with writing(self.path), new_file(content, self.path / TEMPORARY) as path, path.open("wb") as file:
+            file.writelines(pieces)
+        described = {
+            "id": name, "object": "file", "bytes": content.stat().st_size, "created_at": int(time.time()),
+            "filename": filename, "purpose": purpose, "status": "processed",
         }  # fmt: skip
-        self.save("files", file)
-        return file
+        self.save("files", described)
+        return described
 
 
 class BatchService:
@@ -193,16 +190,8 @@ class BatchService:
             raise ApiError(400, f"The body is no form: {error.detail}", code="invalid_form") from None
 
     def _keep(self, given: UploadFile) -> dict[str, Any]:
-        path = self.folder.path / "files" / f"_upload.{uuid.uuid4().hex}"
-        try:
-            with writing(self.folder.path), path.open("wb") as file:
-                while piece := given.file.read(1 << 20):
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            return self.folder.add(path, (given.filename or "batch.jsonl")[:200], "batch")
-        finally:
-            path.unlink(missing_ok=True)
+        pieces = iter(partial(given.file.read, 1 << 20), b"")
+        return self.folder.add(pieces, (given.filename or "batch.jsonl")[:200], "batch")
 
     async def _files(self, request: Request) -> Response:
         purpose = request.query_params.get("purpose")
@@ -360,24 +349,14 @@ class BatchService:
                 remove(self.folder.work(name))
 
     def _make_files(self, batch: dict[str, Any]) -> None:
-        counts = {False: 0, True: 0}
         with suppress(UserError):  # nothing was ever begun
             job = self._job(batch)
-            files = {"output_file_id": ("output", False), "error_file_id": ("errors", True)}
-            for field, (name, failures) in files.items():
-                path = self.folder.path / "files" / f"_{batch['id']}.{name}.{uuid.uuid4().hex}"
-                with writing(self.folder.path), path.open("wb") as file:
-                    for outcome in job.outcomes():
-                        if outcome.is_failure is failures:
-                            file.write(encoded(outcome.fields))
-                            counts[failures] += 1
-                    file.flush()
-                    os.fsync(file.fileno())
-                    size = file.tell()
-                if size:
-                    batch[field] = self.folder.add(path, f"{batch['id']}_{name}.jsonl", "batch_output")["id"]
-                path.unlink(missing_ok=True)
-            batch["request_counts"] |= {"completed": counts[False], "failed": counts[True]}
+            failures = [outcome.is_failure for outcome in job.outcomes()]
+            batch["request_counts"] |= {"completed": failures.count(False), "failed": failures.count(True)}
+            for field, name, wanted in (("output_file_id", "output", False), ("error_file_id", "errors", True)):
+                if wanted in failures:
+                    lines = (encoded(one.fields) for one in job.outcomes() if one.is_failure is wanted)
+                    batch[field] = self.folder.add(lines, f"{batch['id']}_{name}.jsonl", "batch_output")["id"]
 
     def _fail(self, name: str, message: str) -> None:
         batch = self.folder.load("batches", name)

@@ -3,21 +3,64 @@
 import logging
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tinyserve.cli import _names
-from tinyserve.cli._options import check_range, engine_options, with_options
+from tinyserve.cli._options import check_range, engine_options, fields_of, with_options
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import UserError
 from tinyserve.fleet.options import FleetOptions, parse_replicas
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 
 
-@with_options(engine=engine_options())
+@dataclass(frozen=True, kw_only=True)
+class FleetCommand:
+    """What `serve` can be told of several engines of one model."""
+
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX", help="So many engines of one model, on Ray; between two numbers as requests ask for."
+        ),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The Ray cluster that they are on, or auto.  [default: RAY_ADDRESS, else one of our own on this "
+            "machine]",
+        ),
+    ] = None
+    join: Annotated[
+        bool, typer.Option("--join", help="Start no replicas: be one more address of those that run there.")
+    ] = False
+    leave: Annotated[bool, typer.Option("--leave", help="At the end, leave the replicas running there.")] = False
+    replica_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Silence after which a replica is given up.")
+    ] = FleetOptions.replica_timeout
+    retries: Annotated[
+        int, typer.Option(metavar="NUMBER", help="How often a request is asked again whose replica was lost.")
+    ] = FleetOptions.retries
+    no_ray_auth: Annotated[bool, typer.Option("--no-ray-auth", help="Join a Ray cluster that asks for no token.")] = (
+        False
+    )
+
+    def options(self) -> FleetOptions | None:
+        """Those of a fleet; None for a server of its own. Raises UserError."""
+        check(replica_timeout=self.replica_timeout, retries=self.retries)
+        if self.replicas is None and self.address is None and not self.join:
+            for option, said in (("--leave", self.leave), ("--no-ray-auth", self.no_ray_auth)):
+                if said:
+                    raise UserError(f"{option} goes with --replicas.")
+            return None
+        return FleetOptions(**vars(self) | {"replicas": parse_replicas(self.replicas or "1")})
+
+
+@with_options(engine=engine_options(), fleet=fields_of(FleetCommand))
 def serve(
     models: Annotated[
         list[str],
@@ -74,33 +117,7 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="How long SIGTERM waits for what runs.")
     ] = ServeOptions.drain_timeout,
     max_body: Annotated[float, typer.Option(metavar="MB", help="The largest request.")] = ServeOptions.max_body / 1e6,
-    replicas: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|MIN:MAX", help="So many engines of one model, on Ray; between two numbers as requests ask for."
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The Ray cluster that they are on, or auto.  [default: RAY_ADDRESS, else one of our own on this "
-            "machine]",
-        ),
-    ] = None,
-    join: Annotated[
-        bool, typer.Option("--join", help="Start no replicas: be one more address of those that run there.")
-    ] = False,
-    leave: Annotated[bool, typer.Option("--leave", help="At the end, leave the replicas running there.")] = False,
-    replica_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Silence after which a replica is given up.")
-    ] = FleetOptions.replica_timeout,
-    retries: Annotated[
-        int, typer.Option(metavar="NUMBER", help="How often a request is asked again whose replica was lost.")
-    ] = FleetOptions.retries,
-    no_ray_auth: Annotated[
-        bool, typer.Option("--no-ray-auth", help="Join a Ray cluster that asks for no token.")
-    ] = False,
+    fleet: FleetCommand,
     batch_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Answer OpenAI's batches, too (/v1/batches), and keep them here."),
@@ -123,16 +140,7 @@ def serve(
       tinyserve serve llama-3.2-1b --replicas 2
     """
     check(port=port, max_queue=max_queue, memory=memory, max_body=max_body, drain_timeout=drain_timeout)
-    check(replica_timeout=replica_timeout, retries=retries)
-    fleet = None
-    for option, said in (("--leave", leave), ("--no-ray-auth", no_ray_auth)):
-        if said and replicas is None and address is None and not join:
-            raise UserError(f"{option} goes with --replicas.")
-    if replicas is not None or address is not None or join:
-        fleet = FleetOptions(
-            replicas=parse_replicas(replicas or "1"), address=address, join=join, leave=leave,
-            replica_timeout=replica_timeout, retries=retries, no_ray_auth=no_ray_auth,
-        )  # fmt: skip
+    fleet_options = fleet.options()
     try:
         from tinyserve.server.run import serve as run
     except ImportError as error:
@@ -164,14 +172,14 @@ def serve(
         drain_timeout=drain_timeout,
         on_listen=lambda url: print(f"{url}  {', '.join(options.models)}; Ctrl-C stops.", file=sys.stderr, flush=True),
     )
-    if fleet is not None:
+    if fleet_options is not None:
         from tinyserve.fleet.run import serve as run_fleet
 
         if batch_dir is not None:
             raise UserError(
                 "--batch-dir is for a server with one engine: have the fleet asked by `tinyserve batch --server`."
             )
-        code = run_fleet(options, fleet)
+        code = run_fleet(options, fleet_options)
     elif batch_dir is not None:
         from tinyserve.batch.service import BatchService
 

@@ -32,7 +32,7 @@ from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError
 from tinyserve.server.guards import Admission
 from tinyserve.server.metrics import EngineCollector, count_responses
-from tinyserve.server.sse import KEEP_ALIVE, wait_disconnect
+from tinyserve.server.sse import KEEP_ALIVE, while_connected
 from tinyserve.server.state import BODY_TIMEOUT, LOOP_VALUES, MAX_VALUES, Json
 
 logger = logging.getLogger("tinyserve.fleet")
@@ -277,17 +277,7 @@ class _Forwarded(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(wait_disconnect(receive))
-        waiter = asyncio.create_task(self._keep_alive(send))
-        try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            tasks = (sender, watcher, waiter)
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
-            raise results[0]
+        await while_connected(receive, sender, asyncio.create_task(self._keep_alive(send)))
 
     async def _send(self, send: Send) -> None:
         request, front = self._request, self._front

@@ -206,7 +206,7 @@ class Answer:
         try:
             chunk = json.loads(data)
             if (error := chunk.get("error")) is not None:
-                raise TinyserveError(f"{server} broke the answer off: {_sentence(_message_in(error))}")
+                raise TinyserveError(f"{server} broke the answer off: {_sentence(message_in(error))}")
             if usage := chunk.get("usage"):
                 self._count(usage)
             text = reasoning = ""
@@ -348,7 +348,7 @@ def _error_message(response: Response) -> str:
         body = response.json()
     except ValueError:
         return ""
-    return _sentence(_message_in(body.get("error") or body)) if isinstance(body, dict) else ""
+    return _sentence(message_in(body.get("error") or body)) if isinstance(body, dict) else ""
 
 
 def _is_context_length(response: Response, said: str) -> bool:
@@ -359,7 +359,8 @@ def _is_context_length(response: Response, said: str) -> bool:
     return not known.isdisjoint(words) or "maximum context length" in said
 
 
-def _message_in(error: Any) -> str:
+def message_in(error: Any) -> str:
+    """What an error object of OpenAI's form, or of others', says; a text is what it is."""
     if isinstance(error, Mapping):
         error = error.get("message") or error.get("detail") or ""
     return error if isinstance(error, str) else json.dumps(error)

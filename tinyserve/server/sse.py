@@ -79,17 +79,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = SSEWriter()
         writer = asyncio.create_task(self._run(events))
-        watcher = asyncio.create_task(wait_disconnect(receive))
         sender = asyncio.create_task(self._send(events, writer, scope, receive, send))
-        try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            tasks = (sender, watcher, writer)
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
-            raise results[0]
+        await while_connected(receive, sender, writer)
 
     async def _run(self, events: SSEWriter) -> ApiError | None:
         try:
@@ -121,6 +112,23 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+async def while_connected(receive: Receive, sender: "asyncio.Task[None]", *others: "asyncio.Task[Any]") -> None:
+    """Wait until a response is sent, or its client has gone; then all the tasks are cancelled, and have ended.
+
+    Raises what the sender raised, but for a connection that is closed.
+    """
+    watcher = asyncio.create_task(wait_disconnect(receive))
+    try:
+        await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        tasks = (sender, watcher, *others)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
+        raise results[0]
+
+
 async def wait_disconnect(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
@@ -128,10 +136,10 @@ async def wait_disconnect(receive: Receive) -> None:
 
 
 # Lines end at these for Python's splitlines and its like, by which clients take streams apart; not for JSON.
-_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def dumps(data: Any) -> bytes:
     """JSON as short as it can be, in UTF-8, and one line to everybody."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return (text if text.isascii() else text.translate(_LINE_ENDS)).encode()
+    return (text if text.isascii() else text.translate(LINE_ENDS)).encode()
