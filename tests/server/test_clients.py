@@ -1,5 +1,6 @@
 """What clients send beside what is needed, and how they read: nulls, fields of other APIs, odd paths and lines."""
 
+import gc
 import inspect
 import json
 import logging
@@ -233,6 +234,28 @@ def test_a_prompt_that_is_too_long_has_a_code(
     error = response.json()["error"]
     assert response.status_code == 400, error
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+@pytest.mark.parametrize("prompt", ["a " * 60_000, [5] * 60_000])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_prompt_is_let_go_of(server: Running, prompt: Any, stream: bool) -> None:
+    """Although nobody looks for cycles."""
+
+    def long_lists() -> set[int]:
+        return {id(one) for one in gc.get_objects() if isinstance(one, list) and len(one) >= 50_000}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = long_lists()
+        for path, field in (
+            (TEXT, {"prompt": prompt}),
+            (CHAT, {"messages": [{"role": "user", "content": "a" * 60_000}]}),
+        ):
+            assert server.post(path, {**field, "stream": stream}).status_code == 400
+        assert not long_lists() - before
+    finally:
+        gc.enable()
 
 
 def test_a_long_prompt_of_ids_is_one_prompt(folder_of: Callable[[str], Path]) -> None:

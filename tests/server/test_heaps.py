@@ -44,6 +44,32 @@ while resident() > most - 150_000_000 and time.monotonic() < end:
 print((most - resident()) >> 20)
 """
 
+COLLECTED = """
+import gc, sys, time, weakref
+from tinyserve.server import heaps
+heaps.TRIM_SECONDS = 0.05
+class Node:
+    pass
+def cycle():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+gc.set_threshold(100_000)
+if sys.argv[1] == "collected":
+    heaps.keep_heaps_small()
+loaded = Node()
+loaded.itself, held = loaded, weakref.ref(loaded)
+heaps.keep_loaded()
+gone = [cycle() for _ in range(8)]
+end = time.monotonic() + (60 if sys.argv[1] == "collected" else 1)
+while any(one() for one in gone) and time.monotonic() < end:
+    time.sleep(0.01)
+print(sum(one() is None for one in gone))
+del loaded
+heaps.collect_unloaded()
+assert held() is None
+"""
+
 
 def run(program: str, *arguments: str) -> int:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
@@ -59,3 +85,8 @@ def test_threads_share_heaps(tmp_path: Path) -> None:
 
 def test_what_is_free_goes_back() -> None:
     assert run(TRIMMED, "trimmed") > 120 > run(TRIMMED, "untrimmed")
+
+
+def test_cycles_are_collected_and_models_with_them() -> None:
+    assert run(COLLECTED, "collected") == 8
+    assert run(COLLECTED, "not") == 0

@@ -25,7 +25,7 @@ from tinyserve.errors import TinyserveError
 from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
 from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
-from tinyserve.server.errors import ApiError, as_api_error
+from tinyserve.server.errors import ApiError, as_api_error, forget_frames
 from tinyserve.server.guards import Admission, Service
 from tinyserve.server.metrics import ServerMetrics
 from tinyserve.server.page import page
@@ -170,7 +170,10 @@ async def _load_first(state: State, on_failure: Callable[[Exception], None]) -> 
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    response = as_api_error(error).response()
+    if isinstance(error, ApiError | TinyserveError):  # others go on to the log
+        forget_frames(error)
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -52,6 +52,22 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Let go of what an error that is answered came through: frames, with a request's text and tokens in them.
+
+    They would stay until Python looks for cycles, as an error names frames that name the error.
+    """
+    errors: list[BaseException | None] = [error]
+    seen = set[int]()
+    while errors:
+        one = errors.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        errors += [one.__cause__, one.__context__, *(one.exceptions if isinstance(one, BaseExceptionGroup) else ())]
+        one.__traceback__ = one.__cause__ = one.__context__ = None
+
+
 @contextmanager
 def error_context(aliases: Mapping[str, str]) -> Iterator[None]:
     """Turn errors of lower layers into ApiErrors. `aliases` has the client's field where it is not the parameter's."""

@@ -4,7 +4,6 @@ Knows engines and their sizes; nothing of HTTP beyond the errors that it raises.
 """
 
 import asyncio
-import gc
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ from tinyserve.errors import TinyserveError
 from tinyserve.llm import LLM
 from tinyserve.progress import Progress, size
 from tinyserve.server.errors import ApiError
+from tinyserve.server.heaps import collect_unloaded, keep_loaded
 from tinyserve.server.options import ServeOptions
 from tinyserve.tensor.cgroups import available_memory
 
@@ -167,6 +167,7 @@ class ModelPool:
                     partial(LLM, model.source, progress=report, reserve=reserve, **self.options.as_dict())
                 )
                 model.engine = AsyncEngine(llm)
+                keep_loaded()
                 logger.info("%s is loaded in %.1f s, %s", model.name, time.monotonic() - start, size(model.nbytes))
         except Exception as error:
             model.nbytes = 0
@@ -203,7 +204,7 @@ class ModelPool:
             await asyncio.to_thread(engine.shutdown)
             logger.info("%s makes room for another model", model.name)
         del engine
-        gc.collect()
+        collect_unloaded()
 
     async def close(self) -> None:
         """Shut all engines down."""

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tinyserve.server.errors import ApiError, as_api_error
+from tinyserve.server.errors import ApiError, as_api_error, forget_frames
 
 logger = logging.getLogger("tinyserve.server")
 
@@ -89,6 +89,7 @@ class EventStream(Response):
             api_error = as_api_error(error)
             if api_error.status == 500:  # else its traceback would be lost
                 logger.error("a stream failed", exc_info=error)
+            forget_frames(error)
             return api_error
         finally:
             events.close()
