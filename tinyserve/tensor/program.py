@@ -12,6 +12,7 @@ import inspect
 import math
 import struct
 import threading
+from array import array
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -186,13 +187,10 @@ class Program:
         self.arena = arena
         self.descriptions: list[Description] | None = [] if described else None
         self.threads = num_threads()  # kernels have recorded scratch memory for so many
-        self._codes: list[int] = []
-        self._starts: list[int] = []
-        self._words: list[int] = []
+        self._codes, self._starts, self._words = array("q"), array("q"), array("q")
         # What has been described, by id: arrays, kept alive with the program, and a model's constants, with the arena.
         self._arrays: dict[int, Described] = {}
         self._constants: dict[int, Described] = {} if arena is None else arena.constants
-        self._blocks: Array | None = None
         self._table: Array | None = None
 
     def __len__(self) -> int:
@@ -204,7 +202,7 @@ class Program:
         kinds = tuple([self._describe(value, words) for value in values])
         code = instruction.code(kinds)  # what is refused, here or above, leaves no trace
         self._starts.append(len(self._words))
-        self._words += words
+        self._words.extend(words)
         self._codes.append(code)
         self._table = None
         if self.descriptions is not None:
@@ -250,10 +248,9 @@ class Program:
         """Run all instructions; `times` as `ThreadPool.run` takes it."""
         with _jit.one_caller:
             if self._table is None:
-                self._blocks = np.array(self._words, np.int64)
                 self._table = np.empty((len(self._codes), 2), np.int64)
                 self._table[:, 0] = self._codes
-                self._table[:, 1] = self._blocks.ctypes.data + 8 * np.array(self._starts, np.int64)
+                self._table[:, 1] = self._words.buffer_info()[0] + 8 * np.array(self._starts, np.int64)
             pool().run(self._table.ctypes.data, len(self._table), self.threads, times)
 
 
