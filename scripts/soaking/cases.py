@@ -62,7 +62,8 @@ async def made_for(client: httpx.AsyncClient) -> list[Case]:
         _chat("a seed", questions[0], short, temperature=1.0, seed=7, top_p=0.9),
         _chat("penalties", questions[2], short, repetition_penalty=1.2, logit_bias={"5": 1.0}, min_tokens=4),
         _chat("several answers", questions[1], short, temperature=1.0, seed=3, n=3),
-        # As a model answers that thinks first.
+        _thinking("thinking", questions[0], short),
+        _thinking("a budget of thought", questions[3], 2 * short, thinking_token_budget=4, min_tokens=8),
         _chat("long answer", "Think step by step: why is the sky blue?", long, ignore_eos=True),
         _chat("json_schema", questions[0], 100, response_format={
             "type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}),
@@ -113,6 +114,13 @@ def _messages(question: str) -> list[dict[str, str]]:
 def _chat(kind: str, question: str, limit: int, **options: Any) -> Case:
     body = {"messages": _messages(question), "max_tokens": limit, "temperature": 0, "logprobs": True}
     return Case(kind, CHAT, body | {"top_logprobs": 2} | options)
+
+
+def _thinking(kind: str, question: str, limit: int, **options: Any) -> Case:
+    """An answer that begins within thought, whatever the template is."""
+    messages = [*_messages(question), {"role": "assistant", "content": "<think>\nThe user"}]
+    more = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    return _chat(kind, question, limit, **more, **options)
 
 
 def _text(kind: str, prompt: Any, limit: int, **options: Any) -> Case:

@@ -49,6 +49,9 @@ def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
     else:
         message = choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None})
         message["content"] += part["delta"].get("content") or ""
+        for name in ("reasoning", "reasoning_content"):
+            if thought := part["delta"].get(name):
+                message[name] = message.get(name, "") + thought
         for call in part["delta"].get("tool_calls") or []:
             calls = message.setdefault("tool_calls", [])
             if call["index"] == len(calls):

@@ -19,8 +19,10 @@ from servers import Running, running
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KINDS = {
-    "chat", "a seed", "penalties", "several answers", "long answer", "json_schema", "regex", "choice", "tools",
-    "required tool", "completion", "echo", "several prompts", "long prompt", "embeddings", "tokenize", "template",
+    "chat", "a seed", "penalties", "several answers", "thinking", "a budget of thought",
+    "long answer", "json_schema", "regex", "choice", "tools",
+    "required tool",
+    "completion", "echo", "several prompts", "long prompt", "embeddings", "tokenize", "template",
     "left midway", "malformed", "half a request", "fills the cache",
 }  # fmt: skip
 
