@@ -113,6 +113,25 @@ def test_each_process_has_half_of_the_weights(sliced: LLM, whole: LLM) -> None:
     assert on_slice(sliced, lambda one: len(one._forward.cache.layers)) == 8 - len(sliced.model.layers)
 
 
+def test_the_processes_take_as_much_memory(sliced: LLM, tmp_path: Path) -> None:
+    """As the kernel counts it, beside that of a process whose weights are few."""
+    raw = checkpoints.CONFIGS["llama"] | {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with build(tmp_path, 2, dtype="float32", load_format="dummy", kv_cache_memory=10_000_000) as large:
+        there = on_slice(large, lambda one: one._model.nbytes)
+        assert 200e6 < there <= 0.55 * (there + large.model.nbytes)
+        assert proportional_memory(pid_of(large)) - proportional_memory(pid_of(sliced)) == pytest.approx(there, rel=0.1)
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of a process, of what it shares with others its part (PSS)."""
+    (line,) = re.findall(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(line) * 1024
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_slice_that_ends_in_the_middle_costs_time_and_no_bit(
     end: int, sliced: LLM, whole: LLM, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ from tinyserve.batch.work import OPEN_SHARDS, Work, WorkerOptions
 from tinyserve.cluster import Session, connect
 from tinyserve.errors import TinyserveError, UserError
 from tinyserve.progress import Progress, silent
+from tinyserve.server.heaps import keep_heaps_small
 
 _TICK_SECONDS = 1.0  # between two looks at the journals
 _LOOK_SECONDS = 60.0
@@ -32,6 +33,7 @@ class ShardWorker:
     """An actor of Ray Data's: a model, and two shards at a time."""
 
     def __init__(self, work: Work, run: str):
+        keep_heaps_small()
         self._work, self._run = work, run
         self._shards = {shard.number: shard for shard in work.job.input.shards}
         self._loop = asyncio.new_event_loop()

@@ -1,4 +1,4 @@
-"""The memory that a server's process keeps beside what it uses, where the C library is glibc.
+"""The memory that a process which answers for hours keeps beside what it uses, where the C library is glibc.
 
 Knows malloc's options; nothing of requests. What a step of the engine computes lies in memory that is planned.
 """
