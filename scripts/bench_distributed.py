@@ -31,7 +31,7 @@ def slices(arguments: argparse.Namespace) -> None:
     """Two slices of a thread each, by one process of one thread."""
     options = {
         "dtype": arguments.dtype, "load_format": arguments.load_format, "num_threads": 1, "max_num_seqs": 8,
-        "max_model_len": 2048, "enable_prefix_caching": False,
+        "max_model_len": 4096, "enable_prefix_caching": False,
     }  # fmt: skip
     with LLM(arguments.model, **options) as whole, LLM(arguments.model, **options, pipeline_parallel_size=2) as sliced:
         print("| work | one process | two slices | ratio | more for each step |")

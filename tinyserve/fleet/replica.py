@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -26,6 +27,9 @@ from tinyserve.server.state import ANSWER, State
 logger = logging.getLogger("tinyserve.fleet")
 
 STUCK_SECONDS = 120.0  # with work and without a step, after which an engine is given up
+# From one part of a body to the next, in seconds: each takes this process and the front half a millisecond, which a
+# small model's token takes as well. Whoever reads has 25 parts a second, the first and the last at once.
+PACE = 0.04
 _DEAD = 70  # the exit code of a replica whose engine is dead
 
 
@@ -83,7 +87,7 @@ class Replica:
         Leaving the loop is as a client that closes its connection.
         """
         yield self._identity
-        outbox: asyncio.Queue[Message | None] = asyncio.Queue()
+        outbox = _Outbox()
         gone, unread = asyncio.Event(), [call.body]
 
         async def receive() -> Message:
@@ -97,33 +101,27 @@ class Replica:
             try:
                 await self.app(_scope(call), receive, outbox.put)
             finally:
-                outbox.put_nowait(None)
+                outbox.end()
             return tokens
 
         task = asyncio.create_task(run())
         try:
-            while (message := await self._next(outbox)) is not None:
-                if message["type"] == "beat":
-                    yield None
-                elif message["type"] == "http.response.start":
-                    yield Began(message["status"], list(message.get("headers", ())))
-                elif body := message.get("body", b""):
+            while not outbox.has_ended:
+                head, body = await outbox.take(self._options.beat)
+                self._leave_if_dead()
+                if head is not None:
+                    yield Began(head["status"], list(head.get("headers", ())))
+                if body:
                     yield body
+                    await asyncio.wait({task}, timeout=PACE)
+                elif head is None and not outbox.has_ended:
+                    yield None
             tokens = await task
             yield Ended(tokens.prompt, tokens.output)
         finally:
             gone.set()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-
-    async def _next(self, outbox: "asyncio.Queue[Message | None]") -> Message | None:
-        """What comes next, all of a body that is there in one; None at the end."""
-        try:
-            message = await asyncio.wait_for(outbox.get(), self._options.beat)
-        except TimeoutError:
-            message = {"type": "beat"}
-        self._leave_if_dead()
-        return message
 
     async def report(self) -> Report:
         """What it is doing."""
@@ -144,6 +142,42 @@ class Replica:
             logger.critical("The engine is dead: %s", error)
             logging.shutdown()
             os._exit(_DEAD)
+
+
+class _Outbox:
+    """What an application sends, until it is taken."""
+
+    def __init__(self) -> None:
+        self._head: Message | None = None
+        self._body: list[bytes] = []
+        self._news = asyncio.Event()
+        self._is_over = False
+
+    async def put(self, message: Message) -> None:
+        """ASGI's `send`."""
+        if message["type"] == "http.response.start":
+            self._head = message
+        else:
+            self._body.append(message.get("body", b""))
+        self._news.set()
+
+    def end(self) -> None:
+        self._is_over = True
+        self._news.set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left, and nothing comes."""
+        return self._is_over and not self._body and self._head is None
+
+    async def take(self, patience: float) -> tuple[Message | None, bytes]:
+        """The head of the response and the bytes of its body that have come, once there are any, or after seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), patience)
+        self._news.clear()
+        head, body = self._head, b"".join(self._body)
+        self._head, self._body = None, []
+        return head, body
 
 
 def _scope(call: Call) -> Scope:
