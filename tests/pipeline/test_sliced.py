@@ -17,12 +17,14 @@ from drafts import NGRAM, Spoiled, assert_all_is_free
 
 from tinyserve import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputs
 from tinyserve.checkpoints.checkpoint import Checkpoint, LazyTensor
+from tinyserve.engine import Update
 from tinyserve.errors import CacheLostError, CheckpointError, EngineDeadError, UserError
 from tinyserve.models import build_model
 from tinyserve.models.config import parse_config
 from tinyserve.pipeline import micro_batches
-from tinyserve.pipeline.sliced import LocalSlices
+from tinyserve.pipeline.sliced import LocalSlices, SlicedForwardPass
 from tinyserve.quantize import write
+from tinyserve.text.request import RequestState
 
 Folder = Callable[[str], Path]
 FAMILIES = ("gpt2-by-layer", "falcon-40b", "falcon-rw", "llama-3", "qwen3", "granite-moe", "granite-hybrid-moe")
@@ -39,6 +41,19 @@ def build(folder: Path, slices: int = 1, **options: Any) -> LLM:
 def local(llm: LLM) -> LocalSlices:
     assert isinstance(llm.slices, LocalSlices)
     return llm.slices
+
+
+def forward_of(llm: LLM) -> SlicedForwardPass:
+    runner: Any = llm.engine.runner
+    forward = runner.forward
+    assert isinstance(forward, SlicedForwardPass)
+    return forward
+
+
+class Deaf:
+    """Takes the updates of a request that nobody waits for."""
+
+    def put(self, updates: list[Update]) -> None: ...
 
 
 def requests(max_tokens: int = 12) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -126,6 +141,37 @@ def test_steps_are_cut_into_micro_batches(name: str, folder_of: Folder, monkeypa
         first, second = (llm.generate(prompts, params) for llm in (whole, sliced))
         assert answers(second) == answers(first)
     assert len(sent) > sliced.stats().steps + 12
+    assert_all_is_free(sliced)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "granite-hybrid", "falcon-rw"])
+def test_a_part_of_a_prompt_may_stay_with_the_slices(
+    name: str, folder_of: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its sequence ends and gives its blocks away, is answered several times, or goes on from what was cached."""
+    monkeypatch.setattr(micro_batches, "LEAST", 5)
+    whole, sliced = (build(folder_of(name), count, dtype="int8", max_num_batched_tokens=20) for count in (1, 2))
+    forward = forward_of(sliced)
+    left, doomed, begin = list[int](), list[RequestState](), forward.begin
+
+    def begin_and_end(*step: Any) -> Any:
+        """In mid-prompt the sequence is ended, whose last tokens a slice still has."""
+        begun = begin(*step)
+        left.append(len(forward._under_way))
+        if doomed and left[-1]:
+            sliced.cancel(doomed.pop())
+        return begun
+
+    monkeypatch.setattr(forward, "begin", begin_and_end)
+    text = checkpoints.token_ids(90, seed=1)
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=1, n=3, logprobs=2)
+    for i, prompt in enumerate((text, [*text[:64], *checkpoints.token_ids(20, seed=2)], text)):
+        doomed += sliced.make_request(checkpoints.token_ids(80, seed=i + 3), SamplingParams(max_tokens=1))
+        sliced.thread.submit([doomed[0].sequence], Deaf())
+        first, second = (llm.generate([prompt], params) for llm in (whole, sliced))
+        assert answers(second) == answers(first) and not doomed
+        assert cached(second) == cached(first)
+    assert max(left) == 1 and left[-1] == 0
     assert_all_is_free(sliced)
 
 

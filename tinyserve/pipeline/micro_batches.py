@@ -22,8 +22,8 @@ class SequencePlace(NamedTuple):
 
     @classmethod
     def of(cls, cache: "SequenceCache", num_tokens: int = 0) -> "SequencePlace":
-        """Where a sequence is when so many of its new tokens are computed."""
-        return cls(cache.block_table, cache.state_slot, cache.num_computed + num_tokens)
+        """Where a sequence is when so many of its new tokens are computed, whatever becomes of it then."""
+        return cls(list(cache.block_table), cache.state_slot, cache.num_computed + num_tokens)
 
 
 class MicroBatch(NamedTuple):

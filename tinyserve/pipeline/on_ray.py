@@ -39,12 +39,20 @@ class SliceActor(Slice):
         """Its node, by Ray's name for it, and what is free there."""
         return _here()
 
-    def run_packed(self, message: bytes, stream: Array | None) -> Array:
-        """`run`, of a message as bytes: all slices get the same."""
-        return self.run(pickle.loads(message), stream)
+    def run_packed(self, message: bytes, stream: bytes | None) -> bytes:
+        """`run`, of bytes: all slices get the same message, and Ray passes bytes on in half the time of an array."""
+        return self.run(pickle.loads(message), self._unpacked(stream)).tobytes()
+
+    def _unpacked(self, stream: bytes | None) -> Array | None:
+        return None if stream is None else unpacked(stream, self.part.config.hidden_size)
 
     def ping(self) -> None:
         """Called in a thread of its own, which answers while `run` runs."""
+
+
+def unpacked(stream: bytes, width: int) -> Array:
+    """(tokens, `width`) float32."""
+    return np.frombuffer(stream, np.float32).reshape(-1, width)
 
 
 class RaySlices:
@@ -60,6 +68,7 @@ class RaySlices:
         """
         self.layers = [part.layers for part in parts]
         self.num_bytes = 0
+        self._width = parts[0].config.hidden_size
         self._plan: CachePlan | None = None
         self._actors: list[Any] = []
         self._group: Any = None  # of their places
@@ -108,12 +117,12 @@ class RaySlices:
 
         def wait() -> Array:
             try:
-                answer: Array = self._answer(stream)
+                answer: bytes = self._answer(stream)
             except (self._ray.exceptions.RayError, TimeoutError) as error:
                 raise CacheLostError(f"A process with layers of the model is lost ({_reason(error)}).") from error
             # Between two slices a stream goes by way of this process, as what is small does in Ray.
-            self.num_bytes += len(packed) * len(self._actors) + answer.nbytes * (2 * len(self._actors) - 1)
-            return answer
+            self.num_bytes += len(packed) * len(self._actors) + len(answer) * (2 * len(self._actors) - 1)
+            return unpacked(answer, self._width)
 
         return wait
 

@@ -3,9 +3,9 @@
 Knows what has to go to the slices, in which order; how it gets there is a transport's.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.dtypes import kept_weights
 from tinyserve.models.forward import Begun, ForwardPass
 from tinyserve.models.kv_cache import KVCache
-from tinyserve.pipeline.micro_batches import PER_SLICE, micro_batches
+from tinyserve.pipeline.micro_batches import PER_SLICE, MicroBatch, micro_batches
 from tinyserve.pipeline.partition import Place
 from tinyserve.pipeline.slice import Copy, Loaded, Message, Part, Slice
 from tinyserve.tensor import _jit
@@ -100,7 +100,7 @@ class SlicedModel:
 
 
 class SlicedCache(KVCache):
-    """The last layers' part of the cache, which notes what is to happen to the others."""
+    """The last layers' part of the cache. Copies are made where all slices make them: before what is computed next."""
 
     def __init__(self, *sizes: Any):
         super().__init__(*sizes)
@@ -108,16 +108,30 @@ class SlicedCache(KVCache):
 
     def copy_block(self, source: int, target: int) -> None:
         self._copies.append(Copy("block", source, target))
-        super().copy_block(source, target)
 
     def copy_state(self, source: int, target: int) -> None:
         self._copies.append(Copy("state", source, target))
-        super().copy_state(source, target)
 
     def take_copies(self) -> list[Copy]:
-        """Those that were made since the last time."""
+        """Those that were asked for since the last time."""
         copies, self._copies = self._copies, []
         return copies
+
+    def make(self, copies: Sequence[Copy]) -> None:
+        """Make them in this part."""
+        for kind, source, target in copies:
+            if kind == "block":
+                super().copy_block(source, target)
+            else:
+                super().copy_state(source, target)
+
+
+class _UnderWay(NamedTuple):
+    """A part of a step that the other slices have been sent, with what it begins with here."""
+
+    batch: MicroBatch
+    copies: Sequence[Copy]
+    answer: Callable[[], Array]
 
 
 class SlicedForwardPass(ForwardPass):
@@ -128,25 +142,34 @@ class SlicedForwardPass(ForwardPass):
     def __init__(self, model: SlicedModel, cache: SlicedCache, slices: Slices, num_threads: int):
         super().__init__(model, cache)
         self.slices, self._threads = slices, num_threads
+        self._under_way = deque[_UnderWay]()
 
     def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:
         """Have the slices go through a step's tokens, and this process too, but for what is left for the end.
 
-        Raises CacheLostError.
+        In mid-prompt, where nothing of the tokens is asked for, one part stays with the slices until the next step, so
+        that they have always something to do. Raises CacheLostError.
         """
-        count = 1 if all_hidden or not self.slices.are_parallel else PER_SLICE * len(self.slices.layers)
-        *batches, last = micro_batches(work, rows, count)
+        is_cut = self.slices.are_parallel and not all_hidden
         copies = self.cache.take_copies()
-        answers = []
-        for batch in (*batches, last):
-            answers.append(self.slices.send(Message(copies, batch.work)))
+        for batch in micro_batches(work, rows, PER_SLICE * len(self.slices.layers) if is_cut else 1):
+            answer = self.slices.send(Message(copies, batch.work))
+            self._under_way.append(_UnderWay(batch, copies, answer))
             copies = []
-        for batch, answer in zip(batches, answers, strict=False):
-            stream = answer()
+        left = int(is_cut and not rows)
+        for _ in range(len(self._under_way) - left - 1):
+            begun = self._next()
             with _jit.one_at_a_time(self._threads):
-                self(batch.work, [], stream=stream)
-        return Begun(last.work, last.rows, answers[-1]())
+                self(begun.work, begun.rows, stream=begun.stream)
+        return self._next()
+
+    def _next(self) -> Begun:
+        batch, copies, answer = self._under_way.popleft()
+        stream = answer()
+        self.cache.make(copies)
+        return Begun(batch.work, batch.rows, stream)
 
     def recover(self) -> None:
+        self._under_way.clear()
         self.cache.take_copies()
         self.slices.recover()
