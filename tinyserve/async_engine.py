@@ -68,9 +68,11 @@ class AsyncEngine:
                 f"best_of is {params.best_of}, and which answers are the likeliest is known at the end.",
                 param="best_of",
             )
-        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as updated:
-            async for request in updated:
-                yield request.chunk()
+        with self._job(request_id) as job:
+            answers = await self._made(prompt, params, priority)
+            async with aclosing(self._run([answers], job, on_prefill)) as updated:
+                async for request in updated:
+                    yield request.chunk()
 
     async def complete(
         self,
@@ -82,11 +84,10 @@ class AsyncEngine:
     ) -> RequestOutput:
         """The answers to one prompt, when all are there; a cancelled task ends the request, too."""
         params = self.llm.resolve(sampling_params)
-        answers: dict[int, RequestState] = {}
-        async with aclosing(self._answer(prompt, params, request_id, priority, on_prefill)) as updated:
-            async for request in updated:
-                answers[request.index] = request
-        return output([answers[i] for i in sorted(answers)], params.n, params.logprobs is not None)
+        with self._job(request_id) as job:
+            answers = await self._made(prompt, params, priority)
+            await self._complete(answers, job, on_prefill)
+        return output(answers, params.n, params.logprobs is not None)
 
     async def chat(
         self,
@@ -154,51 +155,69 @@ class AsyncEngine:
         self._readers.shutdown(wait=False)
         self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str | None,
-        priority: int,
-        on_prefill: OnPrefill | None,
-    ) -> AsyncGenerator[RequestState, None]:
-        """Each answer to a prompt whenever there is more of it, and once when it has ended."""
-        with self._job(request_id) as job:
-            structure = params.structured_outputs
-            if structure is not None and not self.llm.knows_grammar(structure):
-                await self._compile(structure)
-            # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
-            answers = await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
-            async with aclosing(self._run([answers], job, on_prefill)) as updated:
-                async for request in updated:
-                    yield request
+    async def _made(self, prompt: Prompt, params: SamplingParams, priority: int) -> list[RequestState]:
+        """The requests for the answers to a prompt."""
+        structure = params.structured_outputs
+        if structure is not None and not self.llm.knows_grammar(structure):
+            await self._compile(structure)
+        # A long text takes a tokenizer milliseconds, in which the event loop has others to serve.
+        return await asyncio.to_thread(self.llm.make_request, prompt, params, priority)
+
+    async def _complete(self, answers: list[RequestState], job: "_Job", on_prefill: OnPrefill | None) -> None:
+        """Have a prompt answered, and wait for all of it: no task is woken for a token."""
+        done = asyncio.get_running_loop().create_future()
+
+        def hear(request: RequestState, update: Update) -> None:
+            if done.done() or request.finished:
+                return
+            try:
+                self._take(request, update, on_prefill)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                if all(answer.finished for answer in answers):
+                    done.set_result(None)
+
+        with self._submitted([answers], job, hear):
+            await done
 
     async def _run(
         self, submitted: list[list[RequestState]], job: "_Job", on_prefill: OnPrefill | None = None
     ) -> AsyncGenerator[RequestState, None]:
         """Have several prompts answered, and yield each answer whenever there is more of it, and when it has ended."""
-        requests = {request.sequence: request for answers in submitted for request in answers}
+        queue: asyncio.Queue[tuple[RequestState, Update]] = asyncio.Queue()
+        with self._submitted(submitted, job, lambda request, update: queue.put_nowait((request, update))):
+            while not all(request.finished for request in job.requests):
+                request, update = await queue.get()
+                if request.finished:
+                    continue
+                self._take(request, update, on_prefill)
+                if request.has_chunk():
+                    yield request
+
+    @contextmanager
+    def _submitted(
+        self, submitted: list[list[RequestState]], job: "_Job", hear: Callable[[RequestState, Update], None]
+    ) -> Iterator[None]:
+        """Requests are in the engine as long as the block runs, and `hear` is called with what comes of them."""
+        job.requests = [request for answers in submitted for request in answers]
         router = self._router_of_this_loop()
-        updates = router.subscribe(list(requests))
-        job.requests = list(requests.values())
+        router.subscribe({request.sequence: partial(hear, request) for request in job.requests})
         try:
             self.llm.thread.submit([answers[0].sequence for answers in submitted], router)
             if job.is_aborted:  # while there was nothing to abort yet
                 self._cancel(job)
-            while not all(request.finished for request in job.requests):
-                update = await updates.get()
-                request = requests[update.sequence]
-                if request.finished:
-                    continue
-                self.llm.take(request, update)
-                request.raise_error()
-                if on_prefill is not None and request.is_reading:
-                    on_prefill(request.num_computed, request.metrics.prompt_tokens)
-                if request.has_chunk():
-                    yield request
+            yield
         finally:
-            router.unsubscribe(list(requests))
+            router.unsubscribe([request.sequence for request in job.requests])
             self._cancel(job)
+
+    def _take(self, request: RequestState, update: Update, on_prefill: OnPrefill | None) -> None:
+        """Add what has come of a request to it; raises the error that has ended it."""
+        self.llm.take(request, update)
+        request.raise_error()
+        if on_prefill is not None and request.is_reading:
+            on_prefill(request.num_computed, request.metrics.prompt_tokens)
 
     async def _compile(self, spec: StructuredOutputs) -> None:
         """Have a grammar compiled, in threads that nobody else waits for; whoever leaves ends the work on it."""
@@ -251,13 +270,11 @@ class UpdateRouter:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, llm: LLM):
         self.loop, self._llm = loop, llm
-        self._subscribers: dict[Sequence, asyncio.Queue[Update]] = {}
+        self._subscribers: dict[Sequence, Callable[[Update], None]] = {}
 
-    def subscribe(self, sequences: list[Sequence]) -> "asyncio.Queue[Update]":
-        """A queue for the updates of all these."""
-        queue: asyncio.Queue[Update] = asyncio.Queue()
-        self._subscribers |= dict.fromkeys(sequences, queue)
-        return queue
+    def subscribe(self, subscribers: dict[Sequence, Callable[[Update], None]]) -> None:
+        """Call these with the updates of sequences."""
+        self._subscribers |= subscribers
 
     def unsubscribe(self, sequences: list[Sequence]) -> None:
         """Drop what comes of these."""
@@ -275,4 +292,4 @@ class UpdateRouter:
     def _route(self, updates: list[Update]) -> None:
         for update in updates:
             if update.sequence in self._subscribers:
-                self._subscribers[update.sequence].put_nowait(update)
+                self._subscribers[update.sequence](update)
