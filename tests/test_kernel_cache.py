@@ -1,17 +1,20 @@
 """Which models find their kernels compiled: those that have run, and no other of the same architecture."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import gguf
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from tinyserve import LLM
+from tinyserve import LLM, model_runner
 from tinyserve.model_runner import ModelRunner
 from tinyserve.progress import silent
 from tinyserve.tensor import _jit
+from tinyserve.tensor.program import Instruction, Planned, compiling
 
 
 @pytest.fixture
@@ -60,6 +63,32 @@ def test_files_of_other_bits_compile_their_own(compiled: list[str], tmp_path: Pa
         for _ in range(2):
             LLM(file, max_model_len=16)
             assert len(compiled) == number
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon-40b", "llama-grouped", "granite-hybrid-moe"])
+@pytest.mark.parametrize("dtype", ["float32", "w8a8"])
+def test_what_is_compiled_was_planned(
+    name: str, dtype: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that whoever waits sees how much of it is done."""
+    llm = LLM(folder_of(name), dtype=dtype, max_model_len=16)
+    for one in gc.get_objects():
+        if isinstance(one, Instruction):
+            monkeypatch.setattr(one, "_codes", {})
+    planned, seen, code = set[Planned](), set[Planned](), Instruction.code
+
+    def noted(self: Instruction, kinds: tuple[Hashable, ...]) -> int:
+        found = code(self, kinds)
+        if found:
+            seen.add(Planned(self, kinds))
+        return found
+
+    monkeypatch.setattr(Instruction, "code", noted)
+    monkeypatch.setattr(model_runner, "compiling", lambda told: (planned.update(told), compiling(told))[1])
+    runner: Any = llm.engine.runner
+    runner.forward._steps.clear()
+    runner._run_kernels()
+    assert seen == planned and len(seen) > 10
 
 
 def test_whoever_waits_for_the_compiler_is_told(

@@ -16,7 +16,8 @@ from tinyserve.progress import LoadProgress, ProgressBar, default_progress, rena
 
 STAGES = {
     "download owner/name": (1_000_000, 4_000_000),
-    "compile _matmul": (3, 0),
+    "compile _matmul": (3, 40),
+    "compile _sum": (3, 0),
     "wait": (0, 0),
     "wait download owner/name": (0, 0),
     "load": (25, 100),
@@ -25,7 +26,8 @@ STAGES = {
 }
 SHOWN = {
     "download owner/name": "1.0 MB of 4.0 MB, ",
-    "compile _matmul": "compiling kernels for this processor: 3 so far, matmul (0 s)",
+    "compile _matmul": "compiling kernels for this processor: 3 of about 40, matmul (0 s)",
+    "compile _sum": "compiling kernels for this processor: 3 so far, sum (0 s)",
     "wait": "another process is compiling the kernels: waiting for it",
     "wait download owner/name": "waiting for another process to download owner/name",
     "load": "loading gpt2: 25 %",

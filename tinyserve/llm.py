@@ -62,10 +62,10 @@ class LLM:
 
         {options}
         progress: called with ("download NAME", bytes done, bytes in all) and ("load", numbers packed, numbers in all);
-            the first time on a machine with ("compile KERNEL", how many, 0); with ("wait", 0, 0) or ("wait download
-            NAME", 0, 0) while another process compiles or downloads; and for a prompt that takes several steps with
-            ("prefill", tokens done, tokens in all). By default all but the last is shown on stderr while it lasts, and
-            where that is no terminal, a line tells of a download and of compiling.
+            the first time on a machine with ("compile KERNEL", how many, about how many in all); with ("wait", 0, 0) or
+            ("wait download NAME", 0, 0) while another process compiles or downloads; and for a prompt that takes
+            several steps with ("prefill", tokens done, tokens in all). By default all but the last is shown on stderr
+            while it lasts, and where that is no terminal, a line tells of a download and of compiling.
         reserve: called with the bytes that weights (but for padding) and cache will take, before they take any; what it
             raises ends the loading.
         """

@@ -35,6 +35,7 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, S
 from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.tensor import _jit
+from tinyserve.tensor.program import compiled_share
 from tinyserve.text.chat_template import ChatTemplate, read_template
 from tinyserve.text.tokenizer import Tokenizer
 
@@ -378,13 +379,17 @@ def _share_out(slices: Slices, needs: CacheNeeds, draft: CacheNeeds | None) -> t
 
 @contextmanager
 def reported_kernels(progress: Progress) -> Iterator[None]:
-    """Within, each kernel that is compiled is reported, with how many there have been."""
+    """Within, each kernel that is compiled is reported: how many there have been, and about how many there will be.
+
+    An instruction compiles kernels that it calls, of which nothing is known before; how many instructions there are is.
+    """
     compiled = 0
 
     def report(kernel: str) -> None:
         nonlocal compiled
         compiled += 1
-        progress(f"compile {kernel}", compiled, 0)
+        share = compiled_share()
+        progress(f"compile {kernel}", compiled, round(compiled / share) if share else 0)
 
     with _jit.on_compile(report):
         yield

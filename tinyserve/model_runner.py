@@ -16,6 +16,7 @@ from tinyserve.progress import Progress
 from tinyserve.sampler import Sampler, logprobs_of
 from tinyserve.scheduling.sequence import CacheState, PrefillOnlySequence, Sampled, Scheduled, Sequence
 from tinyserve.tensor import _jit
+from tinyserve.tensor.program import compiling, plan
 
 Array = np.ndarray
 T = TypeVar("T")
@@ -145,11 +146,16 @@ class ModelRunner:
         _jit.compile_once(self._kernels(dtype), self._run_kernels, lambda: progress("wait", 0, 0))
 
     def _run_kernels(self) -> None:
+        cache = CacheState([0], self.scratch_slot)
+        steps = (([0] * 3, [2]), ([0], [0]), ([0, 0], [0, 1]))  # a single row has kernels of its own
         with _jit.one_at_a_time(self.num_threads):
-            cache = CacheState([0], self.scratch_slot)
-            for tokens, rows in ((3, [2]), (1, [0])):  # a single row has kernels of its own
-                self._run(([0] * tokens, cache), rows)
-            self.sampler.run_kernels(self._run(([0, 0], cache), [0, 1]).logits)
+            with plan() as planned:
+                for token_ids, rows in steps:
+                    self.forward.record([(token_ids, cache)], len(rows))
+                self.sampler.run_kernels(np.zeros((2, self.model.config.vocab_size), np.float32))
+            with compiling(planned):
+                *_, step = [self._run((token_ids, cache), rows) for token_ids, rows in steps]
+                self.sampler.run_kernels(step.logits)
 
     def _run(self, tokens: tuple[list[int], CacheState], rows: list[int]) -> Step:
         begun = self.forward.begin([tokens], rows)

@@ -12,8 +12,8 @@ from time import perf_counter
 from typing import Any, Self
 
 # Called with a stage, what of it is done, and all there is to do (0 where nobody knows). The stages of a model are
-# "download NAME" (bytes), "compile KERNEL" (kernels so far, 0), "wait" and "wait download NAME" (0, 0: for another
-# process), "load" (weights) and "prefill" (tokens).
+# "download NAME" (bytes), "compile KERNEL" (kernels so far, and about how many), "wait" and "wait download NAME" (0, 0:
+# for another process), "load" (weights) and "prefill" (tokens).
 Progress = Callable[[str, int, int], None]
 
 _WIDEST = 100  # columns of a bar
@@ -149,7 +149,8 @@ class LoadProgress:
             self._download(detail, done, total)
         elif kind == "compile":
             self._compiled = done
-            line = f"{done} so far, {detail.strip('_')} ({self.compile_seconds:.0f} s)"
+            so_far = f"{done} of about {total}" if total else f"{done} so far"
+            line = f"{so_far}, {detail.strip('_')} ({self.compile_seconds:.0f} s)"
             self._say("compiling kernels for this processor", f": {line}", " (the first time, up to a minute)")
         elif stage == "wait":
             self._say("another process is compiling the kernels: waiting for it")

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 from tinyserve.tensor import _jit
 from tinyserve.tensor.arena import CACHE_LINE, Arena, small_pages
-from tinyserve.tensor.program import Program, capture, empty, instruction, num_threads, start_clock
+from tinyserve.tensor.program import (
+    Program,
+    capture,
+    compiled_share,
+    compiling,
+    empty,
+    instruction,
+    num_threads,
+    plan,
+    start_clock,
+)
 from tinyserve.tensor.thread_pool import own_items
 
 
@@ -196,6 +206,30 @@ def test_a_program_is_run_again_on_what_its_arrays_hold_then() -> None:
         a[:] = floats(1000, seed)
         program.run()
         np.testing.assert_array_equal(out, 2 * (a + b))
+
+
+@instruction
+def not_compiled_yet(team, out):
+    if team.thread == 0:
+        out[0] = 7
+
+
+def test_what_is_planned_is_neither_compiled_nor_run() -> None:
+    a, out = floats(10), np.zeros(1)
+    twice(a, a.copy())
+    with plan() as planned:
+        twice(a, a)
+        not_compiled_yet(out)
+        with capture(Arena()):
+            not_compiled_yet(out)
+            not_compiled_yet(np.zeros(1, np.float32))
+    assert out[0] == 0 and {one.instruction for one in planned} == {not_compiled_yet} and len(planned) == 2
+    assert compiled_share() is None
+    with compiling(planned):
+        assert compiled_share() == 0
+        not_compiled_yet(out)
+        assert out[0] == 7 and compiled_share() == 0.5
+    assert compiled_share() is None
 
 
 def test_what_is_called_outside_of_a_capture_runs_at_once() -> None:

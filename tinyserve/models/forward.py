@@ -66,6 +66,8 @@ class Begun(NamedTuple):
 class ForwardPass:
     """A model over its cache. Shapes of batches that have not come for long are forgotten."""
 
+    stream_width = 0  # of what layers in other processes have made
+
     def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
         self._steps: OrderedDict[BatchShape, Step] = OrderedDict()
@@ -83,6 +85,10 @@ class ForwardPass:
         step.batch.fill(work, rows, self.cache.block_size, stream)
         step.program.run()
         return step
+
+    def record(self, work: Work, num_rows: int) -> None:
+        """Record the program of a step, and keep nothing of it."""
+        self._captured(BatchShape.of(work, num_rows, False, self.stream_width))
 
     def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:
         """Have layers in other processes, where there are any, compute a step's tokens; kernels are free meanwhile."""

@@ -142,6 +142,7 @@ class SlicedForwardPass(ForwardPass):
     def __init__(self, model: SlicedModel, cache: SlicedCache, slices: Slices, num_threads: int):
         super().__init__(model, cache)
         self.slices, self._threads = slices, num_threads
+        self.stream_width = model.config.hidden_size
         self._under_way = deque[_UnderWay]()
 
     def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:

@@ -13,7 +13,7 @@ import math
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
@@ -52,15 +52,30 @@ class Instruction:
             return
         program = Program()
         program.append(self, values)
-        program.run()
+        if _local.planned is None:
+            program.run()
 
     def code(self, kinds: tuple[Hashable, ...]) -> int:
         """The address of the machine code for arguments of these kinds, compiled or loaded the first time."""
         code = self._codes.get(kinds)
         if code is None:
+            if _local.planned is not None:
+                _local.planned.add(Planned(self, kinds))
+                return 0
             whole = types.Tuple([_type(kind) for kind in kinds])
             code = self._codes[kinds] = _jit.address(self._entry, (*_ENTRY, types.TypeRef(whole)))
         return code
+
+
+class Planned(NamedTuple):
+    """An instruction for arguments of some kinds, which has no machine code yet."""
+
+    instruction: Instruction
+    kinds: tuple[Hashable, ...]
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.kinds in self.instruction._codes
 
 
 def instruction(function: Callable[..., None]) -> Instruction:
@@ -256,9 +271,40 @@ class Program:
 
 class _Local(threading.local):
     program: Program | None = None
+    planned: set[Planned] | None = None
 
 
 _local = _Local()
+
+
+@contextmanager
+def plan() -> Iterator[set[Planned]]:
+    """Within, what this thread records or calls is noted, and neither compiled nor run: what it would compile."""
+    _local.planned = set()
+    try:
+        yield _local.planned
+    finally:
+        _local.planned = None
+
+
+_compiling: Collection[Planned] = ()
+
+
+@contextmanager
+def compiling(planned: Collection[Planned]) -> Iterator[None]:
+    """Within, these are compiled, whoever asks how far that is."""
+    global _compiling  # of the process, as compiling is: whoever else compiles waits
+    _compiling = planned
+    try:
+        yield
+    finally:
+        _compiling = ()
+
+
+def compiled_share() -> float | None:
+    """How much of what was planned has its machine code, from 0 to 1; None where nothing was planned."""
+    planned = _compiling
+    return sum(one.is_compiled for one in planned) / len(planned) if planned else None
 
 
 @contextmanager
