@@ -443,6 +443,8 @@ def test_weights_that_changed_are_refused(tmp_path: Path, folder_of: Callable[[s
         (["in.jsonl", "in.jsonl", "--model", "m"], "which is read"),
         (["in.jsonl", ".", "--model", "m"], "which is read"),
         (["in.jsonl", "out.csv", "--model", "m"], "neither .jsonl nor .parquet"),
+        (["in.jsonl", f"{'o' * 246}.jsonl", "--model", "m"], "258 bytes, and file systems take 255"),
+        (["in.jsonl", f"{'ö' * 130}", "--model", "m"], "260 bytes"),
         (["in.jsonl", "out.parquet", "--model", "m"], "whose rows have no types"),
         (["in.jsonl", "out.jsonl", "--model", "m", "--prompt-column", "q"], "no column 'q'"),
         (["in.jsonl", "out.jsonl", "--model", "m", "--max-concurrency", "0"], "--max-concurrency is 0"),

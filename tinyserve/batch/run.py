@@ -17,7 +17,7 @@ from typing import Any
 
 from tinyserve import __version__
 from tinyserve.batch.counts import BatchProgress, OnProgress
-from tinyserve.batch.job import Job, opened
+from tinyserve.batch.job import Job, folder_of, opened
 from tinyserve.batch.manifest import Manifest
 from tinyserve.batch.rows import RowOptions, looks_asked, rows_of
 from tinyserve.batch.shards import JSONL, KINDS, PARQUET, Input, Row, read_input
@@ -31,6 +31,7 @@ from tinyserve.text.chat_template import read_template
 
 _TICK_SECONDS = 0.2
 MOST_WORKERS = 4096
+LONGEST_NAME = 255  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ def run(options: BatchOptions, on_progress: OnProgress, progress: Progress = sil
     """The same with options as they are read from a command line; `progress` hears of reading and of loading."""
     started = monotonic()
     output = Path(options.output)
+    _check_name(output)
     if output.is_symlink():
         output = output.resolve()  # the file that it leads to is written anew, and not the link
     given = read_input(options.inputs, progress, options.rows_per_shard)
@@ -229,6 +231,16 @@ def _first_row(given: Input, options: RowOptions) -> Row:
     if first.error is not None:
         raise UserError(f"{given.files[0].path}, row {first.number + 1}: {first.error}")
     return first
+
+
+def _check_name(output: Path) -> None:
+    """Raises UserError for a name that is none together with that of the folder beside it."""
+    length = len(os.fsencode(folder_of(output).name))
+    if length > LONGEST_NAME:
+        raise UserError(
+            f"The name {output.name:.40}... is too long: with that of the folder beside it {length} bytes, and file "
+            f"systems take {LONGEST_NAME}."
+        )
 
 
 def _check_output(output: Path, told: str, given: Input) -> None:
