@@ -169,20 +169,20 @@ def test_what_is_not_there_cannot_be_joined(
     assert "No fleet of the name" in told.decode().splitlines()[-1], told
 
 
-def test_a_cluster_whose_head_is_gone_ends_the_command(
-    cluster: tuple[int, str], folder_of: Callable[[str], Path], start: Children
-) -> None:
-    """The last of this cluster. Whatever Ray does meanwhile, a supervisor hears of it."""
+@pytest.fixture(scope="module")
+def beheaded(cluster: tuple[int, str], folder_of: Callable[[str], Path]) -> Iterator[Fleet]:
+    """A fleet whose cluster has just lost its head."""
     host, address = cluster
     common = ("--address", address, "--port", "0", "--threads", "1", "--replicas", "1", "--drain-timeout", "1")
-    one = Fleet(start("serve", f"orphan={folder_of('llama')}", *common, **TOKEN), host)
-    one.until(lambda: one.get("/ready").status_code == 200)
-    os.kill(host, signal.SIGKILL)
-    assert one.process.wait(150) == 1
-    assert "does not answer" in "".join(one.log)
+    with Children() as start:
+        one = Fleet(start("serve", f"orphan={folder_of('llama')}", *common, **TOKEN), host)
+        one.until(lambda: one.get("/ready").status_code == 200)
+        os.kill(host, signal.SIGKILL)
+        yield one
 
 
-def test_replicas_come_and_go_with_the_load(folder_of: Callable[[str], Path], start: Children) -> None:
+def test_replicas_come_and_go_with_the_load(beheaded: Fleet, folder_of: Callable[[str], Path], start: Children) -> None:
+    """On another cluster, while the one without a head is given up."""
     arguments = ("serve", f"tiny={folder_of('llama')}", "--replicas", "1:2", "--threads", "1", "--port", "0")
     process = start(*arguments, "--max-num-seqs", "2", program=[sys.executable, "-c", SCALED])
     fleet = Fleet(process).until_ready(1)
@@ -197,3 +197,9 @@ def test_replicas_come_and_go_with_the_load(folder_of: Callable[[str], Path], st
     process.terminate()
     assert process.wait(60) == 0
     assert not wait_until_gone(family, 20)
+
+
+def test_a_cluster_whose_head_is_gone_ends_the_command(beheaded: Fleet) -> None:
+    """Whatever Ray does meanwhile, a supervisor hears of it."""
+    assert beheaded.process.wait(150) == 1
+    assert "does not answer" in "".join(beheaded.log)
