@@ -35,10 +35,12 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, S
 from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.tensor import _jit
-from tinyserve.tensor.program import compiled_share
+from tinyserve.tensor.program import instructions_compiled
 from tinyserve.text.chat_template import ChatTemplate, read_template
 from tinyserve.text.tokenizer import Tokenizer
 
+KERNELS_EACH = 9  # that an instruction compiles, itself among them: between 8 and 11, of all families
+USUAL = 6  # instructions that this counts for
 DRAFT_SNAPSHOTS = 3  # for each sequence: behind the text, behind the draft tokens, and while it reads a prompt
 
 
@@ -381,15 +383,21 @@ def _share_out(slices: Slices, needs: CacheNeeds, draft: CacheNeeds | None) -> t
 def reported_kernels(progress: Progress) -> Iterator[None]:
     """Within, each kernel that is compiled is reported: how many there have been, and about how many there will be.
 
-    An instruction compiles kernels that it calls, of which nothing is known before; how many instructions there are is.
+    How many instructions there are is known, and how many kernels each compiles that it calls is guessed, from those
+    that are done and, at first, from what is usual.
     """
-    compiled = 0
+    compiled = before = 0
 
     def report(kernel: str) -> None:
-        nonlocal compiled
+        nonlocal compiled, before
         compiled += 1
-        share = compiled_share()
-        progress(f"compile {kernel}", compiled, round(compiled / share) if share else 0)
+        done, instructions = instructions_compiled()
+        if not instructions:  # those that pack weights
+            before, total = compiled, 0
+        else:
+            each = (compiled - before + USUAL * KERNELS_EACH) / (done + USUAL)
+            total = max(compiled, round(before + instructions * each))
+        progress(f"compile {kernel}", compiled, total)
 
     with _jit.on_compile(report):
         yield

@@ -301,10 +301,10 @@ def compiling(planned: Collection[Planned]) -> Iterator[None]:
         _compiling = ()
 
 
-def compiled_share() -> float | None:
-    """How much of what was planned has its machine code, from 0 to 1; None where nothing was planned."""
+def instructions_compiled() -> tuple[int, int]:
+    """How many of what was planned have their machine code, and how many there are: none where nothing was planned."""
     planned = _compiling
-    return sum(one.is_compiled for one in planned) / len(planned) if planned else None
+    return sum(one.is_compiled for one in planned), len(planned)
 
 
 @contextmanager
