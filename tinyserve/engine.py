@@ -134,7 +134,8 @@ class Engine:
         while True:
             try:
                 result = function()
-                self._losses = 0
+                if result != []:  # in mid-prompt, what a step computes may be asked for by the next one
+                    self._losses = 0
                 return result
             except CacheLostError as error:
                 self._losses += 1

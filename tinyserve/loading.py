@@ -3,7 +3,7 @@
 Knows what lies in a folder or a GGUF file and what only looks like it, and which parts an engine is built from.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +35,7 @@ from tinyserve.scheduling.prefix_cache import BlockPrefixCache, NoPrefixCache, S
 from tinyserve.scheduling.scheduler import Scheduler
 from tinyserve.scheduling.speculative import MAX_DRAFTING_SEQS, NgramProposer, Proposer, Speculation, SpeculativeConfig
 from tinyserve.tensor import _jit
-from tinyserve.tensor.program import instructions_compiled
+from tinyserve.tensor.program import Planned, being_compiled
 from tinyserve.text.chat_template import ChatTemplate, read_template
 from tinyserve.text.tokenizer import Tokenizer
 
@@ -387,16 +387,18 @@ def reported_kernels(progress: Progress) -> Iterator[None]:
     that are done and, at first, from what is usual.
     """
     compiled = before = 0
+    last: Collection[Planned] = ()
 
     def report(kernel: str) -> None:
-        nonlocal compiled, before
+        nonlocal compiled, before, last
+        planned, total = being_compiled(), 0
+        if planned is not last:
+            last, before = planned, compiled
         compiled += 1
-        done, instructions = instructions_compiled()
-        if not instructions:  # those that pack weights
-            before, total = compiled, 0
-        else:
+        if planned:  # else it packs weights
+            done = sum(one.is_compiled for one in planned)
             each = (compiled - before + USUAL * KERNELS_EACH) / (done + USUAL)
-            total = max(compiled, round(before + instructions * each))
+            total = max(compiled, round(before + len(planned) * each))
         progress(f"compile {kernel}", compiled, total)
 
     with _jit.on_compile(report):

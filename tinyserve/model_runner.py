@@ -4,8 +4,9 @@ The highest layer that makes arrays: above, they are only handed on. It neither 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -48,18 +49,15 @@ class ModelRunner:
         places = _places_to_sample(scheduled)
         filler = self._start_masks(scheduled)  # while the model works
         all_hidden = any(work.sequence.params.prompt_logprobs is not None for work in scheduled)
-        try:
+        with _ended(filler):
             begun = self.forward.begin(
                 [(work.token_ids, work.sequence.cache) for work in scheduled],
                 [place.row for place in places],
                 all_hidden,
             )
-        except BaseException:
-            if filler is not None:
-                filler.wait()  # until then nobody else may touch its matchers, and these go on
-            raise
         with _jit.one_at_a_time(self.num_threads):
-            step = self.forward(begun.work, begun.rows, all_hidden, begun.stream)
+            with _ended(filler):
+                step = self.forward(begun.work, begun.rows, all_hidden, begun.stream)
             self._add_prompts_logprobs(scheduled, step)
             masks = list[Array | None]()
             if filler is not None:
@@ -180,6 +178,17 @@ class Masks(Protocol):
 
     def wait(self) -> Array:
         """The masks (places, words) uint32 of the last `start`: each matcher's own, and one behind each draft token."""
+
+
+@contextmanager
+def _ended(filler: Masks | None) -> Iterator[None]:
+    """Where the block fails wait for the masks: until then nobody else may touch their matchers, and these go on."""
+    try:
+        yield
+    except BaseException:
+        if filler is not None:
+            filler.wait()
+        raise
 
 
 class _Place(NamedTuple):

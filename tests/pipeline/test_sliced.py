@@ -386,3 +386,46 @@ def test_slices_that_do_not_come_back_end_the_engine(reads: bool, folder_of: Fol
             sliced.generate([[1, 2, 3]], SamplingParams(max_tokens=9, ignore_eos=True))
     with pytest.raises(EngineDeadError):
         sliced.embed([[1, 2, 3]])
+
+
+class Failing:
+    """Makes the last slice fail once, where a part of an earlier step is still to be computed, or is not."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch, owes: bool):
+        forward = forward_of(llm)
+        step, self.count = forward.step, 0
+
+        def failing(shape: Any) -> Any:
+            if not self.count and forward._owes == owes:
+                self.count += 1
+                raise MemoryError("no room for another program")
+            return step(shape)
+
+        monkeypatch.setattr(forward, "step", failing)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_that_fails_with_what_others_have_left_costs_time_and_no_bit(
+    name: str, folder_of: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is cached of the prompt is right."""
+    monkeypatch.setattr(micro_batches, "LEAST", 5)
+    whole, sliced = (build(folder_of(name), count, max_num_batched_tokens=20) for count in (1, 2))
+    failing = Failing(sliced, monkeypatch, owes=True)
+    prompts, params = [checkpoints.token_ids(90, seed=1)], SamplingParams(max_tokens=6, temperature=1.0, seed=1, n=2)
+    for _ in range(2):
+        first, second = (llm.generate(prompts, params) for llm in (whole, sliced))
+        assert answers(second) == answers(first)
+    assert failing.count == 1 and cached(second) == cached(first)
+    assert_all_is_free(sliced)
+
+
+def test_a_step_that_fails_alone_is_its_requests_failure(folder_of: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sliced = (build(folder_of("llama-grouped"), count) for count in (1, 2))
+    failing = Failing(sliced, monkeypatch, owes=False)
+    prompts, params = requests()
+    with pytest.raises(MemoryError, match="no room"):
+        sliced.generate(prompts[:1], params[0])
+    assert failing.count == 1 and not forward_of(sliced)._under_way
+    assert answers(sliced.generate(prompts, params)) == answers(whole.generate(prompts, params))
+    assert_all_is_free(sliced)

@@ -19,11 +19,11 @@ from tinyserve.tensor import _jit
 from tinyserve.tensor.arena import CACHE_LINE, Arena, small_pages
 from tinyserve.tensor.program import (
     Program,
+    being_compiled,
     capture,
     compiling,
     empty,
     instruction,
-    instructions_compiled,
     num_threads,
     plan,
     start_clock,
@@ -224,12 +224,12 @@ def test_what_is_planned_is_neither_compiled_nor_run() -> None:
             not_compiled_yet(out)
             not_compiled_yet(np.zeros(1, np.float32))
     assert out[0] == 0 and {one.instruction for one in planned} == {not_compiled_yet} and len(planned) == 2
-    assert instructions_compiled() == (0, 0)
+    assert not being_compiled()
     with compiling(planned):
-        assert instructions_compiled() == (0, 2)
+        assert being_compiled() is planned and not any(one.is_compiled for one in planned)
         not_compiled_yet(out)
-        assert out[0] == 7 and instructions_compiled() == (1, 2)
-    assert instructions_compiled() == (0, 0)
+        assert out[0] == 7 and sum(one.is_compiled for one in planned) == 1
+    assert not being_compiled()
 
 
 def test_what_is_called_outside_of_a_capture_runs_at_once() -> None:

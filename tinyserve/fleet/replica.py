@@ -173,7 +173,8 @@ class _Outbox:
     async def take(self, patience: float) -> tuple[Message | None, bytes]:
         """The head of the response and the bytes of its body that have come, once there are any, or after seconds."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), patience)
+            async with asyncio.timeout(patience):  # wait_for may drop a cancellation
+                await self._news.wait()
         self._news.clear()
         head, body = self._head, b"".join(self._body)
         self._head, self._body = None, []

@@ -4,16 +4,18 @@ Knows what has to go to the slices, in which order; how it gets there is a trans
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tinyserve.errors import CacheLostError
 from tinyserve.models.base import DecoderModel
 from tinyserve.models.batch import Batch, Work
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.dtypes import kept_weights
-from tinyserve.models.forward import Begun, ForwardPass
+from tinyserve.models.forward import Begun, ForwardPass, Step
 from tinyserve.models.kv_cache import KVCache
 from tinyserve.pipeline.micro_batches import PER_SLICE, MicroBatch, micro_batches
 from tinyserve.pipeline.partition import Place
@@ -144,6 +146,7 @@ class SlicedForwardPass(ForwardPass):
         self.slices, self._threads = slices, num_threads
         self.stream_width = model.config.hidden_size
         self._under_way = deque[_UnderWay]()
+        self._owes = False  # what earlier steps have left, and told the engine of: copies, or tokens to be computed
 
     def begin(self, work: Work, rows: Sequence[int], all_hidden: bool = False) -> Begun:
         """Have the slices go through a step's tokens, and this process too, but for what is left for the end.
@@ -151,18 +154,38 @@ class SlicedForwardPass(ForwardPass):
         In mid-prompt, where nothing of the tokens is asked for, one part stays with the slices until the next step, so
         that they have always something to do. Raises CacheLostError.
         """
-        is_cut = self.slices.are_parallel and not all_hidden
         copies = self.cache.take_copies()
-        for batch in micro_batches(work, rows, PER_SLICE * len(self.slices.layers) if is_cut else 1):
-            answer = self.slices.send(Message(copies, batch.work))
-            self._under_way.append(_UnderWay(batch, copies, answer))
-            copies = []
-        left = int(is_cut and not rows)
-        for _ in range(len(self._under_way) - left - 1):
-            begun = self._next()
-            with _jit.one_at_a_time(self._threads):
-                self(begun.work, begun.rows, stream=begun.stream)
-        return self._next()
+        self._owes = bool(copies or self._under_way)
+        with self._failures():
+            is_cut = self.slices.are_parallel and not all_hidden
+            for batch in micro_batches(work, rows, PER_SLICE * len(self.slices.layers) if is_cut else 1):
+                answer = self.slices.send(Message(copies, batch.work))
+                self._under_way.append(_UnderWay(batch, copies, answer))
+                copies = []
+            left = int(is_cut and not rows)
+            for _ in range(len(self._under_way) - left - 1):
+                begun = self._next()
+                with _jit.one_at_a_time(self._threads):
+                    super().__call__(begun.work, begun.rows, stream=begun.stream)
+            return self._next()
+
+    def __call__(self, work: Work, rows: Sequence[int], all_hidden: bool = False, stream: Array | None = None) -> Step:
+        """The same as of a whole model, of what `begin` has left; raises CacheLostError, too."""
+        with self._failures():
+            return super().__call__(work, rows, all_hidden, stream)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Of a step that fails nothing is kept; the cache is lost where it owes it what earlier steps have left."""
+        try:
+            yield
+        except CacheLostError:
+            raise
+        except Exception as error:
+            self._under_way.clear()
+            if not self._owes:
+                raise
+            raise CacheLostError(f"A step has failed ({type(error).__name__}: {error}), and others with it.") from error
 
     def _next(self) -> Begun:
         batch, copies, answer = self._under_way.popleft()

@@ -61,7 +61,7 @@ def forget_frames(error: BaseException) -> None:
     seen = set[int]()
     while errors:
         one = errors.pop()
-        if one is None or id(one) in seen:
+        if one is None or id(one) in seen or isinstance(one, EngineDeadError):  # that is everybody's
             continue
         seen.add(id(one))
         errors += [one.__cause__, one.__context__, *(one.exceptions if isinstance(one, BaseExceptionGroup) else ())]

@@ -45,10 +45,10 @@ def keep_loaded() -> None:
 
 
 def collect_unloaded() -> None:
-    """Collect what has been a model."""
-    gc.unfreeze()
+    """Collect what has been a model; what is loaded in its place is there to stay again."""
+    if _is_kept.is_set():
+        gc.unfreeze()
     gc.collect()
-    keep_loaded()
 
 
 def _tidy_forever(trim: "ctypes._NamedFuncPointer | None", never: threading.Event) -> None:

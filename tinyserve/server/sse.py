@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tinyserve.errors import TinyserveError
 from tinyserve.server.errors import ApiError, as_api_error, forget_frames
 
 logger = logging.getLogger("tinyserve.server")
@@ -55,7 +56,8 @@ class SSEWriter:
     async def get(self) -> bytes | None:
         """All queued bytes, as soon as there are any; None at the end."""
         try:
-            first = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+            async with asyncio.timeout(KEEP_ALIVE):  # wait_for may drop a cancellation
+                first = await self._queue.get()
         except TimeoutError:
             return b": waiting\n\n"
         parts = [first]
@@ -89,7 +91,8 @@ class EventStream(Response):
             api_error = as_api_error(error)
             if api_error.status == 500:  # else its traceback would be lost
                 logger.error("a stream failed", exc_info=error)
-            forget_frames(error)
+            if isinstance(error, ApiError | TinyserveError):
+                forget_frames(error)
             return api_error
         finally:
             events.close()

@@ -301,10 +301,9 @@ def compiling(planned: Collection[Planned]) -> Iterator[None]:
         _compiling = ()
 
 
-def instructions_compiled() -> tuple[int, int]:
-    """How many of what was planned have their machine code, and how many there are: none where nothing was planned."""
-    planned = _compiling
-    return sum(one.is_compiled for one in planned), len(planned)
+def being_compiled() -> Collection[Planned]:
+    """What was planned, the same object as long as it is compiled; empty where nothing was planned."""
+    return _compiling
 
 
 @contextmanager
