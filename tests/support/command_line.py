@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tinyserve import cli
+from tinyserve.server import heaps
 
 PROGRAM = [sys.executable, "-m", "tinyserve"]
 
@@ -61,6 +62,7 @@ class Shell:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
         self._monkeypatch.setattr(sys, "argv", ["tinyserve", *map(str, arguments)])
+        self._monkeypatch.setattr(heaps, "keep_heaps_small", lambda: None)  # of this process, which has other tests
         self._capsys.readouterr()
         try:
             cli.main()

@@ -148,9 +148,9 @@ def batch(
     given(**said)
     batch_options = _options(inputs, output, options, said, engine)
     from tinyserve.batch.run import run
-    from tinyserve.server.heaps import keep_heaps_small
+    from tinyserve.server import heaps
 
-    keep_heaps_small()
+    heaps.keep_heaps_small()
     logging.getLogger("tinyserve.server").addHandler(logging.NullHandler())  # what it says, errors and rows say
     stderr = _own_stderr() if batch_options.workers is not None else nullcontext()
     with stderr, _Shown(options, batch_options.model.name or options.server or "the model") as shown:

@@ -18,10 +18,10 @@ from starlette.applications import Starlette
 
 from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.errors import TinyserveError, UserError
+from tinyserve.server import heaps
 from tinyserve.server.app import Extension, create_app
 from tinyserve.server.connections import limit_connections, most_connections
 from tinyserve.server.guards import MAX_HEADERS, Admission, Service
-from tinyserve.server.heaps import keep_heaps_small
 from tinyserve.server.options import API_KEY_VARIABLE, ServeOptions
 from tinyserve.server.pool import pool_of
 from tinyserve.text.tools import format_named
@@ -35,7 +35,7 @@ GRACE = 2.0  # seconds behind the drain timeout, in which what it has ended is p
 def serve(options: ServeOptions, extension: Extension | None = None) -> int:
     """Serve until a signal comes; returns the exit code. Raises UserError for options that would be unsafe or wrong."""
     check(options)
-    keep_heaps_small()
+    heaps.keep_heaps_small()
     listener = listen(options.host, options.port)
 
     def make_app(admission: Admission, fail: Callable[[Exception], None]) -> Starlette:
