@@ -62,11 +62,11 @@ def nodes() -> Iterator[Nodes]:
 
 def test_a_node_that_is_gone_is_not_noticed(nodes: Nodes, tmp_path: Path, start: Children) -> None:
     model = write_model(tmp_path / "model")
-    expected = answers_of_one_server(model)
+    expected = answers_of_one_server(model, 24)
     arguments = ("--address", nodes.address, "--replicas", "2", "--threads", "1", "--dtype", "float32", "--port", "0")
     front = start("serve", f"tiny={model}", *arguments, **CLOSED)
     fleet = Fleet(front, nodes.pid).until_ready()
-    streams = in_mid_answer(fleet)
+    streams = in_mid_answer(fleet, 24)
     before = set(fleet.replicas())
     nodes.cut()
     assert streams.ended() == expected

@@ -84,12 +84,12 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = 1900
 
 
-def bodies() -> list[tuple[str, dict[str, Any]]]:
-    """Eight streams: greedy and drawn, chats and texts, with log-probabilities and without."""
+def bodies(count: int = 8) -> list[tuple[str, dict[str, Any]]]:
+    """Streams: greedy and drawn, chats and texts, with log-probabilities and without."""
     common = {"model": "tiny", "max_tokens": LONG, "ignore_eos": True, "stream": True}
     usage = {"stream_options": {"include_usage": True}}
     found = []
-    for i in range(4):
+    for i in range(count // 2):
         decoding = {"temperature": 0} if i % 2 else {"temperature": 1, "seed": i}
         messages = [{"role": "user", "content": f"Question {i}"}]
         found.append((CHAT, {**common, **decoding, **usage, "messages": messages, "logprobs": i > 1}))
@@ -113,12 +113,12 @@ def events(text: str) -> list[Any]:
 
 
 class Streams:
-    """The eight streams at once."""
+    """The streams at once."""
 
-    def __init__(self, fleet: Fleet):
-        self.texts, self.ids = [""] * 8, [set[str]() for _ in range(8)]
+    def __init__(self, fleet: Fleet, count: int = 8):
+        self.texts = [""] * count
         self._fleet = fleet
-        self._threads = [threading.Thread(target=self._read, args=(i, *one)) for i, one in enumerate(bodies())]
+        self._threads = [threading.Thread(target=self._read, args=(i, *one)) for i, one in enumerate(bodies(count))]
         for thread in self._threads:
             thread.start()
 
@@ -143,21 +143,21 @@ class Streams:
         return [events(text) for text in self.texts]
 
 
-def in_mid_answer(fleet: Fleet) -> Streams:
-    """The eight streams, once both replicas are at work."""
+def in_mid_answer(fleet: Fleet, count: int = 8) -> Streams:
+    """The streams, once both replicas are at work."""
     for _ in range(20):
-        streams = Streams(fleet)
+        streams = Streams(fleet, count)
         if streams.until_both_replicas_speak():
             return streams
         streams.ended()
     raise AssertionError("too fast for the test")
 
 
-def answers_of_one_server(model: Path) -> list[list[Any]]:
+def answers_of_one_server(model: Path, count: int = 8) -> list[list[Any]]:
     """What a single server says to all of them."""
     options = {"max_num_seqs": 16, "num_threads": 1, "dtype": "float32"}
     with running({"tiny": model}, **options) as server, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda one: events(server.post(*one).text), bodies()))
+        found = list(pool.map(lambda one: events(server.post(*one).text), bodies(count)))
     assert all(len(one) > LONG // 4 and one[-1] == "data: [DONE]" for one in found)
     return found
 

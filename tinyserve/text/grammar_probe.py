@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1_000_000  # of a grammar as llguidance reads it
 MAX_SECONDS = 10.0  # of the processor
-MAX_WAIT = 20.0  # by the clock: on a busy server whoever is being answered has the processor
+MAX_WAIT = 15.0  # by the clock: on a busy server whoever is being answered has the processor
 MAX_MEMORY = 2 << 30  # bytes, its vocabulary among them
 STACK = 4 << 20  # half of what a thread of the server has
 
