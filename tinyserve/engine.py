@@ -134,7 +134,8 @@ class Engine:
         while True:
             try:
                 result = function()
-                if result != []:  # in mid-prompt, what a step computes may be asked for by the next one
+                is_empty = isinstance(result, list) and not result
+                if not is_empty:  # in mid-prompt, what a step computes may be asked for by the next one
                     self._losses = 0
                 return result
             except CacheLostError as error:

@@ -429,3 +429,28 @@ def test_a_step_that_fails_alone_is_its_requests_failure(folder_of: Folder, monk
     assert failing.count == 1 and not forward_of(sliced)._under_way
     assert answers(sliced.generate(prompts, params)) == answers(whole.generate(prompts, params))
     assert_all_is_free(sliced)
+
+
+def test_what_kills_slices_in_mid_prompt_ends_the_engine_too(
+    folder_of: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the step that sends it returns: another one asks for what comes of it."""
+    monkeypatch.setattr(micro_batches, "LEAST", 5)
+    sliced = build(folder_of("llama-grouped"), 2, max_num_batched_tokens=20)
+    send, count = local(sliced).send, 0
+
+    def killing(message: Any) -> Any:
+        nonlocal count
+        number = count = count + 1
+        answer = send(message)
+
+        def wait() -> Any:
+            if number % 4 == 0 and number < 100:  # the last of a step, asked for by the next one
+                raise CacheLostError("A slice has died.")
+            return answer()
+
+        return wait
+
+    monkeypatch.setattr(local(sliced), "send", killing)
+    with pytest.raises(EngineDeadError, match="4 times in a row"):
+        sliced.generate([checkpoints.token_ids(90, seed=1)])
