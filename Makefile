@@ -25,7 +25,7 @@ test:
 
 # What needs no kernels: the scheduler, configs, parameters, templates. It imports no Numba.
 test-fast:
-	$(BIN)/python -m pytest --fast -q
+	$(BIN)/python -m pytest --fast -q -n 2
 
 fuzz:
 	$(MAKE) --no-print-directory -j 2 --output-sync=target $(FUZZ)

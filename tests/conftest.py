@@ -49,12 +49,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--fast") and "numba" in sys.modules:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\nA file that is marked fast has imported Numba.", file=sys.stderr)
-
-
 def answers(outputs: "list[RequestOutput]") -> list[Answer]:
     """Tokens and log-probabilities of every answer: those of the likeliest tokens differ where a bit of logits does."""
     return [(answer.token_ids, answer.logprobs or []) for output in outputs for answer in output.outputs]
@@ -63,6 +57,13 @@ def answers(outputs: "list[RequestOutput]") -> list[Answer]:
 def cache_bytes(llm: "LLM", blocks: int, states: int) -> int:
     """kv_cache_memory for this many blocks and states, and the state that `logits` has."""
     return blocks * llm.cache_plan.block_nbytes + (states + 1) * llm.cache_plan.state_nbytes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_numba(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An error of the last test, which each process of several tells of."""
+    yield
+    assert not (request.config.getoption("--fast") and "numba" in sys.modules), "a file marked fast imports Numba"
 
 
 @pytest.fixture(scope="session", autouse=True)

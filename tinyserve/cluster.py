@@ -26,6 +26,7 @@ from tinyserve.tensor.cgroups import available_memory
 RAY_VERSIONS = ((2, 60), (2, 70))  # from the first, up to the second: pyproject.toml says the same
 OBJECT_STORE = 80_000_000  # bytes of shared memory, the least that Ray takes: nothing large goes there
 CONNECT_SECONDS = 10.0  # until an address has to have answered
+ENDING = "ending, once Ray has begun"  # a stage: what is told after a Ctrl-C
 ASK_SECONDS = 60.0  # until each node has to have told what it has: a worker of its own starts for it
 
 # Before Ray is imported, unless the user has set them.
@@ -84,17 +85,18 @@ def connect(
         if ray.is_initialized():
             yield _session(ray, is_own=False, no_ray_auth=no_ray_auth)
             return
+        progress = progress or silent
         try:
-            with _held_interrupts():
-                (progress or silent)("starting a Ray cluster" if address is None else f"joining {address}", 0, 0)
+            with _held_interrupts(progress):
+                progress("starting a Ray cluster" if address is None else f"joining {address}", 0, 0)
                 if address is None:
                     _start(ray, cores)
                 else:
                     _join(ray, address)
-            (progress or silent)("asking the nodes of the cluster", 0, 0)
+            progress("asking the nodes of the cluster", 0, 0)
             yield _session(ray, is_own=address is None, no_ray_auth=no_ray_auth)
         finally:
-            with _held_interrupts():
+            with _held_interrupts(silent):
                 ray.shutdown(wait_for_processes=True)
 
 
@@ -232,8 +234,8 @@ def _asks_for_token(address: str) -> str:
 
 
 @contextmanager
-def _held_interrupts() -> Iterator[None]:
-    """Let a Ctrl-C wait until the block ends, as Ray would leave its processes; a second one does not wait.
+def _held_interrupts(progress: Progress) -> Iterator[None]:
+    """Let a Ctrl-C wait until the block ends, as Ray would leave its processes, and say so; a second one does not wait.
 
     Ray takes SIGTERM over, which is given back.
     """
@@ -248,6 +250,7 @@ def _held_interrupts() -> Iterator[None]:
         if interrupted:
             raise KeyboardInterrupt
         interrupted = True
+        progress(ENDING, 0, 0)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, hold)

@@ -270,7 +270,8 @@ def load_engine(
     with ExitStack() as started:
         slices = None
         if options.pipeline_parallel_size > 1:
-            slices = started.enter_context(closing(start_slices(model, files, options)))
+            with default_progress(progress, files.name) as shown:
+                slices = started.enter_context(closing(start_slices(model, files, options, shown)))
         here, memory = [needs], options.kv_cache_memory
         if slices is not None:
             here, most = _share_out(slices, needs, draft.needs if draft else None)
@@ -354,7 +355,7 @@ def _cache_needs(files: ModelFiles, options: EngineOptions) -> CacheNeeds:
 # --- a model in several processes -------------------------------------------------------------------------------------
 
 
-def start_slices(model: str | PathLike[str], files: ModelFiles, options: EngineOptions) -> Slices:
+def start_slices(model: str | PathLike[str], files: ModelFiles, options: EngineOptions, progress: Progress) -> Slices:
     """The processes of all layers but the last ones, which are loaded here; none has loaded anything yet.
 
     Raises UserError for more slices than layers, and where there is no Ray or no machine for them.
@@ -368,7 +369,7 @@ def start_slices(model: str | PathLike[str], files: ModelFiles, options: EngineO
         return LocalSlices(parts)
     from tinyserve.pipeline.on_ray import RaySlices
 
-    return RaySlices(parts)
+    return RaySlices(parts, progress)
 
 
 def _share_out(slices: Slices, needs: CacheNeeds, draft: CacheNeeds | None) -> tuple[list[CacheNeeds], int]:

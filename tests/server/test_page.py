@@ -116,7 +116,9 @@ def status(page: Page, text: str) -> None:
 
 
 def open_pane(page: Page, name: str) -> None:
-    page.locator("#panel summary", has_text=name).click()
+    summary = page.locator("#panel summary", has_text=name)
+    summary.click()
+    expect(summary.locator("..")).to_have_attribute("open", "")
 
 
 def sent(fake: FakeServer) -> dict[str, Any]:
@@ -503,6 +505,35 @@ def test_the_panel_tells_speed_cache_and_surprise(page: Page, fake: FakeServer) 
     expect(page.locator("#surprise")).to_contain_text("1.50 bits a token: as if it chose among 2.8 equal ones")
     heights = page.locator("#strip i").evaluate_all("bars => bars.map((bar) => parseFloat(bar.style.height))")
     assert heights == pytest.approx([12.5, 25])
+
+
+@pytest.mark.parametrize("width", [400, 960, 1280])
+def test_what_the_panel_tells_later_moves_no_pane_from_under_the_pointer(
+    open_page: Opener, fake: FakeServer, width: int
+) -> None:
+    fake.cached_tokens = 1000
+    counts = {"num_blocks": 12_345, "num_free_blocks": 1, "prompt_tokens": 1_234_567, "cached_tokens": 123_456}
+    fake.stats = {"models": {}}
+    page = open_page(fake.url, width=width)
+    if page.locator("#panel-button").is_visible():
+        page.locator("#panel-button").click()
+    status(page, "Ready")
+    summary = page.locator("#panel summary", has_text="Model")
+    before = summary.bounding_box()
+    assert before
+    page.mouse.move(before["x"] + 20, before["y"] + 20)
+    page.mouse.down()
+    fake.stats = {"models": {"smollm2-135m": {"num_running": 16, "num_waiting": 64, "cache_bytes": 3 << 30, **counts}}}
+    page.evaluate("showCache()")
+    expect(page.locator("#cache")).to_contain_text("16 answers, 64 waiting")
+    page.evaluate("""show({
+      usage: { prompt_tokens: 1234, completion_tokens: 512, prompt_tokens_details: { cached_tokens: 1000 } },
+      tokens: [{ logprob: -12.5 }], first: 12.34, seconds: 56.78 })""")
+    expect(page.locator("#cached")).to_contain_text("1000 from the cache")
+    expect(page.locator("#surprise")).to_contain_text("equal ones")
+    assert summary.bounding_box() == before
+    page.mouse.up()
+    expect(page.locator("#pane-model")).to_have_attribute("open", "")
 
 
 def report_of(name: str) -> dict[str, Any]:

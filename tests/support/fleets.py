@@ -81,18 +81,29 @@ def title(pid: int) -> str:
 
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LONG = 1900
+LONG = 1000  # tokens of each of few streams, and half of them where there are many
+_TEXT = {"type": "string", "minLength": 2 * LONG}  # characters: it is cut off in the middle, as all streams here are
+_NOTE = {"type": "object", "properties": {"text": _TEXT}, "required": ["text"]}
+_TOOLS = {
+    "tools": [{"type": "function", "function": {"name": "note", "parameters": _NOTE}}], "tool_choice": "required",
+    "parallel_tool_calls": False, "ignore_eos": False,
+}  # fmt: skip
+
+
+def _length(count: int) -> int:
+    return LONG if count <= 8 else LONG // 2
 
 
 def bodies(count: int = 8) -> list[tuple[str, dict[str, Any]]]:
-    """Streams: greedy and drawn, chats and texts, with log-probabilities and without."""
-    common = {"model": "tiny", "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    """Streams: greedy and drawn, chats and texts, with log-probabilities and without, every fourth one a call."""
+    common = {"model": "tiny", "max_tokens": _length(count), "ignore_eos": True, "stream": True}
     usage = {"stream_options": {"include_usage": True}}
     found = []
     for i in range(count // 2):
         decoding = {"temperature": 0} if i % 2 else {"temperature": 1, "seed": i}
         messages = [{"role": "user", "content": f"Question {i}"}]
-        found.append((CHAT, {**common, **decoding, **usage, "messages": messages, "logprobs": i > 1}))
+        tools = _TOOLS if i % 4 > 1 else {}
+        found.append((CHAT, {**common, **decoding, **usage, **tools, "messages": messages, "logprobs": i % 4 == 1}))
         found.append((COMPLETIONS, {**common, **decoding, "prompt": f"Text {i}"}))
     return found
 
@@ -104,6 +115,9 @@ def events(text: str) -> list[Any]:
         if block.startswith("data: {"):
             event = json.loads(block.removeprefix("data: "))
             event.pop("id", None), event.pop("created", None)
+            for choice in event.get("choices", ()):
+                for call in choice.get("delta", {}).get("tool_calls", ()):
+                    call.pop("id", None)
             if event.get("usage"):
                 event["usage"].pop("prompt_tokens_details")
             found.append(event)
@@ -117,7 +131,7 @@ class Streams:
 
     def __init__(self, fleet: Fleet, count: int = 8):
         self.texts = [""] * count
-        self._fleet = fleet
+        self._fleet, self._length = fleet, _length(count)
         self._threads = [threading.Thread(target=self._read, args=(i, *one)) for i, one in enumerate(bodies(count))]
         for thread in self._threads:
             thread.start()
@@ -131,14 +145,19 @@ class Streams:
         """Wait until all have begun; whether both replicas have some that are not near their end."""
         self._fleet.until(lambda: all("data: " in text for text in self.texts))
         running = self._fleet.metric("tinyserve_requests_running")
-        return len(running) == 2 and min(running.values()) > 0 and all(t.count("data: ") < LONG / 2 for t in self.texts)
+        return (
+            len(running) == 2
+            and min(running.values()) > 0
+            and all(t.count("data: ") < self._length / 2 for t in self.texts)
+        )
 
     def ended(self) -> list[list[Any]]:
         for thread in self._threads:
             thread.join(180)
             assert not thread.is_alive(), "".join(self._fleet.log[-40:])
         for text in self.texts:  # one answer, whoever has said it
-            assert len(set(re.findall(r'"id":"([^"]+)"', text))) == 1
+            assert len(set(re.findall(r'^data: {"id":"([^"]+)"', text, re.M))) == 1
+            assert len(re.findall(r'"tool_calls":\[{"index":0,"id":"', text)) == ("tool_calls" in text)
             assert len(set(re.findall(r'"created":(\d+)', text))) == 1
         return [events(text) for text in self.texts]
 
@@ -158,10 +177,14 @@ def answers_of_one_server(model: Path, count: int = 8) -> list[list[Any]]:
     options = {"max_num_seqs": 16, "num_threads": 1, "dtype": "float32"}
     with running({"tiny": model}, **options) as server, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda one: events(server.post(*one).text), bodies(count)))
-    assert all(len(one) > LONG // 4 and one[-1] == "data: [DONE]" for one in found)
+    assert all(len(one) > _length(count) // 4 and one[-1] == "data: [DONE]" for one in found)
     return found
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny model with room for long answers."""
-    return checkpoints.write_folder(folder, checkpoints.CONFIGS["llama"] | {"max_position_embeddings": 2048})
+    """A tiny model with room for long answers, which is told of tools."""
+    checkpoints.write_folder(folder, checkpoints.CONFIGS["llama"] | {"max_position_embeddings": 2048})
+    tools = "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
+    config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": tools + checkpoints.CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -194,7 +194,8 @@ def pieces(text: str, format: str, cuts: Any, tools: Any = ()) -> tuple[str, lis
     for begin, end in pairwise(edges):
         more, found = parser.push(text[begin:end])
         assert not opens or not more.endswith(opens[:-1]), "a part of a tag is no content yet"
-        content, calls = content + more, calls + found
+        content += more
+        calls += found
     rest, found = parser.finish()
     assert parser.finish() == ("", [])
     assert parser.num_whole <= len(joined_calls([*calls, *found]))

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tinyserve.cluster import connect
+from tinyserve.cluster import ENDING, connect
 from tinyserve.errors import CacheLostError, EngineDeadError, TinyserveError, UserError
 from tinyserve.models.cache_plan import CachePlan
 from tinyserve.models.config.costs import weight_bytes
 from tinyserve.pipeline.partition import Place
 from tinyserve.pipeline.slice import Loaded, Message, Part, Slice
-from tinyserve.progress import size
+from tinyserve.progress import Progress, size
 from tinyserve.tensor._jit import cores
 from tinyserve.tensor.cgroups import available_memory
 
@@ -61,7 +61,7 @@ class RaySlices:
     Each is on a machine of its own, and none on this one, where there are so many.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], progress: Progress):
         """The last of `parts` is this process's own.
 
         Raises UserError where there is no Ray or no room, TinyserveError where processes do not start.
@@ -72,7 +72,7 @@ class RaySlices:
         self._plan: CachePlan | None = None
         self._actors: list[Any] = []
         self._group: Any = None  # of their places
-        self._session: _Session | None = _Session.join()
+        self._session: _Session | None = _Session.join(progress)
         import ray
 
         self._ray = ray
@@ -227,17 +227,18 @@ class _Session:
     _lock = threading.Lock()
     _shared: "_Session | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         """Raises what `cluster.connect` raises."""
         self._users = 0
         self._ends, self._begun = threading.Event(), threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="tinyserve-ray", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(progress,), name="tinyserve-ray", daemon=True)
         self._thread.start()
         try:
             while not self._begun.wait(0.1):  # where Ctrl-C comes through
                 ...
         except BaseException:
+            progress(ENDING, 0, 0)
             self._ends.set()
             self._thread.join()  # or processes would be left of a start that breaks off
             raise
@@ -245,11 +246,11 @@ class _Session:
             raise self._error
 
     @classmethod
-    def join(cls) -> "_Session":
+    def join(cls, progress: Progress) -> "_Session":
         """The process's own, made if need be; to be left."""
         with cls._lock:
             if cls._shared is None:
-                cls._shared = cls()
+                cls._shared = cls(progress)
             cls._shared._users += 1
             return cls._shared
 
@@ -263,9 +264,9 @@ class _Session:
                 if self._thread is not threading.current_thread():  # which may be the one that collects a model
                     self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, progress: Progress) -> None:
         try:
-            with connect():
+            with connect(progress=progress):
                 self._begun.set()
                 self._ends.wait()
         except BaseException as error:
