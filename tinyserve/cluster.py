@@ -10,10 +10,11 @@ import platform
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,17 @@ _TOKEN_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # In spite of its name the one switch by which Ray listens at 127.0.0.1 alone.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _IS_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # what a cluster's head answers to
+# What is left of a cluster whose owner is killed are the agents of its node: they try for a minute to tell somebody.
+_REAPER = """
+import os, signal, sys
+agents = [os.pidfd_open(int(pid)) for pid in sys.stdin.readline().split()]
+sys.stdin.read()  # until its owner has ended, in whatever way
+for agent in agents:
+    try:
+        signal.pidfd_send_signal(agent, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
 # One token for all clusters of this process, as Ray keeps the first that it reads.
 _own_token = secrets.token_hex(32)
 
@@ -86,18 +98,20 @@ def connect(
             yield _session(ray, is_own=False, no_ray_auth=no_ray_auth)
             return
         progress = progress or silent
-        try:
-            with _held_interrupts(progress):
-                progress("starting a Ray cluster" if address is None else f"joining {address}", 0, 0)
-                if address is None:
-                    _start(ray, cores)
-                else:
-                    _join(ray, address)
-            progress("asking the nodes of the cluster", 0, 0)
-            yield _session(ray, is_own=address is None, no_ray_auth=no_ray_auth)
-        finally:
-            with _held_interrupts(silent):
-                ray.shutdown(wait_for_processes=True)
+        with ExitStack() as ended:
+            try:
+                with _held_interrupts(progress):
+                    progress("starting a Ray cluster" if address is None else f"joining {address}", 0, 0)
+                    if address is None:
+                        _start(ray, cores)
+                        ended.enter_context(_reaped_agents())
+                    else:
+                        _join(ray, address)
+                progress("asking the nodes of the cluster", 0, 0)
+                yield _session(ray, is_own=address is None, no_ray_auth=no_ray_auth)
+            finally:
+                with _held_interrupts(silent):
+                    ray.shutdown(wait_for_processes=True)
 
 
 def _settings(address: str | None) -> dict[str, str]:
@@ -166,6 +180,24 @@ def _start(ray: Any, cores: int | None) -> None:
     node_host = ray.nodes()[0]["NodeManagerAddress"]
     if os.environ.get(*_LOOPBACK) == "0" and node_host != "127.0.0.1":
         raise TinyserveError(f"Ray listens at {node_host} in place of 127.0.0.1, where others may reach it.")
+
+
+@contextmanager
+def _reaped_agents() -> Iterator[None]:
+    """Have a process end the agents of our own cluster if this one is killed."""
+    if not hasattr(os, "pidfd_open"):  # Linux has it
+        yield
+        return
+    import psutil  # Ray brings it
+
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    agents = " ".join(str(child.pid) for raylet in raylets for child in raylet.children())
+    command = [sys.executable, "-I", "-S", "-c", _REAPER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True) as reaper:
+        assert reaper.stdin is not None
+        reaper.stdin.write(f"{agents}\n")
+        reaper.stdin.flush()
+        yield
 
 
 def _join(ray: Any, address: str) -> None:

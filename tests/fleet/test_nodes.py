@@ -81,7 +81,7 @@ def test_a_node_that_is_gone_is_not_noticed(nodes: Nodes, tmp_path: Path, start:
 def test_a_batch_whose_node_is_gone_has_every_row_once(nodes: Nodes, tmp_path: Path, start: Children) -> None:
     model = write_model(tmp_path / "model")
     rows, journals = tmp_path / "in.jsonl", tmp_path / "there.jsonl.parts" / "_journal"
-    rows.write_text("".join(json.dumps({"prompt": f"{i}", "i": i}) + "\n" for i in range(3000)))
+    rows.write_text("".join(json.dumps({"prompt": f"{i}", "i": i}) + "\n" for i in range(1500)))
     flags = ("--model", model, "--dtype", "float32", "--threads", "1", "--temp", "3", "--max-tokens", "40")
     batch = start(
         "batch", rows, tmp_path / "there.jsonl", *flags, "--workers", "2", "--address", nodes.address, **CLOSED

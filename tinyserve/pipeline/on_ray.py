@@ -238,8 +238,8 @@ class _Session:
             while not self._begun.wait(0.1):  # where Ctrl-C comes through
                 ...
         except BaseException:
-            progress(ENDING, 0, 0)
             self._ends.set()
+            progress(ENDING, 0, 0)
             self._thread.join()  # or processes would be left of a start that breaks off
             raise
         if self._error is not None:
@@ -265,8 +265,13 @@ class _Session:
                     self._thread.join()
 
     def _run(self, progress: Progress) -> None:
+        def told(stage: str, done: int, total: int) -> None:
+            if self._ends.is_set():
+                raise KeyboardInterrupt  # to whoever waited for it
+            progress(stage, done, total)
+
         try:
-            with connect(progress=progress):
+            with connect(progress=told):
                 self._begun.set()
                 self._ends.wait()
         except BaseException as error:
