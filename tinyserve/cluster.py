@@ -82,14 +82,15 @@ def connect(
     *,
     no_ray_auth: bool = False,
     cores: int | None = None,
+    object_store: int = OBJECT_STORE,
     progress: Progress | None = None,
 ) -> Iterator[Session]:
     """Start a cluster of our own on this machine, or join one: host:port, "auto", or what RAY_ADDRESS says.
 
-    An own one ends with the block, or with its process; call it in a thread that lives as long. `cores` are what an own
-    cluster is told to have. A process that is connected already stays so. Raises UserError without Ray or with another
-    version of it, for an address that does not answer, for nodes that run something else than this process, and for a
-    cluster that asks for no token unless `no_ray_auth`.
+    An own one ends with the block, or with its process; call it in a thread that lives as long. `cores`, and the bytes
+    of its `object_store`, are what an own cluster is told to have. A process that is connected already stays so. Raises
+    UserError without Ray or with another version of it, for an address that does not answer, for nodes that run
+    something else than this process, and for a cluster that asks for no token unless `no_ray_auth`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     with _environment(_settings(address)):
@@ -103,7 +104,7 @@ def connect(
                 with _held_interrupts(progress):
                     progress("starting a Ray cluster" if address is None else f"joining {address}", 0, 0)
                     if address is None:
-                        _start(ray, cores)
+                        _start(ray, cores, object_store)
                         ended.enter_context(_reaped_agents())
                     else:
                         _join(ray, address)
@@ -167,12 +168,12 @@ def _read_environment_again() -> None:
     Config.initialize("")
 
 
-def _start(ray: Any, cores: int | None) -> None:
+def _start(ray: Any, cores: int | None, object_store: int) -> None:
     """A cluster of our own. Raises TinyserveError where Ray cannot start one."""
     try:
         # Without "local" it would join whatever cluster a file in the temporary folder names.
         ray.init(
-            address="local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE,
+            address="local", num_cpus=cores, include_dashboard=False, object_store_memory=object_store,
             log_to_driver=False, logging_level="error",
         )  # fmt: skip
     except Exception as error:
