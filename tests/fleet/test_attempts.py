@@ -194,27 +194,24 @@ def test_who_leaves_ends_the_request_at_the_replica() -> None:
 def test_those_who_have_seen_two_die_are_asked_one_at_a_time() -> None:
     """A request that kills whoever has it takes no innocent with it for good."""
     poison = Asked("poison", False, b"poison", None)
-    running: set[bytes] = set()
-    most: list[int] = []
+    replicas: list[set[bytes]] = [set()]  # of each those that it was asked by; the last one lives
 
     class Shared(Script):
-        """One replica for all: with the poison on it, everybody's answer is lost."""
+        """One replica for all: with the poison on it, everybody's answer is lost, and another takes its place."""
 
         async def call(self, call: Call, key: str | None) -> AsyncGenerator[Item, None]:
             yield who()
-            running.add(call.body)
-            most.append(len(running))
-            try:
-                for _ in range(5):
-                    await asyncio.sleep(0.001)
-                    if b"poison" in running:
-                        raise LOST
-                yield JSON_HEAD
-                yield call.body
-                yield END
-            finally:
-                await asyncio.sleep(0.002)  # all that were there are lost together
-                running.discard(call.body)
+            mine = replicas[-1]
+            mine.add(call.body)
+            for _ in range(5):
+                await asyncio.sleep(0.001)
+                if b"poison" in mine:
+                    if mine is replicas[-1]:
+                        replicas.append(set())
+                    raise LOST
+            yield JSON_HEAD
+            yield call.body
+            yield END
 
     attempts = Attempts(Shared([]), 2, 5)
 
@@ -232,6 +229,7 @@ def test_those_who_have_seen_two_die_are_asked_one_at_a_time() -> None:
     assert [got[1] for got in answers] == [b"%d" % i for i in range(8)]
     assert isinstance(error, ApiError) and error.status == 502
     assert attempts.counts.failed == 1
+    assert len(replicas) == 4 and sum(map(len, replicas[:3])) > 9, "none was there with it"
 
 
 def test_counts_tell_what_has_befallen(monkeypatch: pytest.MonkeyPatch) -> None:
