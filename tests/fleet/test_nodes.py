@@ -81,26 +81,32 @@ def test_a_node_that_is_gone_is_not_noticed(nodes: Nodes, tmp_path: Path, start:
 def test_a_batch_whose_node_is_gone_has_every_row_once(nodes: Nodes, tmp_path: Path, start: Children) -> None:
     model = write_model(tmp_path / "model")
     rows, journals = tmp_path / "in.jsonl", tmp_path / "there.jsonl.parts" / "_journal"
-    rows.write_text("".join(json.dumps({"prompt": f"{i}", "i": i}) + "\n" for i in range(1500)))
-    flags = ("--model", model, "--dtype", "float32", "--threads", "1", "--temp", "3", "--max-tokens", "40")
+    rows.write_text("".join(json.dumps({"prompt": f"{i}", "i": i}) + "\n" for i in range(3000)))
+    flags = ("--model", model, "--dtype", "float32", "--threads", "1", "--temp", "3", "--max-tokens", "20")
     batch = start(
         "batch", rows, tmp_path / "there.jsonl", *flags, "--workers", "2", "--address", nodes.address, **CLOSED
     )
     assert batch.stderr is not None
 
-    def workers() -> int:
+    def workers() -> set[int]:
+        """The processes that have answered something."""
         paths = journals.glob("*.jsonl") if journals.exists() else ()
-        return len({path.name.split(".")[1] for path in paths if path.stat().st_size})
+        names = {path.name.split(".")[1] for path in paths if path.stat().st_size}
+        return {int(name.split("-")[-2][8:]) for name in names}  # behind a part of its node
 
     end = time.monotonic() + 120
-    while workers() < 2:
+    while len(there := workers()) < 2:
         assert batch.poll() is None, batch.stderr.read()
         assert time.monotonic() < end
+        for pid in there:
+            os.kill(pid, signal.SIGSTOP)  # or it has answered everything before there is another one
         time.sleep(0.02)
+    for pid in there:
+        os.kill(pid, signal.SIGCONT)
     nodes.cut()
-    assert batch.poll() is None and workers() == 2
+    assert batch.poll() is None and len(workers()) == 2
     assert batch.wait(240) == 0, batch.stderr.read()
-    assert workers() == 0, "its folder is put away"
+    assert not workers(), "its folder is put away"
     here = run("batch", rows, tmp_path / "here.jsonl", *flags)
     assert here.code == 0, here.err
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
