@@ -153,6 +153,23 @@ def test_a_slice_that_ends_in_the_middle_costs_time_and_no_bit(
     assert_all_is_free(sliced)
 
 
+def test_a_slice_that_is_slow_and_lives_is_waited_for(sliced: LLM, whole: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing for as long as it takes to be asked whether it lives, and is asked for its answer again."""
+    monkeypatch.setattr(on_ray, "SILENCE", 0.3)
+    prompts, params = requests(max_tokens=40)
+    pid, outputs, steps = pid_of(sliced), list[Any](), sliced.stats().steps
+    asking = threading.Thread(target=lambda: outputs.extend(sliced.generate(prompts, params)))
+    asking.start()
+    wait_for(lambda: sliced.stats().steps >= steps + 3)
+    os.kill(pid, signal.SIGSTOP)
+    asking.join(2)
+    assert asking.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    asking.join(120)
+    assert answers(outputs) == answers(whole.generate(prompts, params))
+    assert pid_of(sliced) == pid and not sum(output.metrics.preemptions for output in outputs)
+
+
 def test_a_server_goes_on_and_ends_as_ever(folder: Path, start: Children) -> None:
     """Ray says nothing, and does not have SIGTERM, though it starts in a thread where Python cannot give it back."""
     server = start("serve", f"tiny={folder}", "--port", "0", "--threads", "1", "--pipeline-parallel-size", "2")

@@ -110,12 +110,12 @@ class RaySlices:
         def wait() -> list[Loaded]:
             try:
                 loaded: list[Loaded] = self._get(loading, None)
+                self._compile()
             except self._ray.exceptions.RayActorError as error:
                 raise TinyserveError(
                     f"A process that was to load layers of the model has ended ({_reason(error)}): is its machine out "
                     "of memory?"
                 ) from error
-            self._compile()
             return loaded
 
         return wait
