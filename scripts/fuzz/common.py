@@ -4,6 +4,7 @@ Every case is made of the seed and its own number, so that it can be made again 
 """
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 LONGEST = 1500  # characters of a sentence
 MOST_GROWTH = 1 << 30  # bytes
+MOST_FAULTS = 20
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64, 10**30, 10**400),
     *(0.5, -0.0, 1e-320, 1e38, 1e308, float("inf"), float("-inf"), float("nan")),
@@ -129,16 +131,37 @@ class Fuzzer(Protocol):
         ...
 
 
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every fuzzer is told on its command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes other cases")
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument("--seconds", type=float, default=60, help="how long to go on")
+    how_many.add_argument("--count", type=int, help="how many cases, however long they take")
+    how_many.add_argument("--case", type=int, help="make this case alone, and show it")
+    return parser
+
+
+def numbers(arguments: argparse.Namespace) -> Iterator[int]:
+    """The numbers of the cases to try: the one asked for, or so many, or what there is time for."""
+    if arguments.case is not None:
+        yield arguments.case
+    elif arguments.count is not None:
+        yield from range(arguments.count)
+    else:
+        end = time.monotonic() + arguments.seconds
+        for number in itertools.count():
+            if time.monotonic() >= end:
+                return
+            yield number
+
+
 def main(description: str | None, make: Callable[[int], Fuzzer]) -> int:
     """Run a fuzzer as the command line says; returns the exit code. `make` is given the seed.
 
     It runs in a child of this process, so that what ends it, a panic or a signal, is a fault like others.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other cases")
-    parser.add_argument("--case", type=int, help="make this case alone, and show it")
-    arguments = parser.parse_args()
+    arguments = options(description).parse_args()
     at = mmap.mmap(-1, 8)  # the case, for whoever finds the child dead
     child = os.fork()
     if not child:
@@ -169,24 +192,25 @@ def _again(arguments: argparse.Namespace, number: int) -> str:
 def _loop(make: Callable[[int], Fuzzer], arguments: argparse.Namespace, at: mmap.mmap) -> int:
     fuzzer = make(arguments.seed)
     most = memory() + MOST_GROWTH
-    faults, number, end, shown = 0, arguments.case or 0, time.monotonic() + arguments.seconds, 0.0
-    while time.monotonic() < end and faults < 20:
+    faults, tried, shown = 0, 0, 0.0
+    for number in numbers(arguments):
         at[:8] = number.to_bytes(8, "little")
         if arguments.case is not None:
             print(fuzzer.describe(number), flush=True)
         wrong = fuzzer.fault(number)
         if not wrong and memory() > most:
             wrong, most = f"the process has grown to {memory() >> 20} MB", memory() + MOST_GROWTH
+        tried += 1
         if wrong:
             faults += 1
             said = f"{fuzzer.describe(number):.1000}\n  {wrong}{_again(arguments, number)}"
             print(said.encode(errors="backslashreplace").decode(), flush=True)
-        number += 1
-        if arguments.case is not None:
-            print("nothing is wrong with it" * (not wrong))
+        if faults == MOST_FAULTS:
             break
         if sys.stderr.isatty() and time.monotonic() > shown + 1:
             shown = time.monotonic()
-            print(f"\r{number} cases, {faults} faults, {end - shown:.0f} s left ", end="", file=sys.stderr, flush=True)
-    print(f"{number} cases, {faults} of them {fuzzer.noun}")
+            print(f"\r{tried} cases, {faults} faults ", end="", file=sys.stderr, flush=True)
+    if arguments.case is not None and not faults:
+        print("nothing is wrong with it")
+    print(f"{tried} cases, {faults} of them {fuzzer.noun}")
     return 1 if faults else 0

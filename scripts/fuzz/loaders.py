@@ -7,7 +7,6 @@ token. What is right is an answer or an error of tinyserve's own; the exit code 
 `--case 1234` makes one case alone, and shows its traceback.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "scripts" / "fuzz"), str(ROOT / "tests" / "support")]
 
 import checkpoints  # noqa: E402
-from common import change_bytes, changed, no_sentence  # noqa: E402
+from common import change_bytes, changed, no_sentence, numbers, options  # noqa: E402
 
 from tinyserve import LLM, SamplingParams, quantize  # noqa: E402
 from tinyserve.errors import TinyserveError  # noqa: E402
@@ -181,31 +180,23 @@ def fault(path: Path, run: Callable[[Path], None] = load) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other cases")
-    parser.add_argument("--case", type=int, help="make this case alone, and show its traceback")
-    arguments = parser.parse_args()
-    faults = number = 0
+    arguments = options(__doc__).parse_args()
+    tried = faults = 0
     with tempfile.TemporaryDirectory(prefix="fuzz-loaders-") as folder:
         cases = Cases(Path(folder), arguments.seed)
         for name in (*NAMES, PACKED):  # kernels are compiled before anything is timed
             load(cases.folder / name)
-        end = time.monotonic() + arguments.seconds
-        if arguments.case is not None:
-            number = arguments.case
-        while time.monotonic() < end:
+        for number in numbers(arguments):
             path, what = cases.make(number)
             wrong, trace = fault(path)
+            tried += 1
             if wrong:
                 faults += 1
                 print(f"{what}: {wrong}\n    again: --seed {arguments.seed} --case {number}", flush=True)
             if arguments.case is not None:
                 print(trace or "nothing is wrong with it" * (not wrong))
-                break
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-            number += 1
-    print(f"{number} cases, {faults} of them neither a model nor a sentence")
+    print(f"{tried} cases, {faults} of them neither a model nor a sentence")
     return 1 if faults else 0
 
 

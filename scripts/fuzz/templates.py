@@ -3,27 +3,28 @@
     python scripts/fuzz/templates.py --seconds 60 --seed 1
 
 Anything but a text or a RequestError/UserError is printed with what reproduces it, and the exit code is 1.
+`--case 1234` makes one case alone, and shows it.
 """
 
-import argparse
 import random
 import sys
-import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "fuzz")]
 
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+import common  # noqa: E402
+import tokenizers  # noqa: E402
+from tokenizers import AddedToken, decoders, models, pre_tokenizers  # noqa: E402
 
-from tinyserve.errors import UserError
-from tinyserve.sampling_params import SamplingParams
-from tinyserve.text.chat import ChatFormat, ToolOptions
-from tinyserve.text.chat_template import ChatTemplate, read_template
-from tinyserve.text.tokenizer import Tokenizer
+from tinyserve.errors import UserError  # noqa: E402
+from tinyserve.sampling_params import SamplingParams  # noqa: E402
+from tinyserve.text.chat import ChatFormat, ToolOptions  # noqa: E402
+from tinyserve.text.chat_template import ChatTemplate, read_template  # noqa: E402
+from tinyserve.text.tokenizer import Tokenizer  # noqa: E402
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATES = [
@@ -194,25 +195,35 @@ class Case:
         )  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    own, end = tokenizer(), time.monotonic() + arguments.seconds
-    tried = rendered = faults = 0
-    while time.monotonic() < end and faults < 10:
-        case = Case(f"{arguments.seed}-{tried}")
-        tried += 1
+class Fuzzer:
+    """Cases by their numbers."""
+
+    noun = "neither rendered nor refused with a sentence"
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._tokenizer = tokenizer()
+
+    def case(self, number: int) -> Case:
+        """A case, made again."""
+        return Case(f"{self._seed}-{number}")
+
+    def describe(self, number: int) -> str:
+        """Its template, messages and variables."""
+        return str(self.case(number))
+
+    def rendered(self, number: int) -> bool:
+        """Whether a case was rendered, and not refused."""
+        return self.case(number).run(self._tokenizer)
+
+    def fault(self, number: int) -> str:
+        """The traceback of what is raised and no refusal."""
         try:
-            rendered += case.run(own)
+            self.rendered(number)
         except Exception:
-            faults += 1
-            said = f"{case}\n{traceback.format_exc(limit=-4)}"
-            print(said.encode(errors="backslashreplace").decode(), file=sys.stderr)
-    print(f"{tried} cases, {rendered} of them rendered, {faults} faults")
-    return 1 if faults else 0
+            return traceback.format_exc(limit=-4)
+        return ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.main(__doc__, Fuzzer))

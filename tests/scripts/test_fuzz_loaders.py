@@ -21,11 +21,10 @@ def fuzzer() -> Any:
 
 
 def test_every_damaged_checkpoint_is_a_model_or_a_sentence() -> None:
-    command = [sys.executable, str(SCRIPT), "--seconds", "8", "--seed", "1"]
+    command = [sys.executable, str(SCRIPT), "--count", "150", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    found = re.search(r"^(\d+) cases, 0 of them", done.stdout, re.MULTILINE)
-    assert found and int(found[1]) > 20
+    assert re.search(r"^150 cases, 0 of them", done.stdout, re.MULTILINE)
 
 
 def test_what_is_no_sentence_is_told(fuzzer: Any, tmp_path: Path) -> None:
