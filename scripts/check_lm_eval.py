@@ -3,9 +3,9 @@
     python scripts/check_lm_eval.py                     # a tiny random model and smollm2-135m
     python scripts/check_lm_eval.py MODEL [MODEL ...]
 
-The harness drives tinyserve.lm_eval_model.TinyserveLM, and must find the same to the last digit. On the tiny model its
-own class for transformers answers as well, and log-likelihoods must agree to rounding, answers in all their text. Exit
-code 1 if anything differs. Needs the extras `test` and `lm-eval`.
+The harness drives tinyserve.evaluation.lm_eval_model.TinyserveLM, and must find the same to the last digit. On the
+tiny model its own class for transformers answers as well, and log-likelihoods must agree to rounding, answers in all
+their text. Exit code 1 if anything differs. Needs the extras `test` and `lm-eval`.
 """
 
 import argparse
