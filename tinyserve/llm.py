@@ -31,6 +31,7 @@ from tinyserve.text.validation import Prompt, as_params, as_priorities, as_promp
 if TYPE_CHECKING:
     import numpy as np
 
+    from tinyserve.explain import Explanation
     from tinyserve.pipeline.sliced import Slices
 
 __all__ = ["LLM", "CompletionOutput", "EmbeddingOutput", "RequestOutput", "Stream", "StreamChunk"]
@@ -287,6 +288,28 @@ class LLM:
             return self.model.logits(hidden[max(0, first - start) :])
 
         return np.concatenate(self._pooling.run(ids, wanted_logits))
+
+    def explain(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "Explanation":
+        """One forward pass over a prompt with all that is in it: residual stream, attention weights, states, lens.
+
+        What is computed is the engine's: `logits` are those of `LLM.logits`, bit for bit. Raises RequestError for a
+        prompt that is refused or has more than 512 tokens, for structured outputs, and for a model cut into slices.
+        """
+        from tinyserve.explain.explain import Subject, explain
+        from tinyserve.models.base import DecoderModel
+
+        if not isinstance(self.model, DecoderModel):
+            raise RequestError(
+                f"{self.name} is cut into slices, and a whole model is explained: load it in one process.",
+                param="prompt",
+            )
+        (request, *_) = self.make_request(prompt, self.resolve(sampling_params))
+        text_of = (lambda token: f"<{token}>") if self.tokenizer is None else self.tokenizer.text_of
+        eos_token_ids = self.engine.eos_token_ids
+        subject = Subject(
+            self.name, self.model, self.kv_cache_dtype, self.thread, self.num_threads, text_of, eos_token_ids
+        )
+        return explain(subject, request.sequence, prompt if isinstance(prompt, str) else None)
 
     def fingerprint(self) -> str:
         """A hash of the logits of a fixed prompt: engines that have the same one compute the same bits of answers."""

@@ -29,7 +29,7 @@ class Sampler:
 
     def __init__(self, eos_token_ids: frozenset[int] = frozenset()):
         self.eos_token_ids = eos_token_ids
-        self._processors: WeakKeyDictionary[Sequence, _Processors] = WeakKeyDictionary()
+        self._processors: WeakKeyDictionary[Sequence, LogitsProcessors] = WeakKeyDictionary()
 
     def sample(
         self,
@@ -93,7 +93,7 @@ class Sampler:
             if sequence.params.changes_logits:
                 processors = self._processors.get(sequence)
                 if processors is None:
-                    processors = _Processors(sequence, self.eos_token_ids, logits.shape[1])
+                    processors = LogitsProcessors(sequence, self.eos_token_ids, logits.shape[1])
                     self._processors[sequence] = processors
                 processors(logits[row], sequence, drafts[row])
 
@@ -121,7 +121,7 @@ def logprobs_of(logits: Array, chosen: Array | list[int], counts: list[int]) -> 
     return [{token: Logprob(*one) for token, one in row.items()} for row in found]
 
 
-class _Processors:
+class LogitsProcessors:
     """The logits processors of one request: a method for each of PROCESSORS, with its lists as arrays."""
 
     def __init__(self, sequence: Sequence, eos_token_ids: frozenset[int], vocab: int):

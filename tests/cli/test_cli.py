@@ -23,8 +23,8 @@ from tinyserve.models import registry
 from tinyserve.models.config import preset_config
 
 COMMANDS = [
-    "ask", "chat", "serve", "batch", "bench", "trace", "eval", "inspect-config", "compare", "pull", "list", "rm",
-    "warmup", "quantize", "completion",
+    "ask", "chat", "serve", "batch", "explain", "bench", "trace", "eval", "inspect-config", "compare", "pull", "list",
+    "rm", "warmup", "quantize", "completion",
 ]  # fmt: skip
 FolderOf = Callable[[str], Path]
 

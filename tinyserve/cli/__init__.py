@@ -25,6 +25,7 @@ from tinyserve.cli.chat import chat
 from tinyserve.cli.compare import compare
 from tinyserve.cli.completion import VARIABLE, answer, completion
 from tinyserve.cli.eval_ import evaluate
+from tinyserve.cli.explain import explain
 from tinyserve.cli.inspect_config import inspect_config
 from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
@@ -52,6 +53,7 @@ _ORDER = (
     "chat",
     "serve",
     "batch",
+    "explain",
     "bench",
     "trace",
     "eval",
@@ -102,6 +104,7 @@ app.add_typer(ask_app, name="ask")
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("batch")(batch)
+app.command("explain")(explain)
 app.command("bench")(bench)
 app.command("trace")(trace)
 app.command("eval")(evaluate)

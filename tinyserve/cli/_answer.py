@@ -33,7 +33,7 @@ class Question:
     verbose: bool = False
 
 
-def read_prompt(prompt: str | None, model: str) -> str:
+def read_prompt(prompt: str | None, model: str, command: str = "ask") -> str:
     """The prompt given, and behind it what is piped in, or that alone, as `llm` and `ollama run` have it.
 
     Raises UserError on a terminal without a prompt, where waiting would look like hanging, and for a prompt that is
@@ -42,7 +42,7 @@ def read_prompt(prompt: str | None, model: str) -> str:
     is_piped = sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty()
     if prompt is None and not is_piped:
         raise UserError(
-            f'There is no prompt for {model}: give one after it (tinyserve ask {model} "..."), or pipe it in.'
+            f'There is no prompt for {model}: give one after it (tinyserve {command} {model} "..."), or pipe it in.'
         )
     if prompt is None or prompt == "-":
         prompt = _read_stdin()

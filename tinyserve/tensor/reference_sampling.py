@@ -1,6 +1,6 @@
 """sampling.py and logits_processors.py once more in plain NumPy, written to be read: their specification.
 
-Same names, same arguments, same results to rounding. Nothing here is fast, and nothing but tests calls it.
+Same names, same arguments, same results to rounding. Nothing here is fast: tests call it, and `LLM.explain`.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def _sample_row(row: Array, asked: np.void) -> int:
     if asked["temperature"] == 0:
         return int(row.argmax())
     ids = keep(row, asked)
-    cumulative = np.cumsum(_probabilities(row[ids], asked["temperature"]))
+    cumulative = np.cumsum(probabilities_of(row[ids], asked["temperature"]))
     drawn = np.searchsorted(cumulative, asked["uniform"] * cumulative[-1], side="right")
     return int(ids[min(drawn, len(ids) - 1)])
 
@@ -29,11 +29,11 @@ def keep(row: Array, asked: np.void) -> Array:
     """The ids that are left when each filter has had its say, in order: all of them where nobody has asked."""
     left = np.argsort(-row, kind="stable")  # likeliest first, of equals the lower id
     for name in FILTERS:
-        left = left[_stays(name, row[left].astype(np.float64), asked[name], asked["temperature"])]
+        left = left[stays(name, row[left].astype(np.float64), asked[name], asked["temperature"])]
     return np.sort(left)
 
 
-def _stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
+def stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
     """Which of these logits, the largest first, a filter leaves."""
     everything = np.ones(len(logits), bool)
     match name:
@@ -48,7 +48,7 @@ def _stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
             return np.arange(len(logits)) < limit if limit > 0 else everything
         case "typical_p" if limit < 1:
             # A token's surprise less the expected one is the expected logit less its own, by the temperature.
-            probabilities = _probabilities(logits, temperature)
+            probabilities = probabilities_of(logits, temperature)
             likely = probabilities > 0
             expected = logits[0] + np.sum(probabilities[likely] * (logits[likely] - logits[0]))
             distance = np.abs(logits - expected).astype(np.float32)
@@ -57,7 +57,7 @@ def _stays(name: str, logits: Array, limit: float, temperature: float) -> Array:
             return distance <= distance[nearest[last]] + temperature * 1e-6  # less is a rounding of the surprise
         case "top_p" if limit < 1:
             # A token stays if those before it do not yet add up to top_p: the first one always does.
-            probabilities = _probabilities(logits, temperature)
+            probabilities = probabilities_of(logits, temperature)
             return np.cumsum(probabilities) - probabilities < limit
     return everything
 
@@ -68,7 +68,7 @@ def _log_probabilities(logits: Array, temperature: float) -> Array:
     return scaled - np.log(np.exp(scaled).sum())
 
 
-def _probabilities(logits: Array, temperature: float) -> Array:
+def probabilities_of(logits: Array, temperature: float) -> Array:
     return np.exp(_log_probabilities(logits, temperature))
 
 

@@ -6,7 +6,7 @@ Knows text and ids both. What it makes is not queued: that is its caller's busin
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from operator import index
 from threading import Lock
 from typing import TYPE_CHECKING, cast
@@ -44,7 +44,7 @@ class InputProcessor:
         """`name` is the model's, for errors; `runners` are given masks when the first grammar is asked for."""
         self._name, self._tokenizer, self._vocab_size = name, tokenizer, vocab_size
         self._engine, self._runners, self._seed = engine, runners, seed
-        self._text_of = lru_cache(1 << 14)(partial(_text_of, tokenizer)) if tokenizer else None
+        self._text_of = lru_cache(1 << 14)(tokenizer.text_of) if tokenizer else None
         self._grammars: GrammarCompiler | None = None
         self._masks: MaskFiller | None = None
         self._thinking_tokens: ThinkingTokens | None = None
@@ -194,7 +194,3 @@ class InputProcessor:
         if self._tokenizer is None:
             return Thinking.NONE
         return thinking_after(self._tokenizer.decode(ids[-_LAST:], skip_special_tokens=False))
-
-
-def _text_of(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False, continuation=True)

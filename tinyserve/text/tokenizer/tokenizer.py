@@ -164,6 +164,10 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", errors="replace")
 
+    def text_of(self, token_id: int) -> str:
+        """The text of one token by itself, special ones by their names; part of a character is U+FFFD."""
+        return self.decode([token_id], skip_special_tokens=False, continuation=True)
+
     def detokenizer(
         self, skip_special_tokens: bool = True, *, continuation: bool = False, shown: frozenset[int] = frozenset()
     ) -> Detokenizer:
