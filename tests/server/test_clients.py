@@ -23,6 +23,7 @@ BODIES: dict[str, tuple[type[protocol.Body], dict[str, Any]]] = {
     CHAT: (ChatBody, {"messages": QUESTION, "max_tokens": 2}),
     TEXT: (CompletionBody, {"prompt": "Hello", "max_tokens": 2}),
     "/v1/embeddings": (protocol.EmbeddingBody, {"input": "Hello"}),
+    "/explain": (protocol.ExplainBody, {"prompt": "Hello"}),
     "/tokenize": (protocol.TokenizeBody, {"prompt": "Hello"}),
     "/detokenize": (protocol.DetokenizeBody, {"tokens": [1]}),
     "/apply-template": (protocol.TemplateBody, {"messages": QUESTION}),

@@ -790,6 +790,23 @@ def test_a_real_model_answers_and_its_tokens_can_be_looked_into(open_page: Opene
     expect(page.locator("#cache")).to_contain_text(re.compile(r"^0 of \d+ blocks"))
 
 
+def test_it_is_shown_how_a_token_came_to_be(open_page: Opener, server: Running) -> None:
+    page = open_page(server.url)
+    ask_without_luck(page, "What is the capital of France?")
+    expect(answers(page)).to_contain_text("The capital of France is Paris.")
+    status(page, "Ready")
+    token(page, "Paris").click()
+    page.get_by_role("button", name="How was ␣Paris chosen?").click()
+    inside = page.frame_locator("iframe[title=Explanation]")
+    expect(inside.locator("#lens tr")).to_have_count(1 + 1 + 30)
+    expect(inside.locator("#lens tr").last).to_contain_text("Paris")
+    expect(inside.locator("#sampling tr").last).to_contain_text("Paris")
+    expect(inside.locator("#heads canvas")).to_have_count(9)
+    expect(inside.get_by_role("group", name="Tokens").get_by_role("button").last).to_contain_text("is")
+    page.keyboard.press("Escape")
+    expect(page.locator("iframe")).to_have_count(0)
+
+
 def test_a_real_model_is_stopped(open_page: Opener, server: Running) -> None:
     page = open_page(server.url)
     before = server.engine.stats().output_tokens

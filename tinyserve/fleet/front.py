@@ -45,7 +45,7 @@ _OWN_HEADERS = frozenset(
      b"accept-encoding", b"keep-alive", b"upgrade", b"te")
 )  # fmt: skip
 _FORWARDED = {
-    "POST": ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize",
+    "POST": ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/explain", "/tokenize", "/detokenize",
              "/apply-template"),
     "GET": ("/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/stats", "/inspect"),
 }  # fmt: skip

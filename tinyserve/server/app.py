@@ -22,7 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinyserve.errors import TinyserveError
-from tinyserve.server import chat, completions, embeddings, guards, status, tokenize
+from tinyserve.explain import page as explain_page
+from tinyserve.server import chat, completions, embeddings, explain, guards, status, tokenize
 from tinyserve.server.access_log import AccessLog
 from tinyserve.server.connections import tell_once_of_no_files
 from tinyserve.server.errors import ApiError, as_api_error, forget_frames
@@ -118,6 +119,7 @@ def _routes() -> list[Route]:
         Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
         Route("/v1/models", status.models),
         Route("/v1/models/{name:path}", status.model),
+        Route("/explain", explain.explain, methods=["POST"]),
         Route("/tokenize", tokenize.tokenize, methods=["POST"]),
         Route("/detokenize", tokenize.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenize.tokenizer_info),
@@ -192,7 +194,9 @@ async def _client_closed(request: Request, error: Exception) -> Response:
 def _page() -> Callable[[Request], Awaitable[Response]]:
     """The page at /, under a Content-Security-Policy that allows its own script and style alone."""
     text = page()
-    scripts = " ".join(_hash(body) for body in re.findall("<script>(.*?)</script>", text, re.DOTALL))
+    # An explanation is shown in a frame, to which the same policy applies.
+    bodies = re.findall("<script>(.*?)</script>", text + explain_page.template(), re.DOTALL)
+    scripts = " ".join(map(_hash, bodies))
     policy = (
         f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -12,7 +12,7 @@ from tinyserve.async_engine import AsyncEngine
 from tinyserve.llm import LLM
 from tinyserve.progress import Progress
 from tinyserve.server.answers import UsageCounter, chat_logprobs, usage
-from tinyserve.server.protocol import ChatBody, TemplateBody, TokenizeBody
+from tinyserve.server.protocol import ChatBody, ExplainBody, TemplateBody, TokenizeBody
 from tinyserve.server.sampling import chat_params
 from tinyserve.server.sse import EventStream, SSEWriter
 from tinyserve.server.state import Json, State, cancel_on_disconnect, name_of_answer, read, state_of
@@ -29,7 +29,7 @@ async def chat_completions(request: Request) -> Response:
     return Json(await cancel_on_disconnect(request, chat.whole()))
 
 
-def template_options(body: ChatBody | TemplateBody | TokenizeBody) -> dict[str, Any]:
+def template_options(body: ChatBody | ExplainBody | TemplateBody | TokenizeBody) -> dict[str, Any]:
     """What a request tells the chat template, beside its messages, as `LLM.chat_request` takes it."""
     return {
         "tools": body.tools or None,  # some clients send an empty list for none

@@ -205,6 +205,20 @@ class TemplateBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class ExplainBody(Decoding):
+    """POST /explain: a prompt or the messages of a chat, and of the answer what is before the token to explain."""
+
+    prompt: str | None = None
+    messages: Any = None
+    answer: str = ""
+    format: Literal["json", "html"] = "json"
+    tools: Any = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 def parse(kind: type[B], data: bytes, strict: bool = False) -> tuple[B, list[str]]:
     """The body of a request, and the names of fields that were passed over, of which `strict` allows none.
 

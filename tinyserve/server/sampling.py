@@ -8,7 +8,7 @@ from tinyserve.errors import RequestError
 from tinyserve.llm import LLM
 from tinyserve.sampling_params import SamplingParams, StructuredOutputs
 from tinyserve.server.errors import ApiError
-from tinyserve.server.protocol import SAMPLING, ChatBody, CompletionBody, Decoding
+from tinyserve.server.protocol import SAMPLING, ChatBody, CompletionBody, Decoding, ExplainBody
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
@@ -36,6 +36,11 @@ def completion_params(body: CompletionBody, llm: LLM) -> SamplingParams:
     # A text that is only to be scored is continued by a token that is not sent.
     limit = 1 if body.max_tokens == 0 and body.echo else body.max_tokens
     return _params(body, llm, extra, limit, default=SamplingParams.rows["max_tokens"].default)
+
+
+def explain_params(body: ExplainBody, llm: LLM) -> SamplingParams:
+    """How the token that is explained would be drawn."""
+    return _params(body, llm, {}, 1, default=1)
 
 
 def _params(body: Decoding, llm: LLM, extra: dict[str, Any], limit: int | None, default: int) -> SamplingParams:

@@ -46,6 +46,7 @@ class State:
     failure: str | None = None  # why the first model could not be loaded
     strict: bool = False  # fields that are not built are refused, also where an answer is as good without them
     ignored: set[str] = field(default_factory=set)  # fields that were passed over and said in the log
+    explaining: asyncio.Lock = field(default_factory=asyncio.Lock)  # an explanation takes memory: one at a time
 
     def refusal(self) -> ApiError | None:
         """Why nothing is served any more: an engine has died."""

@@ -60,6 +60,11 @@ function drawFoot(turn) {
     else list.push(quiet(turn.chat ? "Regenerate" : "Continue again", regenerate));
     if (!turn.chat && turn.text) list.push(quiet("Go on from here", goOn));
   }
+  const hasTokens = !questions(turn) && !running && $("glass").checked && turn.tokens?.length > 0;
+  if (hasTokens) {
+    const picked = pickedOf(turn);
+    list.push(quiet(`How was ${name(turn.tokens[picked])} chosen?`, () => explainToken(turn, pickedOf(turn))));
+  }
   const notes = [{ length: "cut off at the most tokens", stopped: "stopped" }[turn.end]];
   const isPlain = turn.text && !turn.tokens?.length;
   if (!questions(turn) && !running && $("glass").checked && isPlain) notes.push("without probabilities");

@@ -130,3 +130,37 @@ function tokenKey(event) {
   focusToken(next);
 }
 
+
+// ---- How a token was chosen: an explanation, which the server computes, in a frame of its own ----
+
+/** The button below an answer explains the token that was clicked last, at first the last one. */
+function pick(span) {
+  const { turn, index } = placeOf.get(span);
+  views.get(turn).picked = index;
+  drawFoot(turn);
+}
+
+const pickedOf = (turn) => views.get(turn).picked ?? turn.tokens.length - 1;
+
+/** Has the server compute the answer once more, up to a token, and shows what each layer and each head made of it. */
+async function explainToken(turn, index) {
+  const { stream, stream_options, logprobs, top_logprobs, ...rest } = request(turns.slice(0, turns.indexOf(turn))).body;
+  const raw = turn.tokens.slice(0, index).map((token) => rawBytes(token) ?? new TextEncoder().encode(token.token));
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  const answer = raw.map((bytes) => decoder.decode(bytes, { stream: true })).join("");
+  const [dialog, message, place] = ["inside-dialog", "inside-message", "inside"].map($);
+  $("inside-title").textContent = `How ${name(turn.tokens[index])} was chosen`;
+  message.textContent = "The model reads it once more.";
+  place.replaceChildren();
+  dialog.showModal();
+  const gone = new AbortController();
+  dialog.onclose = () => { gone.abort(); place.replaceChildren(); };
+  try {
+    const response = await api("/explain", { ...rest, answer, format: "html" }, gone.signal);
+    const { html } = await response.json();
+    message.textContent = "";
+    place.replaceChildren(el("iframe", { srcdoc: html, sandbox: "allow-scripts", title: "Explanation" }));
+  } catch (error) {
+    if (error.name !== "AbortError") message.textContent = error.message;
+  }
+}

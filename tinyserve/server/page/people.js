@@ -118,7 +118,12 @@ function listenToTokens() {
     else hideCard();
   };
   talk.onpointerleave = (event) => { if (event.pointerType !== "touch") hideCard(); };
-  talk.onclick = (event) => { if (tokenAt(event)) focusToken(tokenAt(event)); };
+  talk.onclick = (event) => {
+    const span = tokenAt(event);
+    if (!span) return;
+    focusToken(span);
+    pick(span);
+  };
   talk.onkeydown = (event) => { if (placeOf.has(event.target)) tokenKey(event); };
   talk.addEventListener("focusin", ({ target }) => { if (placeOf.has(target)) showCard(target); });
   talk.addEventListener("focusout", hideCard);
