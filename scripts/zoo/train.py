@@ -1,0 +1,211 @@
+"""Trains the zoo: four tiny models of four families on the same texts, with the same tokenizer.
+
+    python scripts/zoo/train.py tokenizer
+    python scripts/zoo/train.py tiny-gpt2 --steps 3000
+
+A run that was interrupted goes on from its last checkpoint. Seeds, order and schedule follow from the step alone.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TEXTS, WORK = HERE / "texts", HERE / "work"
+END, IGNORED = "<|endoftext|>", -100
+VOCABULARY, CONTEXT, BATCH, SEED = 2048, 256, 64, 17
+HELD_OUT = 50  # of so many texts one is for validation
+LEARNING_RATE, WARMUP = 2e-3, 200
+EVERY = 100  # steps, after which a checkpoint is written
+NAMES = ("tiny-gpt2", "tiny-falcon", "tiny-llama", "tiny-granite")
+
+
+def texts() -> list[dict[str, Any]]:
+    """All texts, in an order that is drawn."""
+    parts = (lzma.decompress(part.read_bytes()) for part in sorted(TEXTS.glob("part-*.jsonl.xz")))
+    found = {text["text"]: text for part in parts for text in map(json.loads, part.splitlines())}
+    shuffled = list(found.values())
+    random.Random(SEED).shuffle(shuffled)
+    return shuffled
+
+
+def train_tokenizer() -> None:
+    """Byte-level BPE, with one special token, which is 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator((text["text"] for text in texts()), trainer)
+    WORK.mkdir(exist_ok=True)
+    tokenizer.save(str(WORK / "tokenizer.json"))
+
+
+def token_ids() -> tuple[Any, Any]:
+    """Ids and targets (2, tokens) to learn from, and to validate on: texts with an end behind each.
+
+    A text that was cut off teaches no end: there the target is IGNORED.
+    """
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(WORK / "tokenizer.json"))
+    found = texts()
+    rows: tuple[list[int], list[int]] = [], []
+    targets: tuple[list[int], list[int]] = [], []
+    for i, (text, encoded) in enumerate(
+        zip(found, tokenizer.encode_batch([one["text"] for one in found]), strict=True)
+    ):
+        part = i % HELD_OUT == 0
+        rows[part].extend([*encoded.ids, 0])
+        targets[part].extend([*encoded.ids, 0 if text["whole"] else IGNORED])
+    return tuple(np.array(both, np.int64) for both in zip(rows, targets, strict=True))
+
+
+def config(name: str) -> Any:
+    """What each family is at about 1.9 million parameters."""
+    import transformers
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    match name:
+        case "tiny-gpt2":
+            return transformers.GPT2Config(
+                n_positions=512, n_embd=144, n_layer=6, n_head=6, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **common
+            )
+        case "tiny-falcon":
+            return transformers.FalconConfig(
+                hidden_size=160, num_hidden_layers=6, num_attention_heads=5, multi_query=True, parallel_attn=True,
+                bias=False, alibi=False, new_decoder_architecture=False, max_position_embeddings=512,
+                tie_word_embeddings=True, **common,
+            )  # fmt: skip
+        case "tiny-llama":
+            return transformers.LlamaConfig(
+                hidden_size=160, intermediate_size=432, num_hidden_layers=6, num_attention_heads=10,
+                num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, **common,
+            )  # fmt: skip
+        case "tiny-granite":
+            return transformers.GraniteMoeHybridConfig(
+                hidden_size=160, intermediate_size=384, shared_intermediate_size=384, num_hidden_layers=6,
+                num_attention_heads=10, num_key_value_heads=2, num_local_experts=0, num_experts_per_tok=0,
+                layer_types=["mamba", "mamba", "attention"] * 2, position_embedding_type="nope",
+                mamba_n_heads=10, mamba_d_head=32, mamba_d_state=32, mamba_expand=2, mamba_n_groups=1,
+                max_position_embeddings=512, tie_word_embeddings=True, **common,
+            )  # fmt: skip
+    raise SystemExit(f"There is no {name} in the zoo: tiny-gpt2, tiny-falcon, tiny-llama, tiny-granite.")
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """A warm-up, then half a cosine down to a fiftieth."""
+    if step < WARMUP:
+        return LEARNING_RATE * (step + 1) / WARMUP
+    return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))))
+
+
+class Run:
+    """One model in training: what it is, where it stands, and how it is read from and written to its checkpoint."""
+
+    def __init__(self, name: str):
+        import torch
+        import transformers
+
+        self.folder = WORK / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(SEED)
+        self.model = transformers.AutoModelForCausalLM.from_config(config(name))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        self.step = 0
+        self._checkpoint = self.folder / "checkpoint.pt"
+        if self._checkpoint.exists():
+            state = torch.load(self._checkpoint, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        self.learned, self.held_out = (torch.from_numpy(row) for row in token_ids())
+
+    def loss(self, rows: Any) -> Any:
+        """Rows of ids and targets (2, batch, tokens + 1) -> the mean cross-entropy of each token's successor."""
+        import torch
+
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(rows[0, :, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[1, :, 1:].flatten())
+
+    def validation_loss(self) -> float:
+        """Of texts that are not learned, 65,536 tokens or as many as there are."""
+        import torch
+
+        self.model.eval()
+        count = min(16, self.held_out.shape[1] // (CONTEXT + 1) // 16)
+        rows = self.held_out[:, : count * 16 * (CONTEXT + 1)].reshape(2, count, 16, CONTEXT + 1)
+        with torch.no_grad():
+            found = sum(float(self.loss(rows[:, i])) for i in range(count)) / count
+        self.model.train()
+        return found
+
+    def advance(self, steps: int) -> float:
+        """One step of a training of so many; its loss."""
+        import torch
+
+        draw = torch.Generator().manual_seed(SEED * 1_000_003 + self.step)
+        first = torch.randint(self.learned.shape[1] - CONTEXT - 1, (BATCH,), generator=draw)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, steps)
+        loss = self.loss(self.learned[:, first[:, None] + torch.arange(CONTEXT + 1)])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss)
+
+    def save(self) -> None:
+        """Write all that the next step depends on."""
+        import torch
+
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        unfinished = self._checkpoint.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.rename(self._checkpoint)
+
+
+def train(name: str, steps: int) -> None:
+    """Train a model from its last checkpoint on, and write it as transformers does."""
+    run = Run(name)
+    print(f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters", file=sys.stderr)
+    run.model.train()
+    since = time.perf_counter()
+    while run.step < steps:
+        loss = run.advance(steps)
+        if run.step % EVERY and run.step < steps:
+            continue
+        seconds, since = (time.perf_counter() - since) / EVERY, time.perf_counter()
+        told = {"step": run.step, "loss": loss, "validation_loss": run.validation_loss(), "seconds_a_step": seconds}
+        line = json.dumps({key: round(value, 4) for key, value in told.items()})
+        print(line, file=sys.stderr, flush=True)
+        with (run.folder / "losses.jsonl").open("a") as log:
+            log.write(line + "\n")
+        run.save()
+    run.model.half().save_pretrained(run.folder / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tokenizer", *NAMES])
+    parser.add_argument("--steps", type=int, default=3000)
+    given = parser.parse_args()
+    if given.what == "tokenizer":
+        train_tokenizer()
+    else:
+        train(given.what, given.steps)
+
+
+if __name__ == "__main__":
+    main()
