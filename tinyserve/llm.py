@@ -456,6 +456,12 @@ class Stream:
             raise
         raise StopIteration
 
+    def _ipython_display_(self) -> None:
+        """In a notebook, show the answer in its cell as it is written."""
+        from tinyserve.text.notebook import show_stream
+
+        show_stream(self)
+
     def close(self) -> None:
         """End the request before the engine's next step, if it has not ended; nothing comes any more."""
         self._is_closed = True

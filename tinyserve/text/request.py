@@ -13,10 +13,13 @@ from tinyserve.errors import IncompleteError
 from tinyserve.sampling_params import SamplingParams
 from tinyserve.scheduling.sequence import Logprobs, Metrics, Sequence
 from tinyserve.text.chat import OutputParser
+from tinyserve.text.glass_box import answer_html, request_html
 from tinyserve.text.short_repr import ShortRepr
 from tinyserve.text.tokenizer import Detokenizer
 from tinyserve.text.tokenizer.stops import StopFilter
 from tinyserve.text.tool_parser import ToolCall, ToolCallDelta
+
+MOST_SHOWN = 20  # outputs, in a notebook
 
 
 @dataclass(repr=False)
@@ -46,6 +49,10 @@ class CompletionOutput(ShortRepr):
             return None
         return math.fsum(row[token] for token, row in zip(self.token_ids, self.logprobs, strict=True))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return answer_html(self)
+
 
 @dataclass(repr=False)
 class RequestOutput(ShortRepr):
@@ -61,6 +68,19 @@ class RequestOutput(ShortRepr):
     finished: bool
     metrics: Metrics = field(repr=False)
     prompt_logprobs: list[Logprobs | None] | None = field(default=None, repr=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the glass box."""
+        return request_html(self)
+
+
+class RequestOutputs(list[RequestOutput]):
+    """A list, which a notebook shows as its members."""
+
+    def _repr_html_(self) -> str:
+        """The first ones, one below the other."""
+        shown = "<hr>".join(output._repr_html_() for output in self[:MOST_SHOWN])
+        return shown + (f"<hr>and {len(self) - MOST_SHOWN} more" if len(self) > MOST_SHOWN else "")
 
 
 @dataclass(repr=False)
@@ -283,7 +303,9 @@ def output(answers: list[RequestState], n: int, keeps_logprobs: bool) -> Request
 
 def outputs_of(submitted: list[list[RequestState]], params: list[SamplingParams]) -> list[RequestOutput]:
     """The answers to several prompts; raises why one failed, as an IncompleteError where others have answers."""
-    outputs = [output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)]
+    outputs = RequestOutputs(
+        output(answers, one.n, one.logprobs is not None) for answers, one in zip(submitted, params, strict=True)
+    )
     errors = [next((request.error for request in answers if request.error), None) for answers in submitted]
     failed = [i for i, error in enumerate(errors) if error is not None]
     if not failed:
