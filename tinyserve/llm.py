@@ -307,7 +307,7 @@ class LLM:
         text_of = (lambda token: f"<{token}>") if self.tokenizer is None else self.tokenizer.text_of
         eos_token_ids = self.engine.eos_token_ids
         subject = Subject(
-            self.name, self.model, self.kv_cache_dtype, self.thread, self.num_threads, text_of, eos_token_ids
+            self.name, self.model, self.kv_cache_dtype, self.thread, self.num_threads, text_of, eos_token_ids, self
         )
         return explain(subject, request.sequence, prompt if isinstance(prompt, str) else None)
 

@@ -1,5 +1,7 @@
 """What an explanation shows is what the engine computes, and what transformers says of the same checkpoint."""
 
+import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams, StructuredOutputs
-from tinyserve.errors import RequestError
+from tinyserve.errors import RequestError, UserError
 from tinyserve.explain import explain as module
 from tinyserve.explain import taps
 from tinyserve.explain.explanation import softmax
@@ -149,6 +151,12 @@ def test_of_experts_those_are_counted_that_a_token_is_sent_to(llm_of: LLMOf) -> 
     assert least <= costs["layer 0 mixture"] <= 1.6 * least  # rows are padded, and there is a router
 
 
+def test_an_explanation_keeps_its_model(folder_of: Callable[[str], Path]) -> None:
+    told = LLM(folder_of("gpt2"), num_threads=1).explain("the cat")
+    gc.collect()
+    np.testing.assert_array_equal(told.lens()[-1], told.logits[-1])
+
+
 # --- the sampling chain -----------------------------------------------------------------------------------------------
 
 
@@ -207,3 +215,25 @@ def test_requests_go_on_beside_it(llm_of: LLMOf) -> None:
     rest = list(stream)
     assert [token for chunk in (first, *rest) for token in chunk.token_ids] == alone
     np.testing.assert_array_equal(told.logits, llm.logits(IDS))
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "granite-hybrid"])
+def test_a_figure(name: str, llm_of: LLMOf, tmp_path: Path) -> None:
+    told = llm_of(name).explain("the cat")
+    figure = told.plot()
+    assert told.last_attention == (2 if name == "llama-grouped" else 1)
+    heads = told.layers[told.last_attention].attention
+    assert heads is not None and len(figure.axes) == 1 + len(heads)
+    for axes, weights in zip(figure.axes[1:], heads, strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), weights)
+    figure.savefig(tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").stat().st_size > 5000
+    if name == "granite-hybrid":
+        (image,) = told.plot(layer=0).axes[1].images
+        np.testing.assert_array_equal(image.get_array(), told.layers[0].decay.T)  # type: ignore[union-attr]
+
+
+def test_without_matplotlib_a_figure_is_a_sentence(llm_of: LLMOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'tinyserve\[plot\]'"):
+        llm_of("llama").explain("the cat").plot()

@@ -100,9 +100,7 @@ def _chosen(told: "Explanation", layer: int | None) -> int:
     """The layer whose heads are shown; raises UserError for one that there is not."""
     if layer is not None and layer >= len(told.layers):
         raise UserError(f"--layer is {layer}; {told.model} has the layers 0 to {len(told.layers) - 1}.")
-    if layer is not None:
-        return layer
-    return max((i for i, one in enumerate(told.layers) if one.attention is not None), default=len(told.layers) - 1)
+    return told.last_attention if layer is None else layer
 
 
 def show(told: "Explanation", layer: int) -> None:

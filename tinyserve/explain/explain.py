@@ -32,6 +32,7 @@ class Subject(NamedTuple):
     num_threads: int
     text_of: Callable[[int], str]
     eos_token_ids: frozenset[int]
+    owner: object  # is kept alive: an explanation asks the model again, for its lens
 
 
 def explain(subject: Subject, sequence: Sequence, prompt: str | None) -> Explanation:

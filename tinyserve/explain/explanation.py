@@ -15,6 +15,8 @@ from tinyserve.models.matrix import Matrix
 from tinyserve.text.short_repr import ShortRepr
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tinyserve.models.base import DecoderModel
 
 Array = np.ndarray
@@ -92,6 +94,22 @@ class Explanation(ShortRepr):
         with np.errstate(divide="ignore"):
             kept = -np.log2(decay).mean(axis=0)  # halvings a token
             return np.asarray(1 / kept)
+
+    def plot(self, layer: int | None = None) -> "Figure":
+        """Draw where a layer's heads look, by default the last attention layer's, and what the layers would answer.
+
+        A matplotlib figure (the extra `plot`): the probability of the likeliest next tokens behind each layer, and
+        below it a heat map for each head; of a Mamba2 layer one, with the share of its state that each head keeps.
+        """
+        from tinyserve.explain.plot import plot
+
+        return plot(self, self.last_attention if layer is None else layer)
+
+    @property
+    def last_attention(self) -> int:
+        """The last layer with attention, or the last layer where there is none."""
+        found = (i for i, layer in enumerate(self.layers) if layer.attention is not None)
+        return max(found, default=len(self.layers) - 1)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page, in a frame of its own."""
