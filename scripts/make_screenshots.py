@@ -1,4 +1,4 @@
-"""Write docs/images/*.png: the page as people meet it, with the default model's own answers.
+"""Write docs/images/: a terminal, the server's page and an explanation, with the default model's own answers.
 
     python scripts/make_screenshots.py
 
@@ -6,6 +6,9 @@ needs the extras `test` and a browser (tests/support/browser.py says which). Pic
 """
 
 import io
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from servers import running  # noqa: E402
 
+from tinyserve import LLM  # noqa: E402
 from tinyserve.checkpoints import hub  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 MODEL = "smollm2-135m"
 MOST_BYTES = 150_000
 COLOURS = 256
+WIDTH = 80
 
 
 def main() -> None:
@@ -47,6 +52,34 @@ def main() -> None:
         ask(page, "What is the capital of France?")
         page.get_by_role("option", name="Paris,").tap()
         save(page, "page-phone.png")
+    explain = f'tinyserve explain {MODEL} "The capital of France is"'
+    terminal("terminal.svg", 'tinyserve ask "What is the capital of France?"', f"{explain} | grep -A7 '^22 '")
+    with LLM(MODEL) as llm:
+        figure = llm.explain("The capital of France is").plot(12)
+    path = IMAGES / "explain.svg"
+    figure.savefig(path, metadata={"Date": None})
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")
+
+
+def terminal(name: str, *commands: str) -> None:
+    """What some commands print, as a terminal shows it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    for command in commands:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, check=True,
+            env={**os.environ, "COLUMNS": str(WIDTH), "PATH": path},
+        )  # fmt: skip
+        console.print(Text(f"$ {command}", style="bold"))
+        console.print(Text(f"{done.stdout.rstrip()}\n{done.stderr}".strip()), "")
+    picture = re.sub(
+        r"@font-face \{.*?\}", "", console.export_svg(title="tinyserve"), flags=re.DOTALL
+    )  # from elsewhere
+    lines = [line.rstrip() for line in picture.splitlines()]
+    (IMAGES / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def opened(browser: Browser, url: str, width: int = 1280, height: int = 800, **options: Any) -> Page:

@@ -133,14 +133,17 @@ function tokenKey(event) {
 
 // ---- How a token was chosen: an explanation, which the server computes, in a frame of its own ----
 
-/** The button below an answer explains the token that was clicked last, at first the last one. */
+/** The button below an answer explains the token that was clicked last, at first the last one that is text. */
 function pick(span) {
   const { turn, index } = placeOf.get(span);
   views.get(turn).picked = index;
   drawFoot(turn);
 }
 
-const pickedOf = (turn) => views.get(turn).picked ?? turn.tokens.length - 1;
+function pickedOf(turn) {
+  const last = turn.tokens.findLastIndex(({ token }) => token !== "" && !SPECIAL.test(token));
+  return views.get(turn).picked ?? Math.max(0, last);
+}
 
 /** Has the server compute the answer once more, up to a token, and shows what each layer and each head made of it. */
 async function explainToken(turn, index) {
