@@ -93,10 +93,11 @@ def config(name: str) -> Any:
             )  # fmt: skip
         case "tiny-granite":
             return transformers.GraniteMoeHybridConfig(
-                hidden_size=160, intermediate_size=384, shared_intermediate_size=384, num_hidden_layers=6,
+                hidden_size=160, intermediate_size=288, shared_intermediate_size=288, num_hidden_layers=6,
                 num_attention_heads=10, num_key_value_heads=2, num_local_experts=0, num_experts_per_tok=0,
                 layer_types=["mamba", "mamba", "attention"] * 2, position_embedding_type="nope",
                 mamba_n_heads=10, mamba_d_head=32, mamba_d_state=32, mamba_expand=2, mamba_n_groups=1,
+                mamba_chunk_size=32,  # of 256 a step takes three times as long
                 max_position_embeddings=512, tie_word_embeddings=True, **common,
             )  # fmt: skip
     raise SystemExit(f"There is no {name} in the zoo: tiny-gpt2, tiny-falcon, tiny-llama, tiny-granite.")
@@ -139,16 +140,16 @@ class Run:
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[1, :, 1:].flatten())
 
     def validation_loss(self) -> float:
-        """Of texts that are not learned, 65,536 tokens or as many as there are."""
+        """Of texts that are not learned: 65,536 tokens, or as many as there are."""
         import torch
 
         self.model.eval()
-        count = min(16, self.held_out.shape[1] // (CONTEXT + 1) // 16)
-        rows = self.held_out[:, : count * 16 * (CONTEXT + 1)].reshape(2, count, 16, CONTEXT + 1)
+        count = min(256, self.held_out.shape[1] // (CONTEXT + 1))
+        rows = self.held_out[:, : count * (CONTEXT + 1)].reshape(2, count, CONTEXT + 1)
         with torch.no_grad():
-            found = sum(float(self.loss(rows[:, i])) for i in range(count)) / count
+            parts = [float(self.loss(part)) * part.shape[1] for part in rows.split(16, dim=1)]
         self.model.train()
-        return found
+        return sum(parts) / count
 
     def advance(self, steps: int) -> float:
         """One step of a training of so many; its loss."""
