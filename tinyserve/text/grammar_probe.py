@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000  # of a grammar as llguidance reads it
 MAX_SECONDS = 10.0  # of the processor
 MAX_WAIT = 15.0  # by the clock: on a busy server whoever is being answered has the processor
+HASTE = 2.0  # seconds of the processor, after which all others come first
 MAX_MEMORY = 2 << 30  # bytes, its vocabulary among them
 STACK = 4 << 20  # half of what a thread of the server has
 
@@ -37,8 +38,8 @@ class GrammarProbe:
     def __init__(self, vocabulary: Vocabulary) -> None:
         pieces = [piece.decode("latin-1") for piece in vocabulary.pieces]
         setup = json.dumps([pieces, list(vocabulary.special), list(vocabulary.end_tokens)]).encode()
-        # Whoever is being answered comes first.
-        limits = Limits(MAX_MEMORY, STACK, niceness=19)
+        # Whoever is being answered comes first; what an honest grammar takes it has soon all the same.
+        limits = Limits(MAX_MEMORY, STACK, haste=HASTE, slow=19)
         self._processes = LimitedProcesses(__name__, "compiles grammars", limits, setup=setup)
 
     def check(self, source: str, is_cancelled: Callable[[], bool] = lambda: False) -> str | None:

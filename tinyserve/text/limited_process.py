@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import math
 import os
 import queue
 import signal
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from enum import Enum, auto
+from pathlib import Path
 from time import monotonic
 from typing import IO, NamedTuple
 from weakref import WeakSet
@@ -35,11 +37,17 @@ limited_process.main(*sys.argv[2:])
 
 
 class Limits(NamedTuple):
-    """What a process may have: bytes of addresses, its code among them, and of stack; and how far others come first."""
+    """What a process may have: bytes of addresses, its code among them, and of stack; and how far others come first.
+
+    A question that takes longer than `haste` seconds of the processor (where the system does not tell, of the clock)
+    goes on at the niceness `slow`. A process that has become slow stays so, and answers no other one.
+    """
 
     memory: int
     stack: int | None = None  # the system's
     niceness: int = 0
+    haste: float = math.inf
+    slow: int = 0
 
 
 class Excess(Enum):
@@ -80,7 +88,9 @@ class LimitedProcesses:
         task: what the processes do, as it stands behind "The process that" in an error.
         most_running: who asks while so many are at work waits for one of them; None for as many as are asked.
         """
-        self._command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), module, json.dumps(limits)]
+        given = [limits.memory, limits.stack, limits.niceness]
+        self._command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), module, json.dumps(given)]
+        self._limits = limits
         self._task, self._setup, self._most_running, self._most_idle = task, setup, most_running, most_idle
         self._begin()
         _all.add(self)
@@ -94,11 +104,13 @@ class LimitedProcesses:
         with self._free:
             process = self._take()
             try:
-                answer = _exchange(process, question, max_seconds, is_cancelled)
+                answer, is_slow = _exchange(process, question, max_seconds, is_cancelled, self._limits)
             except BaseException:  # an interruption, say: what it would answer now nobody waits for
                 _end(process)
                 raise
             try:
+                if is_slow:
+                    raise queue.Full
                 self._idle.put_nowait(process)
             except queue.Full:
                 _end(process)
@@ -156,15 +168,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def _exchange(
-    process: subprocess.Popen[bytes], question: bytes, max_seconds: float, is_cancelled: Callable[[], bool]
-) -> bytes:
-    """Ask and hear the answer, while another thread looks at the clock and at whoever waits."""
+    process: subprocess.Popen[bytes],
+    question: bytes,
+    max_seconds: float,
+    is_cancelled: Callable[[], bool],
+    limits: Limits,
+) -> tuple[bytes, bool]:
+    """Ask and hear the answer, and whether it was made slow, while a thread looks at the clock and at whoever waits."""
     assert process.stdin is not None and process.stdout is not None
-    answered, end = threading.Event(), monotonic() + max_seconds
+    answered, start = threading.Event(), monotonic()
+    end, is_slow, taken = start + max_seconds, False, _processor_seconds(process.pid)
     reasons: list[Exception] = []
 
     def watch() -> None:
+        nonlocal is_slow
         while not reasons and not answered.wait(POLL):
+            if not is_slow and _processor_seconds(process.pid) > taken + limits.haste:
+                is_slow = True
+                _slow_down(process.pid, limits.slow)
             if is_cancelled():
                 reasons.append(CancelledError())
             elif monotonic() > end:
@@ -187,7 +208,24 @@ def _exchange(
     if answer is None:
         is_time = process.wait() == -getattr(signal, "SIGPROF", 0) != 0
         raise EndedError(Excess.PROCESSOR if is_time else Excess.SPACE)
-    return answer
+    return answer, is_slow
+
+
+def _processor_seconds(pid: int) -> float:
+    """What a process has taken of the processor, or the clock where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError, AttributeError):
+        return monotonic()
+
+
+def _slow_down(pid: int, niceness: int) -> None:
+    """Let others come before a process: on Linux, before each of its threads."""
+    threads = Path(f"/proc/{pid}/task")
+    with suppress(AttributeError, OSError):
+        for thread in [int(one.name) for one in threads.iterdir()] if threads.is_dir() else [pid]:
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -222,7 +260,7 @@ def main(module: str, limits: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; it is the parent's to answer
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    memory, stack, niceness = Limits(*json.loads(limits))
+    memory, stack, niceness = json.loads(limits)
     with suppress(AttributeError, OSError):
         os.nice(niceness)
     with suppress(ImportError, OSError, ValueError):
