@@ -16,6 +16,7 @@ from oracles import Oracle, import_oracle
 
 if TYPE_CHECKING:
     from command_line import Children
+    from playwright.sync_api import Browser
 
     from tinyserve import LLM, RequestOutput
 
@@ -87,6 +88,18 @@ def start() -> "Iterator[Children]":
 def oracle() -> Oracle:
     """Imports what a test compares with; in CI one that is missing is a failure."""
     return import_oracle
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A real browser; a failure where there is none."""
+    from browser import NoBrowserError, launched
+
+    try:
+        with launched() as one:
+            yield one
+    except NoBrowserError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture(params=[1, 2])

@@ -1,11 +1,10 @@
 """`explain`: what is printed, its page in a real browser, and the sentences for what cannot be explained."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import browser as browsers
 import pytest
 from command_line import Shell
 from playwright.sync_api import Browser, expect
@@ -19,15 +18,6 @@ FAMILIES = ("gpt2", "llama-grouped", "granite-hybrid", "granite-moe", "falcon-7b
 @pytest.fixture
 def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        with browsers.launched() as one:
-            yield one
-    except browsers.NoBrowserError as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.mark.parametrize("name", FAMILIES)

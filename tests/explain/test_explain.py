@@ -12,7 +12,7 @@ import pytest
 from oracles import Oracle
 
 from tinyserve import LLM, SamplingParams, StructuredOutputs
-from tinyserve.errors import RequestError, UserError
+from tinyserve.errors import RequestError, TinyserveError, UserError
 from tinyserve.explain import explain as module
 from tinyserve.explain import taps
 from tinyserve.explain.explanation import softmax
@@ -203,6 +203,15 @@ def test_what_cannot_be_explained_is_a_sentence(llm_of: LLMOf, monkeypatch: pyte
         llm.explain("the", SamplingParams(structured_outputs=StructuredOutputs(choice=["a", "b"])))
     with pytest.raises(RequestError):
         llm.explain([])
+
+
+def test_damaged_weights_are_a_sentence(tmp_path: Path) -> None:
+    tensors = dict(checkpoints.tensors_of(checkpoints.CONFIGS["gpt2"]))
+    tensors["h.2.mlp.c_proj.bias"] = np.full_like(tensors["h.2.mlp.c_proj.bias"], 3e38)
+    tensors["ln_f.weight"] = np.full_like(tensors["ln_f.weight"], 3e38)
+    llm = LLM(checkpoints.write_folder(tmp_path, checkpoints.CONFIGS["gpt2"], tensors), dtype="float32")
+    with pytest.raises(TinyserveError, match="logits that are not numbers"):
+        llm.explain(IDS)
 
 
 def test_requests_go_on_beside_it(llm_of: LLMOf) -> None:

@@ -80,6 +80,7 @@ def test_answers_are_a_single_servers(fleet: Fleet, model: Path, expected: list[
         (COMPLETIONS, {"prompt": ["a", "b"], "temperature": 0, "max_tokens": 5, "logprobs": 2, "echo": True}),
         ("/v1/embeddings", {"input": ["a text"], "model": "tiny"}),
         ("/tokenize", {"prompt": "a text"}),
+        ("/explain", {"prompt": "a text", "temperature": 1, "top_k": 3}),
         (CHAT, {"messages": []}),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "temprature": 1}),
         (CHAT, {"model": "other", "messages": [{"role": "user", "content": "a"}]}),

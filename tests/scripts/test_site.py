@@ -30,7 +30,8 @@ def test_sources_are_pages_of_it(site: Path) -> None:
     assert "class LLM" in re.sub("<[^>]+>", "", (site / "source/tinyserve/llm.py/index.html").read_text())
     index = (site / "index.html").read_text()
     assert 'href="source/tinyserve/llm.py/"' in index and "../tinyserve/" not in index
-    assert (site / "project" / "CHANGELOG" / "index.html").is_file() or "CHANGELOG.md" not in index
+    assert 'href="../source/Dockerfile/"' in (site / "serving" / "index.html").read_text()
+    assert "FROM" in (site / "source" / "Dockerfile" / "index.html").read_text()
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

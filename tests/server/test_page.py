@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import browser as browsers
 import pytest
 from fake_openai_server import (
     LOADED,
@@ -35,15 +34,6 @@ PATIENCE = 120.0  # seconds: nothing here takes one, but for a machine that does
 GPT2 = {**LOADED, "id": "gpt2", "chat": False, "max_model_len": 1024}
 
 expect.set_options(timeout=1000 * PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        with browsers.launched() as one:
-            yield one
-    except browsers.NoBrowserError as error:
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture
@@ -774,11 +764,16 @@ def ask_without_luck(page: Page, text: str) -> None:
     ask(page, text)
 
 
-def test_a_real_model_answers_and_its_tokens_can_be_looked_into(open_page: Opener, server: Running) -> None:
-    page = open_page(server.url)
+def answered(page: Page) -> Page:
+    """The page once it is told what the capital of France is."""
     ask_without_luck(page, "What is the capital of France?")
     expect(answers(page)).to_contain_text("The capital of France is Paris.")
     status(page, "Ready")
+    return page
+
+
+def test_a_real_model_answers_and_its_tokens_can_be_looked_into(open_page: Opener, server: Running) -> None:
+    page = answered(open_page(server.url))
     token(page, "Paris").hover()
     card = page.locator("#card")
     expect(card).to_contain_text("rank 1, token 6")
@@ -791,10 +786,7 @@ def test_a_real_model_answers_and_its_tokens_can_be_looked_into(open_page: Opene
 
 
 def test_it_is_shown_how_a_token_came_to_be(open_page: Opener, server: Running) -> None:
-    page = open_page(server.url)
-    ask_without_luck(page, "What is the capital of France?")
-    expect(answers(page)).to_contain_text("The capital of France is Paris.")
-    status(page, "Ready")
+    page = answered(open_page(server.url))
     token(page, "Paris").click()
     page.get_by_role("button", name="How was ␣Paris chosen?").click()
     inside = page.frame_locator("iframe[title=Explanation]")

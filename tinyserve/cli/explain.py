@@ -17,6 +17,7 @@ from tinyserve.cli._sampling import given
 from tinyserve.errors import UserError
 from tinyserve.progress import size
 from tinyserve.sampling_params import SamplingParams
+from tinyserve.text.glass_box import visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class ExplainOptions:
     threads: Threads = None
 
 
-_SAMPLING = sampling_options("", ("max_tokens", "seed", "stop", "ignore_eos"), greedy=False)
+_SAMPLING = sampling_options("", ("max_tokens", "seed", "stop", "ignore_eos", "thinking_token_budget"), greedy=False)
 
 
 @with_options(sampling=_SAMPLING, options=fields_of(ExplainOptions))
@@ -228,15 +229,6 @@ def _guesses(guesses: "Sequence[Guess]", width: int) -> str:
     return "".join(
         f"{visible(guess.text)} {_percent(guess.probability)}"[: width - 1].ljust(width) for guess in guesses
     )
-
-
-def visible(piece: str) -> str:
-    """A piece with its spaces and ends of lines to be seen, and without what moves a terminal's cursor."""
-    text = piece.replace("\n", "↵").replace("\t", "⇥")
-    text = "".join(letter if letter.isprintable() else "�" for letter in text)
-    if text.startswith(" "):
-        text = "␣" + text[1:]
-    return text or "∅"
 
 
 def _shade(share: "float | np.floating") -> str:

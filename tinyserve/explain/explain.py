@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from tinyserve.errors import RequestError
+from tinyserve.errors import RequestError, TinyserveError
 from tinyserve.explain.explanation import Array, Explanation, costs_of
 from tinyserve.explain.sampling_steps import sampling_steps
 from tinyserve.explain.taps import tap
+from tinyserve.sampler import DAMAGED
 from tinyserve.scheduling.sequence import Sequence
 from tinyserve.tensor._jit import one_at_a_time
 
@@ -55,6 +56,8 @@ def explain(subject: Subject, sequence: Sequence, prompt: str | None) -> Explana
         return _between_steps(subject, partial(subject.model.logits, hidden))
 
     logits = read_out(np.ascontiguousarray(taps.stream[-1]))
+    if not np.isfinite(logits.max()):
+        raise TinyserveError(DAMAGED)
     return Explanation(
         subject.name,
         prompt,

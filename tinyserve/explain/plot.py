@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from tinyserve.errors import UserError
 from tinyserve.explain.explanation import softmax
+from tinyserve.text.glass_box import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ def plot(told: "Explanation", layer: int) -> "Figure":
     figure = Figure(figsize=(9, 3.4 + 1.7 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, min(heads, BESIDE), height_ratios=[2, *[1] * rows])
     _lens(told, figure.add_subplot(grid[0, :]))
-    words = [piece.replace("\n", "⏎") for piece in told.pieces]
+    words = [visible(piece) for piece in told.pieces]
     if weights is None:
         assert decay is not None
         axes = figure.add_subplot(grid[1, :])

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from tinyserve.explain import Explanation
 from tinyserve.explain.page import page, shown
 from tinyserve.llm import LLM
+from tinyserve.server.access_log import count_tokens
 from tinyserve.server.chat import template_options
 from tinyserve.server.errors import ApiError
 from tinyserve.server.protocol import ExplainBody
@@ -23,6 +24,7 @@ async def explain(request: Request) -> Response:
     state = state_of(request)
     async with state.engine(state.pool.find(body.model), body) as engine, state.explaining:
         told = await asyncio.to_thread(_explained, engine.llm, body)
+        count_tokens(len(told.prompt_token_ids), 0)
         if body.format == "html":
             made = {"html": await asyncio.to_thread(page, told)}
         else:

@@ -1,6 +1,6 @@
 """The glass box for notebooks: an answer whose tokens are coloured by the probability that the model gave them.
 
-Knows outputs and HTML; the server's page draws the same in JavaScript (server/page/glass_box.js), in the same colours.
+Knows outputs and HTML; the server's page does the same in JavaScript (server/page/glass_box.js), by the same bounds.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ def token_html(token: int, row: Logprobs) -> str:
     probability = math.exp(chosen)
     color = next(color for least, color in HEATS if probability >= least)
     others = sorted((one for i, one in row.items() if i != token), reverse=True)
-    told = [f"{_visible(chosen.decoded_token)} {probability:.1%}, rank {chosen.rank}"]
-    told += [f"{_visible(one.decoded_token)} {math.exp(one):.1%}" for one in others]
+    told = [f"{visible(chosen.decoded_token)} {probability:.1%}, rank {chosen.rank}"]
+    told += [f"{visible(one.decoded_token)} {math.exp(one):.1%}" for one in others]
     text = escape(chosen.decoded_token or "")
     return f'<span title="{escape(chr(10).join(told))}" style="background:{color};border-radius:3px">{text}</span>'
 
 
-def _visible(text: str | None) -> str:
-    return (text or "").replace(" ", "␣").replace("\n", "⏎") or "∅"
+def visible(piece: str | None) -> str:
+    """A token with its spaces and ends of lines to be seen, and nothing in it that moves a terminal's cursor."""
+    text = (piece or "").replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text) or "∅"

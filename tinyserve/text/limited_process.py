@@ -37,7 +37,7 @@ limited_process.main(*sys.argv[2:])
 
 
 class Limits(NamedTuple):
-    """What a process may have: bytes of addresses, its code among them, and of stack; and how far others come first.
+    """What a process may have: bytes of addresses, its code among them, and of stack; and when others come first.
 
     A question that takes longer than `haste` seconds of the processor (where the system does not tell, of the clock)
     goes on at the niceness `slow`. A process that has become slow stays so, and answers no other one.
@@ -45,7 +45,6 @@ class Limits(NamedTuple):
 
     memory: int
     stack: int | None = None  # the system's
-    niceness: int = 0
     haste: float = math.inf
     slow: int = 0
 
@@ -88,8 +87,8 @@ class LimitedProcesses:
         task: what the processes do, as it stands behind "The process that" in an error.
         most_running: who asks while so many are at work waits for one of them; None for as many as are asked.
         """
-        given = [limits.memory, limits.stack, limits.niceness]
-        self._command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), module, json.dumps(given)]
+        room = json.dumps([limits.memory, limits.stack])
+        self._command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), module, room]
         self._limits = limits
         self._task, self._setup, self._most_running, self._most_idle = task, setup, most_running, most_idle
         self._begin()
@@ -108,13 +107,16 @@ class LimitedProcesses:
             except BaseException:  # an interruption, say: what it would answer now nobody waits for
                 _end(process)
                 raise
-            try:
-                if is_slow:
-                    raise queue.Full
-                self._idle.put_nowait(process)
-            except queue.Full:
+            if is_slow or not self._keep(process):
                 _end(process)
             return answer
+
+    def _keep(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether there is room for one more that waits."""
+        with suppress(queue.Full):
+            self._idle.put_nowait(process)
+            return True
+        return False
 
     def close(self) -> None:
         """End the processes that wait."""
@@ -255,14 +257,12 @@ def _read(pipe: IO[bytes]) -> bytes:
 # --- in the process ---------------------------------------------------------------------------------------------------
 
 
-def main(module: str, limits: str) -> None:
+def main(module: str, room: str) -> None:
     """Answer until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; it is the parent's to answer
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    memory, stack, niceness = json.loads(limits)
-    with suppress(AttributeError, OSError):
-        os.nice(niceness)
+    memory, stack = json.loads(room)
     with suppress(ImportError, OSError, ValueError):
         import resource
 
