@@ -279,6 +279,23 @@ def test_compare_has_three_forms() -> None:
         compare(["gpt2"], json_=True, markdown=True)
 
 
+def test_compare_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    file = tmp_path / "compare.png"
+    shown = run("compare", "gpt2", "granite-350m", "mistral-7b", "granite-3.0-1b-a400m", "--plot", str(file))
+    assert shown.exit_code == 0 and "MHA" in shown.stdout
+    with Image.open(file) as image:
+        assert image.width > 2 * image.height > 800
+        assert len(image.convert("P", palette=Image.Palette.ADAPTIVE).getcolors() or []) > 20
+    for wrong, words in ((tmp_path / "x.svg", "ends with .png"), (tmp_path / "no" / "x.png", "does not exist")):
+        with pytest.raises(UserError, match=words):
+            compare(["gpt2"], plot=wrong)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'tinyserve\[plot\]'"):
+        compare(["gpt2"], plot=file)
+
+
 @pytest.mark.parametrize("command", ["inspect-config", "compare"])
 def test_help_has_examples(command: str) -> None:
     text = run(command, "--help").stdout

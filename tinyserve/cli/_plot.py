@@ -81,18 +81,22 @@ def _limits(
 
 
 def _finish(axes: Any, title: str, across: str, up: str, groups: int) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    axes.set_xlabel(across, color=QUIET)
-    axes.set_ylabel(up, color=QUIET)
     axes.set_xlim((-0.6, groups - 0.4) if groups > 1 else (-1, 1))
     axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
+    style(axes, title, across, up)
+
+
+def style(axes: Any, title: str, across: str, up: str) -> None:
+    """Titles, a quiet frame, and a legend above the panel, where it covers nothing."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
+    axes.set_xlabel(across, color=QUIET)
+    axes.set_ylabel(up, color=QUIET)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=QUIET, labelsize=9)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    # Above the panel, where it covers no bar.
     axes.legend(
         frameon=False, fontsize=8, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5,
         borderaxespad=0.2, columnspacing=1.2, handlelength=1.4,

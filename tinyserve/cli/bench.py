@@ -4,9 +4,7 @@ Knows how to print; the measuring is in tinyserve/evaluation/bench.py, what of i
 """
 
 import csv
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import typer
 
 from tinyserve.checkpoints import presets
 from tinyserve.cli._options import Dtype, Model, PipelineParallelSize, Threads, fields_of, with_options
+from tinyserve.cli._output_files import check_plot, check_writable
 from tinyserve.errors import UserError
 from tinyserve.evaluation import bench as measure
 from tinyserve.evaluation import bench_budget
@@ -152,11 +151,10 @@ class Outputs:
         """Raise UserError, before anything is measured, for what could not be written after."""
         if self.json_ and self.csv_ == STDOUT:
             raise UserError("--json and --csv - both print to standard output: give --csv a file.")
-        for option, path in (("--csv", self.csv_), ("--plot", self.plot)):
-            if path is not None and path != STDOUT:
-                _check_writable(option, path)
+        if self.csv_ is not None and self.csv_ != STDOUT:
+            check_writable("--csv", self.csv_)
         if self.plot is not None:
-            _check_plot(self.plot)
+            check_plot(self.plot)
 
     def shows_table(self) -> bool:
         """Whether people read what is printed."""
@@ -341,23 +339,6 @@ _BAR = 8  # columns
 
 def _say_nothing(*_: str, **__: Any) -> None:
     """In the place of print, where the table is not wanted."""
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Raise UserError, before anything is measured, for a file that could not be written after."""
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder: give the name of a file.")
-    if not path.parent.is_dir():
-        raise UserError(f"{option} is {path}, whose folder does not exist: make it, or give another one.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{option} is {path}, which cannot be written: give another file.")
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--plot is {path}; it writes PNG files: give a name that ends with .png.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'tinyserve[plot]'.")
 
 
 def _check_asked_for(plan: "Plan", prefill: Sequence[int], depths: Sequence[int]) -> None:

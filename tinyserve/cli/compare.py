@@ -5,12 +5,14 @@ Knows how to lay the numbers out; they are counted in tinyserve/models/config/co
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyserve.checkpoints.model_ref import ModelRef
 from tinyserve.cli import _names
+from tinyserve.cli._output_files import check_plot
 from tinyserve.errors import UserError
 from tinyserve.models.config import ModelConfig, costs, parse_config
 from tinyserve.models.config.description import architecture, attention_kind
@@ -31,6 +33,10 @@ def compare(
     ],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as in the docs.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw where the parameters are, and what a context costs."),
+    ] = None,
 ) -> None:
     """Compare architectures side by side, offline.
 
@@ -41,10 +47,17 @@ def compare(
     Examples:
       tinyserve compare gpt2 falcon-7b llama-3.2-1b granite-350m
       tinyserve compare mistral-7b llama-7b --markdown
+      tinyserve compare gpt2 llama-3.2-1b granite-350m --plot compare.png
     """
     if json_ and markdown:
         raise UserError("--json and --markdown are two forms of one answer; choose one of them.")
+    if plot is not None:
+        check_plot(plot)
     rows = [comparison(parse_config(*load_raw_config(ModelRef.parse(model))), model) for model in models]
+    if plot is not None:
+        from tinyserve.cli._compare_plot import draw
+
+        draw(plot, rows, KV_DTYPE)
     if json_:
         print(json.dumps({"models": rows}, indent=2))
     elif markdown:
@@ -66,7 +79,9 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         **architecture(config),
         "max_position_embeddings": config.max_position_embeddings,
         "parameters": costs.parameter_count(config),
+        "parameters_by_component": costs.parameters_by_component(config),
         "active_parameters": costs.active_parameter_count(config),
+        "kv_bytes_per_token": kv,
         "kv_bytes_per_1000_tokens": {dtype: KV_TOKENS * number for dtype, number in kv.items()},
         "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
         "state_bytes_per_sequence": costs.state_bytes_per_sequence(config),
