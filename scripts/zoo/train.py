@@ -113,6 +113,20 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))))
 
 
+def remember(model: Any) -> None:
+    """Begin a Mamba2 layer as its authors do: steps of 0.001 to 0.1, drawn by their logarithm, so that heads keep much.
+
+    transformers begins with a bias of 1: a head forgets three quarters or more with each token, and so it stays.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            low, high = math.log(1e-3), math.log(0.1)
+            dt = torch.exp(low + (high - low) * torch.rand_like(parameter))
+            parameter.data.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+
+
 def optimizers(model: Any) -> list[Any]:
     """Muon for the matrices of the blocks, AdamW for embeddings and all that is no matrix.
 
@@ -122,10 +136,14 @@ def optimizers(model: Any) -> list[Any]:
 
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2]  # no decay: zero means something in norms and steps
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in embeddings]},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return [
         torch.optim.Muon(matrices, LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True),
+        torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True),
     ]
 
 
@@ -140,6 +158,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         self.model = transformers.AutoModelForCausalLM.from_config(config(name))
+        remember(self.model)
         self.optimizers = optimizers(self.model)
         self.step = 0
         self._checkpoint = self.folder / "checkpoint.pt"
