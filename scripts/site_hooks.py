@@ -54,10 +54,7 @@ def linked(text: str, page: str) -> str:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for each file that a page links to, and for those that such a page links to."""
-    left = [
-        (file.src_uri, (ROOT / "docs" / file.src_uri).read_text(encoding="utf-8"))
-        for file in files.documentation_pages()
-    ]
+    left = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
     while left:
         page, text = left.pop()
         for match in LINK.finditer(text):

@@ -197,6 +197,11 @@ def test_a_notebook_has_bars_and_no_line(monkeypatch: pytest.MonkeyPatch) -> Non
     with LoadProgress("gpt2") as progress:
         progress("load", 0, 4)
         progress("load", 4, 4)
+    assert stderr.getvalue() == "", "what is over at once leaves nothing in the notebook's file"
+    monkeypatch.setattr("tinyserve.progress._NOTEBOOK_DELAY", 0.0)
+    with LoadProgress("gpt2") as progress:
+        progress("load", 0, 4)
+        progress("load", 4, 4)
         progress("compile _matmul", 1, 0)
     assert "loading gpt2 |" in stderr.getvalue() and "4/4" in stderr.getvalue()
     assert "tinyserve: compiling kernels for this processor" in stderr.getvalue()

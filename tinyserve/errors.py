@@ -79,6 +79,10 @@ class HubError(TinyserveError):
     """A download failed: no network, a gated or missing repository, a full disk."""
 
 
+class HubUnreachable(HubError):
+    """The Hub does not answer from here, or not as the Hub does, or must not be asked; another source may."""
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """A sentence, with a space before it, that names the nearest of the known names; empty where none is near."""
     nearest = get_close_matches(name, list(known), n=1, cutoff=cutoff)

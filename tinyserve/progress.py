@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from shutil import get_terminal_size
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 # Called with a stage, what of it is done, and all there is to do (0 where nobody knows). The stages of a model are
 # "download NAME" (bytes), "compile KERNEL" (kernels so far, and about how many), "wait" and "wait download NAME" (0, 0:
@@ -18,6 +18,7 @@ Progress = Callable[[str, int, int], None]
 
 _WIDEST = 100  # columns of a bar
 _INTERVAL = 0.1  # seconds between two drawings
+_NOTEBOOK_DELAY = 0.5  # seconds before a bar: what is in a cell's output stays in the notebook's file
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -46,7 +47,8 @@ class ProgressBar:
     """
 
     def __init__(self, shown: bool | None = None):
-        self.is_shown = sys.stderr is not None and (_is_terminal() or _in_notebook() if shown is None else shown)
+        wanted = is_terminal(sys.stderr) or _in_notebook() if shown is None else shown
+        self.is_shown = sys.stderr is not None and wanted
         self._stage = ""
         self._started, self._drawn = 0.0, 0.0  # the stage, and what is shown of it
         self._bar: Any = None
@@ -62,9 +64,13 @@ class ProgressBar:
         if not self.is_shown:
             return
         now = perf_counter()
-        if self._bar is None or stage != self._stage:
+        if stage != self._stage:
             self.clear()
-            self._stage, self._started, self._bar = stage, now, _new_bar(total)
+            self._stage, self._started = stage, now
+        if self._bar is None:
+            if now - self._started < (_NOTEBOOK_DELAY if _in_notebook() else 0):
+                return
+            self._bar = _new_bar(total)
         elif done < total and now - self._drawn < _INTERVAL:
             return
         self._drawn = now
@@ -79,10 +85,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.n = self._bar.total  # or a notebook keeps it, in red
             self._bar.close()
-            if _is_terminal() and self._bar.ncols:
+            if is_terminal(sys.stderr) and self._bar.ncols:
                 # tqdm removes what it believes to have written: less, if an interruption came as it wrote.
                 print(f"\r{' ' * self._bar.ncols}\r", end="", file=sys.stderr, flush=True)  # noqa: T201
             self._bar = None
+        self._stage = ""
 
     @staticmethod
     def _numbers(done: int, total: int, seconds: float) -> str:
@@ -103,7 +110,7 @@ class LoadProgress:
         self._prompts = prompts
         self._started = perf_counter()
         self._ended: float | None = None
-        self._terminal = _is_terminal()
+        self._terminal = is_terminal(sys.stderr)
         self._bar = ProgressBar()
         self._compiled = 0
         self._compiling_since: float | None = None
@@ -228,8 +235,15 @@ def is_shown(wanted: bool | None, total: int) -> bool | None:
     return False if wanted is None and total <= 1 else wanted
 
 
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person sees what is written to a stream, where escape sequences then do what they say."""
+    if stream is None or not stream.isatty():
+        return False
+    if sys.platform == "win32":
+        from colorama import just_fix_windows_console
+
+        just_fix_windows_console()
+    return True
 
 
 def _in_notebook() -> bool:

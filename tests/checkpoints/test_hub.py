@@ -20,9 +20,8 @@ from fake_hub import FakeHub
 from tinyserve import LLM
 from tinyserve.checkpoints import presets
 from tinyserve.checkpoints.hub import cache, cached, download, is_cached, package_index, remove, resolve
-from tinyserve.checkpoints.hub.failures import HubUnreachable
 from tinyserve.checkpoints.hub.patience import within
-from tinyserve.errors import CheckpointError, HubError, UnknownModelError, UserError
+from tinyserve.errors import CheckpointError, HubError, HubUnreachable, UnknownModelError, UserError
 from tinyserve.progress import silent
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"

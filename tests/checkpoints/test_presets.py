@@ -47,6 +47,7 @@ NAMES = [
     "granite-4.0-h-tiny",
     "granite-3.0-1b-a400m",
 ]
+ZOO = ["tiny-gpt2", "tiny-falcon", "tiny-llama", "tiny-granite", "tinier-llama"]
 # name: layers, hidden, heads, key-value heads, head_dim, intermediate, vocabulary, context
 SIZES = {
     "gpt2": (12, 768, 12, 12, 64, 3072, 50257, 1024),
@@ -90,7 +91,7 @@ def granite(name: str) -> GraniteConfig:
 
 
 def test_the_names() -> None:
-    assert presets.names() == sorted(NAMES)
+    assert presets.names() == sorted(NAMES + ZOO)
     assert presets.DEFAULT in NAMES
 
 
@@ -114,7 +115,20 @@ def test_the_files_hold_these_keys_and_no_others() -> None:
     for file in files(presets).iterdir():
         if file.name.endswith(".json"):
             found = list(json.loads(file.read_text()))
+            if file.name.removesuffix(".json") in ZOO:
+                assert found == ["zoo", *keys[2:9]], file.name
+                continue
             assert found == [key for key in keys if key in found or key != "generation_config"], file.name
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_preset_of_the_zoo_is_in_the_package(name: str) -> None:
+    preset = presets.get(name)
+    assert preset.folder is not None and preset.folder.name == name
+    assert (preset.repo, preset.revision, preset.chat, preset.gated) == ("", "", False, False)
+    assert json.loads((preset.folder / "config.json").read_text()) == preset.raw_config
+    assert preset.source == str(preset.folder / "config.json")
+    assert presets.in_zoo(preset.family) == name or name == "tinier-llama"
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -205,18 +219,21 @@ def test_falcon_blocks() -> None:
 
 def test_variants_are_the_family_by_size() -> None:
     assert presets.variants("gpt2") == {
+        "tiny": "tiny-gpt2",
         "small": "gpt2",
         "medium": "gpt2-medium",
         "large": "gpt2-large",
         "xl": "gpt2-xl",
     }
-    assert list(presets.variants("gpt2")) == ["small", "medium", "large", "xl"]
-    assert list(presets.variants("falcon")) == ["rw-1b", "7b", "7b-instruct", "40b"]
-    assert next(iter(presets.variants("granite").values())) == "granite-350m"
+    assert list(presets.variants("gpt2")) == ["tiny", "small", "medium", "large", "xl"]
+    assert list(presets.variants("falcon")) == ["tiny", "rw-1b", "7b", "7b-instruct", "40b"]
+    assert list(presets.variants("granite").values())[:2] == ["tiny-granite", "granite-350m"]
+    assert list(presets.variants("llama"))[:2] == ["tinier", "tiny"]
+    assert presets.in_zoo("qwen") is None
     assert list(presets.variants("qwen")) == ["2.5-0.5b", "3-0.6b", "3-1.7b"]
     assert presets.variants("gemma") == {}
     families = {presets.get(name).family for name in NAMES}
-    assert sum(len(presets.variants(family)) for family in families) == len(NAMES)
+    assert sum(len(presets.variants(family)) for family in families) == len(NAMES + ZOO)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +272,6 @@ def test_importing_presets_needs_neither_numpy_nor_numba() -> None:
     assert loaded.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + ZOO)
 def test_the_number_of_parameters_is_that_of_the_config(name: str) -> None:
     assert presets.get(name).parameters == parameter_count(preset_config(name))

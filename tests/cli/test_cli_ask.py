@@ -141,8 +141,8 @@ def test_which_words_are_models(word: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("gpt2", "--model", "tiny", "hi"), "gpt2 has no variant 'tiny'; there are small, medium, large, xl."),
-        (("--model", "tiny", "gpt2", "hi"), "gpt2 has no variant 'tiny'; there are small, medium, large, xl."),
+        (("gpt2", "--model", "huge", "hi"), "gpt2 has no variant 'huge'; there are tiny, small, medium, large, xl."),
+        (("--model", "huge", "gpt2", "hi"), "gpt2 has no variant 'huge'; there are tiny, small, medium, large, xl."),
         (("--model", "gpt2", "smollm2-135m", "hi"), "The model is given twice"),
         (("gpt2", "hi", "--max-tokens", "0"), "max_tokens is 0; it must be"),
         (("gpt2", "hi", "--max-tokens", "-1"), "max_tokens is -1; it must be"),

@@ -11,6 +11,7 @@ from command_line import Terminal, last_line
 from fake_hub import FakeHub
 from typer.testing import CliRunner
 
+from tinyserve.checkpoints.hub import packaged
 from tinyserve.cli.list_ import list_models
 from tinyserve.cli.pull import pull
 from tinyserve.cli.rm import rm
@@ -78,12 +79,16 @@ def test_pull_without_a_hub_is_an_error_with_a_sentence(monkeypatch: pytest.Monk
 
 
 def test_list_shows_name_size_and_path() -> None:
-    assert "No model is downloaded yet" in runner.invoke(app, ["list"]).stdout
+    header, *rows, last = runner.invoke(app, ["list"]).stdout.splitlines()
+    assert [row.split()[0] for row in rows] == [model.name for model in packaged()]
+    assert last.startswith("No model is downloaded yet")
     path = runner.invoke(app, ["pull", "owner/name"]).stdout.strip()
-    header, row = runner.invoke(app, ["list"]).stdout.splitlines()
+    header, row, *others = runner.invoke(app, ["list"]).stdout.splitlines()
+    assert len(others) == len(rows)
     assert header.split() == ["name", "size", "where"]
     assert row.split() == ["owner/name", str(len(WEIGHTS) + 4), "bytes", path]
-    (entry,) = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    entry, *others = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    assert {other["source"] for other in others} == {"package"}
     assert (entry["name"], entry["bytes"], entry["path"], entry["source"]) == (
         "owner/name",
         len(WEIGHTS) + 4,
@@ -95,7 +100,7 @@ def test_list_shows_name_size_and_path() -> None:
 def test_list_presets_says_which_are_here_and_which_are_gated() -> None:
     rows = {row["name"]: row for row in json.loads(runner.invoke(app, ["list", "--presets", "--json"]).stdout)}
     assert rows["gpt2"]["repo"] == "openai-community/gpt2"
-    assert not any(row["downloaded"] for row in rows.values())
+    assert {row["name"] for row in rows.values() if row["downloaded"]} == {model.name for model in packaged()}
     text = runner.invoke(app, ["list", "--presets"]).stdout
     assert len(text.splitlines()) == len(rows) + 1
     assert any("gated" in line for line in text.splitlines() if line.startswith("llama-3.1-8b"))

@@ -20,7 +20,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(target)],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "EXECUTE_COURSE": "false"},  # test_course.py runs it
     )  # fmt: skip
     assert done.returncode == 0 and "WARNING" not in done.stdout + done.stderr, done.stdout + done.stderr
     return target
@@ -32,6 +32,33 @@ def test_sources_are_pages_of_it(site: Path) -> None:
     assert 'href="source/tinyserve/llm.py/"' in index and "../tinyserve/" not in index
     assert 'href="../source/Dockerfile/"' in (site / "serving" / "index.html").read_text()
     assert "FROM" in (site / "source" / "Dockerfile" / "index.html").read_text()
+
+
+def test_chapters_are_pages_of_it(site: Path) -> None:
+    course = (site / "course" / "index.html").read_text()
+    page = (site / "course" / "02-one-block" / "index.html").read_text()
+    assert 'href="02-one-block/"' in course and ".ipynb" not in course
+    assert 'href="../03-attention-and-the-kv-cache/"' in page and 'href="../../source/tinyserve/' in page
+    assert 'id="exercises"' in page and "softmax" in page
+
+
+def test_a_chapter_is_run_for_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nprint(6 * 7)"),
+        nbformat.v4.new_markdown_cell("[two](02-two.ipynb#three)"),
+    ])  # fmt: skip
+    nbformat.write(notebook, tmp_path / "01-one.ipynb")
+    notebooks = load_script("site_notebooks.py")
+    monkeypatch.setattr(notebooks, "EXECUTES", True)
+    text, pictures = notebooks.page_of(str(tmp_path / "01-one.ipynb"), str(tmp_path))
+    assert "    42\n" in text and "```python" in text
+    ((name, picture),) = pictures.items()
+    assert f"]({name})" in text and picture.startswith(b"\x89PNG")
+    assert "[two](02-two.md#three)" in notebooks.on_page_markdown(text, None, None, None)
+    monkeypatch.setattr(notebooks, "EXECUTES", False)
+    assert notebooks.page_of(str(tmp_path / "01-one.ipynb"), str(tmp_path))[1] == {}
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>(?!.*\.\.).+\.
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model's name, read: it has a `path`, or a `repo` and perhaps the `preset` that names it.
+    """A model's name, read: it has a `path` or a `repo`, and perhaps the `preset` that names it.
 
     `path` is a folder with a config.json, or a file: a GGUF file, or one for the reader to judge. `revision` is what
     the name asks for, None where it leaves that to the preset or to "main"; `file` is one GGUF file of a repository.
@@ -64,10 +64,17 @@ class ModelRef:
         if revision is not None and any(character.isspace() for character in revision):
             return None
         if (preset := presets.find(base)) is not None:
-            return cls(name, preset=preset, repo=preset.repo, revision=revision)
+            return cls.of_preset(preset, name, revision)
         if (match := _REPOSITORY.fullmatch(base)) is not None:
             return cls(name, repo=match["repo"], revision=revision, file=match["file"])
         return None
+
+    @classmethod
+    def of_preset(cls, preset: Preset, name: str | None = None, revision: str | None = None) -> Self:
+        """A preset itself, whatever is on this disk by that name; raises UserError for a revision of the zoo's."""
+        if preset.folder is not None and revision is not None:
+            raise UserError(f"{preset.name} comes with tinyserve and has no revision {revision}: leave that out.")
+        return cls(name or preset.name, preset.folder, preset, preset.repo, revision)
 
     @property
     def is_default(self) -> bool:

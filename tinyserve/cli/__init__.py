@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from tinyserve import __version__
-from tinyserve.cli.ask import ANY, ask_app
+from tinyserve.cli.ask import ANY, PROGRAMS, ask_app, program
 from tinyserve.cli.batch import batch
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
@@ -118,15 +118,15 @@ app.command("quantize")(quantize)
 app.command("completion")(completion)
 
 
-def main() -> None:
-    """Run a command line; the process ends here, with 0, 1 (our fault), 2 (the user's), 130 or 141."""
+def main(called: str = "tinyserve") -> None:
+    """Run `tinyserve` or a family's program; the process ends here with 0, 1 (ours), 2 (the user's), 130 or 141."""
     gc.set_threshold(100_000)  # imports and vocabularies make many objects and no garbage: looking for it takes 0.1 s
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of an overflow: what comes of it is said in a sentence
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
-        _end("", run(sys.argv[1:]))
+        _end("", run(sys.argv[1:], called))
     except TinyserveError as error:
         _end(f"tinyserve: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -186,16 +186,18 @@ def _what_failed(error: OSError) -> str:
     return "what was to be written cannot be" if error.errno in writing else "the system refuses"
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], called: str = "tinyserve") -> int:
     """Parse and call; returns the exit code. Raises UserError for a command line that cannot be parsed.
 
     Typer's own entry would turn a closed pipe into exit code 1 and a usage error into four lines.
     """
     try:
-        command = typer.main.get_command(app)
+        command = typer.main.get_command(program(called) if called in PROGRAMS else app)
         if VARIABLE in os.environ:
             return answer(command)
-        with command.make_context("tinyserve", list(arguments or ["--help"])) as context:
+        if not arguments and called not in PROGRAMS:
+            arguments = ["--help"]
+        with command.make_context(called, list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
@@ -204,7 +206,7 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except _UsageError as error:
         words = " ".join(error.format_message().split()).rstrip(".")
-        path = error.ctx.command_path if error.ctx else "tinyserve"
+        path = error.ctx.command_path if error.ctx else called
         raise UserError(f"{words}; see {path.removesuffix(' ' + ANY)} --help.") from None
     return 0
 

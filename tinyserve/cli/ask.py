@@ -1,6 +1,7 @@
 """`tinyserve ask`: one question, one answer. A subcommand a family, and any other model in the same place.
 
-Knows how a command line names a model; _backends.py reaches it, and _answer.py prints its answer.
+Four families are programs by themselves as well: `ask-gpt2` and the like. Knows how a command line names a model;
+_backends.py reaches it, and _answer.py prints its answer.
 """
 
 import sys
@@ -32,7 +33,7 @@ from tinyserve.cli._options import (
     with_options,
 )
 from tinyserve.cli._sampling import given, structure
-from tinyserve.errors import UserError
+from tinyserve.errors import HubUnreachable, UserError
 from tinyserve.sampling_params import DEFAULT_MAX_TOKENS
 
 ANY = "any-model"  # the hidden subcommand behind every other name
@@ -238,6 +239,7 @@ FAMILIES = {
     "falcon": Family("7b", "Falcon (TII, 2023): all but 7b-instruct continue text.", CONTINUE),
     "granite": Family("350m", "Granite 3 and 4 (IBM): hybrids with Mamba2, dense, and mixtures of experts."),
 }
+PROGRAMS = {f"ask-{family}": family for family in ("gpt2", "falcon", "llama", "granite")}  # those of the zoo
 
 
 class FamilyCommand(typer.core.TyperCommand):
@@ -245,23 +247,28 @@ class FamilyCommand(typer.core.TyperCommand):
 
     @property
     def help(self) -> str | None:
-        name = self.name or ""
+        called = self.name or ""
+        name = PROGRAMS.get(called, called)
         family, variants = FAMILIES[name], list(presets.variants(name))
+        program = called if called in PROGRAMS else f"tinyserve ask {name}"
+        offline = f"\nWithout a network, {presets.in_zoo(name)} answers, which comes with tinyserve.\n"
         return f"""{family.about}
 
 Variants for --model: {", ".join(variants)}.
-
+{offline if called in PROGRAMS else ""}
 \b
 Examples:
-  tinyserve ask {name} "{family.prompt}"
-  tinyserve ask {name} --model {variants[-1]} "{family.prompt}" --max-tokens 20
+  {program} "{family.prompt}"
+  {program} --model {variants[-1]} "{family.prompt}" --max-tokens 20
 """
 
     @help.setter
     def help(self, text: str | None) -> None: ...  # Typer's, made of a docstring
 
 
-def _family_command(name: str, family: Family) -> Callable[..., None]:
+def _family_command(name: str, family: Family, program: str | None = None) -> Callable[..., None]:
+    """The subcommand of a family, or the program of this name, which needs no network."""
+
     @with_options(sampling=_SAMPLING, options=fields_of(AskOptions))
     def command(
         prompt: Prompt = None,
@@ -279,10 +286,42 @@ def _family_command(name: str, family: Family) -> Callable[..., None]:
         sampling: dict[str, Any],
         options: AskOptions,
     ) -> None:
-        _ask(_variant(name, variant), prompt, sampling, options)
+        model = _variant(name, variant)
+        if program is not None and options.server is None:
+            model = _at_hand(model, program)
+        _ask(model, prompt, sampling, options)
 
     return command
 
 
+def _at_hand(model: str, program: str) -> str:
+    """The model, downloaded if need be; where the Hub cannot be reached, its family's that comes with tinyserve."""
+    from tinyserve.checkpoints import hub
+    from tinyserve.checkpoints.model_ref import ModelRef
+
+    try:
+        hub.resolve(ModelRef.of_preset(presets.get(model)), patience=hub.SHORT_PATIENCE)
+    except HubUnreachable:
+        stand_in = presets.in_zoo(PROGRAMS[program]) or model
+        print(
+            f"{program}: {model} is not on this disk and the Hugging Face Hub cannot be reached: {stand_in} answers, "
+            "which comes with tinyserve.",
+            file=sys.stderr,
+        )
+        return stand_in
+    return model
+
+
 for _name, _family in FAMILIES.items():
     ask_app.command(_name, cls=FamilyCommand, short_help=_family.about)(_family_command(_name, _family))
+
+
+def program(name: str) -> typer.Typer:
+    """`ask-gpt2` and the like: one command, with the options of `tinyserve ask gpt2`."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    family = PROGRAMS[name]
+    app.command(name, cls=FamilyCommand)(_family_command(family, FAMILIES[family], name))
+    return app

