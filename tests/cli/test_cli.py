@@ -348,7 +348,8 @@ def test_pull_list_and_rm_of_a_local_cache(shell: Shell, tmp_path: Path, monkeyp
     snapshot = tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots" / preset.revision
     checkpoints.write_folder(snapshot, checkpoints.CONFIGS["gpt2"])
     assert shell("pull", "gpt2").out == f"{snapshot}\n"
-    heading, row = shell("list").out.splitlines()
+    heading, row, *zoo = shell("list").out.splitlines()
+    assert [line.split()[0].startswith(("tiny-", "tinier-")) for line in zoo] == [True] * 5
     assert heading.split() == ["name", "size", "where"]
     assert row.startswith("gpt2  ") and row.endswith(str(snapshot))
     assert re.search(r"^gpt2 +yes +openai-community/gpt2$", shell("list", "--presets").out, re.MULTILINE)
