@@ -235,7 +235,7 @@ def _closed() -> str:
     ("address", "sentence"),
     [
         (_closed, "No Ray cluster answers at 127.0.0.1"),
-        (lambda: "127.0.0.1:99999", "No Ray cluster answers"),
+        (lambda: "127.0.0.1:99999", "is 99999; it must be at most 65535"),
         (lambda: "no-such-host.invalid:6379", "No Ray cluster answers"),
         (lambda: "ray://127.0.0.1:10001", "it is host:port, or auto"),
         (lambda: "somewhere", "it is host:port, or auto"),
@@ -256,6 +256,15 @@ def test_what_listens_and_is_no_cluster_is_told_so(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{mute.getsockname()[1]}")
         with pytest.raises(UserError, match="is no Ray cluster"), cluster.connect():
             pass
+
+
+def test_a_system_without_sigaction_keeps_its_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cluster, "sys", types.SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(cluster.ctypes, "CDLL", None)
+    with cluster._kept_handler(signal.SIGTERM):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_of_any_shape_is_one_line() -> None:

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from command_line import Terminal, last_line
 
-from tinyserve import LLM
-from tinyserve.progress import LoadProgress, ProgressBar, default_progress, renamed, silent, size
+from tinyserve import LLM, progress
+from tinyserve.progress import LoadProgress, ProgressBar, default_progress, is_terminal, renamed, silent, size
 
 STAGES = {
     "download owner/name": (1_000_000, 4_000_000),
@@ -185,6 +185,23 @@ print("done")
         assert terminal.end() == 0
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("loaded\ndone\n", "")
+
+
+@pytest.mark.parametrize(
+    ("system", "is_terminal_", "count"), [("win32", True, 1), ("win32", False, 0), ("linux", True, 0)]
+)
+def test_a_console_of_windows_is_told_to_obey_escape_sequences(
+    monkeypatch: pytest.MonkeyPatch, system: str, is_terminal_: bool, count: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setitem(
+        sys.modules, "colorama", SimpleNamespace(just_fix_windows_console=lambda: told.append("console"))
+    )
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(platform=system))
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal_)
+    assert is_terminal(stream) is is_terminal_ and not is_terminal(None)
+    assert len(told) == count
 
 
 def test_a_notebook_has_bars_and_no_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,8 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         raise UserError(f"The address {address!r:.80} is none of a Ray cluster: it is host:port, or auto.")
+    if int(port) > 65535:  # of which gRPC would ask another: modulo 65536
+        raise UserError(f"The port of {address!r:.80} is {port:.20}; it must be at most 65535.")
     way_out = "Is it running (ray status), and is its port open to this machine?"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS / 2).close()
@@ -254,7 +256,8 @@ def _token() -> str | None:
     if token := os.environ.get(_TOKEN):
         return token.strip()
     try:
-        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").read_text().strip()
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
 
@@ -299,6 +302,9 @@ def _held_interrupts(progress: Progress) -> Iterator[None]:
 @contextmanager
 def _kept_handler(number: int) -> Iterator[None]:
     """Give a signal back to whoever had it, from a thread that Python does not let say so."""
+    if sys.platform == "win32":  # which has no sigaction, and where nobody can send SIGTERM
+        yield
+        return
     libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(1024)  # a struct sigaction is far smaller
     is_known = libc.sigaction(int(number), None, kept) == 0
     try:

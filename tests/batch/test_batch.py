@@ -192,7 +192,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         goal = kept + chance.randint(1, ROWS // 6)
         while int(process.stdout.readline() or b"0") < goal:
             assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         assert not (tmp_path / f"out.{kind}").exists()
         kept = _answered_in(folder)

@@ -3,13 +3,15 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tinyserve.batch import disk
 from tinyserve.batch.counts import Counts
 from tinyserve.batch.disk import encoded
 from tinyserve.batch.job import Job, clear, folder_of, remove
@@ -62,7 +64,7 @@ def test_parts_become_the_output(tmp_path: Path, given: Input, name: str) -> Non
             assert counts is not None and counts.rows == shard.num_rows
         assert job.complete() == Counts(5, 0, 15, 10)
     files = [output] if output.is_file() else sorted(output.glob("part-*"))
-    rows = [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
+    rows = [json.loads(line) for file in files for line in file.read_text("utf-8").split("\n")[:-1]]
     assert rows == [{"prompt": str(i), "answer": f"é\u2028{i}"} for i in range(5)]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["in.jsonl", name]
@@ -133,7 +135,7 @@ def test_a_job_that_differs_is_refused_by_name(
     with opened(output, manifest(given), restart=False):
         Job(output, given, merges=True).finish(given.shards[0], OUTCOMES)
     path = tmp_path / change.pop("name", "in.jsonl")
-    path.write_text(change.pop("input", (tmp_path / "in.jsonl").read_text()))
+    path.write_text(change.pop("input", (tmp_path / "in.jsonl").read_text()), newline="\n")
     now = manifest(read_input([str(path)], rows_per_shard=2), **change)
     with pytest.raises(UserError, match=message), opened(output, now, restart=False):
         pass
@@ -216,6 +218,30 @@ def test_what_cannot_be_written_is_said_and_kept(tmp_path: Path, given: Input, m
     with opened(output, manifest(given), restart=False):
         assert list((output / "_tmp").iterdir()) == []
         job.finish(given.shards[0], OUTCOMES)
+
+
+@pytest.mark.parametrize(("readings", "system"), [(2, "win32"), (9, "win32"), (1, "linux")])
+def test_what_somebody_reads_is_replaced_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readings: int, system: str
+) -> None:
+    """On Windows, where a virus scanner is enough; not for ever, and elsewhere a refusal is one."""
+    place, tries, rename = tmp_path / "place", list[Path](), Path.replace
+    place.write_bytes(b"before")
+
+    def refused(self: Path, target: Path) -> Path:
+        tries.append(target)
+        if len(tries) <= readings:
+            raise PermissionError(13, "Access is denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    monkeypatch.setattr(disk, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(disk, "sys", SimpleNamespace(platform=system))
+    fails = pytest.raises(PermissionError) if readings > len(disk.PAUSES) or system == "linux" else nullcontext()
+    with fails, disk.new_file(place, tmp_path) as path:
+        path.write_bytes(b"after")
+    assert place.read_bytes() == (b"after" if (readings, system) == (2, "win32") else b"before")
+    assert len(tries) == {2: 3, 9: 4, 1: 1}[readings]
 
 
 def test_a_job_that_ended_before_its_folder_was_removed_is_done(tmp_path: Path, given: Input) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
@@ -16,6 +17,7 @@ from command_line import Shell
 
 from tinyserve.cli.serve import keys, names
 from tinyserve.errors import UserError
+from tinyserve.server import run
 from tinyserve.server.run import listen, listens_on_loopback
 
 
@@ -215,6 +217,15 @@ def test_small_pieces_are_sent_at_once() -> None:
     """asyncio turns Nagle's algorithm off where a socket says that it is TCP: a first token had waited for 40 ms."""
     with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_on_windows_a_port_is_shared_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There SO_REUSEADDR lets a second server listen beside the first; another option is what refuses it."""
+    monkeypatch.setattr(run, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)  # any that can be seen here
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
 
 
 def test_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def launched() -> Iterator[Browser]:
     """A running browser; raises NoBrowserError. Playwright's event loop occupies this thread until it is closed."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium
-        sandbox = os.geteuid() != 0  # Chromium refuses to sandbox what root runs
+        sandbox = not hasattr(os, "geteuid") or os.geteuid() != 0  # Chromium refuses to sandbox what root runs
         browser = chromium.launch(
             executable_path=find(chromium.executable_path), args=ARGUMENTS, chromium_sandbox=sandbox
         )

@@ -1,7 +1,9 @@
 """How kernels are compiled: the cache folder, the cores that may be used, and plainer processors."""
 
+import ctypes
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from time import monotonic, sleep
+from types import SimpleNamespace
 from typing import Any
 
 import numba
 import pytest
+from llvmlite.binding.targets import FeatureMap
 
 from tinyserve.tensor import _jit, cgroups
 
@@ -306,7 +310,14 @@ def test_quotas_are_rounded_down_to_at_least_one(
     monkeypatch: pytest.MonkeyPatch, quota: float, expected: int | None
 ) -> None:
     monkeypatch.setattr(cgroups, "processor_quota", lambda: quota)
-    assert _jit.usable_cores() == (expected or len(os.sched_getaffinity(0)))
+    assert _jit.usable_cores() == (expected or _jit.cores())
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(3, 3), (None, 1)])
+def test_without_affinity_all_cores_count(monkeypatch: pytest.MonkeyPatch, counted: int | None, expected: int) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: counted)
+    assert _jit.cores() == _jit.usable_cores() == expected
 
 
 def test_threads_are_bounded_and_the_environment_is_left_alone() -> None:
@@ -355,11 +366,13 @@ FOR_NEON = """
 import llvmlite.binding as llvm
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
-target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
-machine = target.create_target_machine(cpu="neoverse-n1", features="+dotprod", opt=3)
-parsed = llvm.parse_assembly(str(module))
-parsed.verify()
-print(machine.emit_assembly(parsed))
+for triple, cpu, features in (
+    ("aarch64-unknown-linux-gnu", "neoverse-n1", "+dotprod"), ("arm64-apple-macosx14.0.0", "apple-m1", "")
+):
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    print(machine.emit_assembly(parsed))
 """
 NEON = """
 from llvmlite import ir
@@ -378,10 +391,69 @@ builder.ret(builder.add(a, b))
 
 
 def test_neon_has_its_instruction(tmp_path: Path) -> None:
-    """For ARM's processors the IR is built, checked and compiled: two digits of 16 outputs are eight sdot."""
+    """For ARM's processors the IR is built, checked and compiled: two digits of 16 outputs are eight sdot.
+
+    Of Apple's the name is enough, as LLVM tells no features of them.
+    """
     assembly = python(NEON + FOR_NEON, TINYSERVE_DOT_PRODUCT="neon", TINYSERVE_CACHE=str(tmp_path))
-    assert assembly.count("sdot\tv") == 8
-    assert "eor\tv" in assembly  # unsigned weights become signed
+    assert len(re.findall(r"sdot(\.4s)?\tv", assembly)) == 2 * 8
+    assert len(re.findall(r"eor(\.16b)?\tv", assembly)) >= 2  # unsigned weights become signed
+
+
+TICKS = """
+from llvmlite import ir
+from tinyserve.tensor import native
+native.X86, native.ARM = False, True
+module = ir.Module("ticks")
+builder = ir.IRBuilder(ir.Function(module, ir.FunctionType(native.WORD, []), "now").append_basic_block())
+_, emit = native.ticks._defn(None)
+builder.ret(emit(None, builder, None, []))
+"""
+
+
+def test_arm_has_a_clock(tmp_path: Path) -> None:
+    """What LLVM calls a clock is a zero there, or a register that is the system's."""
+    assert len(re.findall(r"mrs\tx0, CNTVCT_EL0", python(TICKS + FOR_NEON), re.IGNORECASE)) == 2
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "told", "features"),
+    [
+        ("darwin", "arm64", {}, "+neon,+dotprod"),  # LLVM does not know how to ask
+        ("darwin", "arm64", RuntimeError("failed to get host cpu features."), "+neon,+dotprod"),
+        ("linux", "aarch64", {"neon": True, "sve": False}, "+neon,-sve"),
+        ("linux", "riscv64", {}, ""),
+    ],
+)
+def test_features_are_known_where_llvm_tells_none(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, told: dict[str, bool] | Exception, features: str
+) -> None:
+    def tell() -> FeatureMap:
+        if isinstance(told, Exception):
+            raise told
+        return FeatureMap(told)
+
+    monkeypatch.setattr(_jit.llvm, "get_host_cpu_features", tell)
+    monkeypatch.setattr(_jit, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr(_jit.platform, "machine", lambda: machine)
+    assert _jit.cpu_features.__wrapped__() == features
+
+
+def test_windows_gives_the_processor_away_by_its_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinyserve.tensor import native
+
+    give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+    _jit.llvm.add_symbol("SwitchToThread", give_way)
+    for system, symbol in (("win32", "SwitchToThread"), ("darwin", "sched_yield"), ("linux", "sched_yield")):
+        monkeypatch.setattr(native, "sys", SimpleNamespace(platform=system))
+
+        @numba.njit
+        def give() -> None:
+            native.yield_processor()
+
+        give()
+        (code,) = give.inspect_llvm().values()
+        assert f"@{symbol}(" in code
 
 
 def test_an_instruction_that_kills_its_process_is_not_taken(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pty
 import sys
 from collections.abc import Callable
 
@@ -36,7 +35,7 @@ def test_it_counts_what_was_computed(llm_of: Callable[..., LLM], monkeypatch: py
 
 
 def test_it_is_shown_on_a_terminal_for_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    parent, child = pty.openpty()
+    parent, child = pytest.importorskip("pty", reason="no terminal to be had").openpty()
     with os.fdopen(child, "w") as terminal:
         for stderr, total, expected in ((terminal, 2, True), (terminal, 1, False), (io.StringIO(), 2, False)):
             monkeypatch.setattr(sys, "stderr", stderr)

@@ -11,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tinyserve.text.limited_process import CancelledError, EndedError, Excess, LimitedProcesses, Limits
+from tinyserve.text.limited_process import (
+    LIMITS_MEMORY,
+    CancelledError,
+    EndedError,
+    Excess,
+    LimitedProcesses,
+    Limits,
+)
 
 pytestmark = pytest.mark.fast
+is_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither this clock nor signals")
 
 ANSWERS = '''
 """Does what it is told, which is a line of Python."""
@@ -34,7 +42,7 @@ DEEP = "def deep(n): return 1 + max(map(deep, [n - 1])) if n else 0\nsys.setrecu
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LimitedProcesses]]:
     """Processes of limits that answer as above."""
-    (tmp_path / "answers_for_a_test.py").write_text(ANSWERS)
+    (tmp_path / "answers_for_a_test.py").write_text(ANSWERS, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     made = []
 
@@ -56,9 +64,11 @@ def ask(processes: LimitedProcesses, question: str, max_seconds: float = 60) -> 
     [
         ("time.sleep(99)", 0.2, Excess.WAIT),
         ("while True: pass", 0.2, Excess.WAIT),
-        ("limit_processor(0.1)\nwhile True: pass", 60, Excess.PROCESSOR),
-        ("limit_processor(0.1)\n2 ** 10 ** 11", 60, Excess.PROCESSOR),
-        ("b'x' * (1 << 31)", 60, Excess.SPACE),
+        pytest.param("limit_processor(0.1)\nwhile True: pass", 60, Excess.PROCESSOR, marks=is_posix),
+        pytest.param("limit_processor(0.1)\n2 ** 10 ** 11", 60, Excess.PROCESSOR, marks=is_posix),
+        pytest.param(
+            "b'x' * (1 << 31)", 60, Excess.SPACE, marks=pytest.mark.skipif(not LIMITS_MEMORY, reason="limits none")
+        ),
         (DEEP % 10**6, 60, Excess.SPACE),
         ("os._exit(0)", 60, Excess.SPACE),
         ("os.kill(os.getpid(), 9)", 60, Excess.SPACE),
@@ -81,6 +91,7 @@ def test_the_setup_comes_first_and_any_bytes_go_in_and_out(make: Callable[..., L
     assert ask(processes, "") == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="each thread has a niceness on Linux alone")
 def test_others_come_first_once_a_question_takes_long(make: Callable[..., LimitedProcesses]) -> None:
     """Also before the thread with its own stack that answers; the process answers no other question."""
     nice = "os.getpriority(os.PRIO_PROCESS, threading.get_native_id())"
@@ -107,6 +118,7 @@ def test_who_leaves_ends_the_work(make: Callable[..., LimitedProcesses]) -> None
     assert ask(processes, "answer = 3") == "3"
 
 
+@is_posix
 def test_ctrl_c_is_the_parents(make: Callable[..., LimitedProcesses]) -> None:
     processes = make()
     pid = int(ask(processes, "answer = os.getpid()"))
@@ -135,6 +147,7 @@ def test_so_many_run_and_so_many_are_kept(make: Callable[..., LimitedProcesses],
     assert process.returncode is not None
 
 
+@is_posix
 def test_a_fork_has_processes_of_its_own_and_nothing_stays_behind(
     make: Callable[..., LimitedProcesses], tmp_path: Path
 ) -> None:

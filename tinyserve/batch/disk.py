@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +13,8 @@ from typing import Any
 
 from tinyserve.errors import TinyserveError
 from tinyserve.server.sse import LINE_ENDS
+
+PAUSES = (0.01, 0.05, 0.25, 1.0)  # seconds between two tries to rename
 
 
 @contextmanager
@@ -32,13 +36,23 @@ def new_file(place: Path, temporary: Path) -> Iterator[Path]:
     yield path
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    path.replace(place)
+    _replace(path, place)
     with suppress(OSError):  # not all systems know how
         descriptor = os.open(place.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _replace(path: Path, place: Path) -> None:
+    """Rename over `place`; Windows refuses as long as anybody reads what is there, be it a virus scanner."""
+    for pause in PAUSES if sys.platform == "win32" else ():
+        with suppress(PermissionError):
+            path.replace(place)
+            return
+        time.sleep(pause)
+    path.replace(place)
 
 
 def encoded(value: Any) -> bytes:

@@ -177,7 +177,7 @@ class Job:
             else:
                 for name in (JOURNALS, TEMPORARY):
                     shutil.rmtree(self.folder / name)
-                (self.folder / LOCK).unlink(missing_ok=True)
+                _remove_lock(self.folder)
         return total
 
     def read_counts(self) -> Counts:
@@ -288,6 +288,11 @@ def clear(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """The same, and the folder, unless others have put something into it."""
     clear(folder)
-    (folder / LOCK).unlink(missing_ok=True)
+    _remove_lock(folder)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _remove_lock(folder: Path) -> None:
+    with suppress(PermissionError):  # on Windows, of a file that is open: who holds the lock removes it as it lets go
+        (folder / LOCK).unlink(missing_ok=True)

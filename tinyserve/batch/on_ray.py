@@ -143,7 +143,7 @@ def _check_visible(session: Session, job: Job) -> None:
     look = ray.remote(num_cpus=0)(unseen)
     files = {file.path: file.size for file in job.input.files}
     token = job.folder / TEMPORARY / new_worker_name()  # as no other folder of this name has it
-    token.write_text(token.name)
+    token.write_text(token.name, "ascii")
     files[str(token)] = len(token.name)
     asked = {
         node.host: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(files)

@@ -9,6 +9,8 @@ import sys
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Protocol
 
+from tinyserve.progress import is_terminal
+
 if TYPE_CHECKING:
     from tinyserve.cli._backends import Piece
 
@@ -35,8 +37,8 @@ class AnswerPrinter:
         self.text = self.reasoning = ""
         self._line, self._is_silent, self._is_dimmed = line, is_silent, False
         can_go_back = os.environ.get("TERM") not in ("dumb", "unknown")
-        self._shows_thinking = sys.stderr is not None and sys.stderr.isatty() and not is_silent
-        self._text = _Lines(sys.stdout is not None and sys.stdout.isatty() and can_go_back)
+        self._shows_thinking = is_terminal(sys.stderr) and not is_silent
+        self._text = _Lines(is_terminal(sys.stdout) and can_go_back)
         self._thoughts = _Lines(can_go_back)
 
     def write(self, piece: "Piece") -> None:

@@ -6,6 +6,7 @@ Knows ASGI and an engine; who calls, and what becomes of answers that break off,
 import asyncio
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -204,7 +205,7 @@ def _scope(call: Call) -> Scope:
 
 def _pin(rank: int, cores: int) -> None:
     """Have this process run on the cores of its rank on this machine, if there are so many."""
-    if not cores or not hasattr(os, "sched_setaffinity"):
+    if not cores or sys.platform != "linux":  # elsewhere the system decides
         return
     usable = sorted(os.sched_getaffinity(0))
     own = usable[rank * cores : (rank + 1) * cores]

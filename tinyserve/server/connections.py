@@ -6,6 +6,7 @@ Knows uvicorn's protocol, which waits for ever and takes whatever comes; nothing
 import asyncio
 import errno
 import logging
+import sys
 from time import monotonic
 from typing import Any
 
@@ -24,10 +25,10 @@ OWN_FILES = 64  # of a process, beside its connections
 
 def most_connections() -> int:
     """As many as there are files left for."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # which counts no files of a process
         return MOST
+    import resource
+
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if soft == resource.RLIM_INFINITY else max(8, min(MOST, soft - OWN_FILES))
 

@@ -1,6 +1,7 @@
 """A server as a process: its socket, its signals, its shutdown.
 
 The first SIGTERM or SIGINT drains it: running requests are finished, new ones refused. A second one stops it at once.
+On Windows nobody can send SIGTERM, and Ctrl-Break (SIGBREAK) stands in for it.
 """
 
 import ipaddress
@@ -8,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,7 +128,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # asyncio sets TCP_NODELAY only if the protocol is given; without it a token waits for 40 ms.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Windows takes SO_REUSEADDR as leave to share a port that another server listens at.
+        reuse = "SO_REUSEADDR" if sys.platform != "win32" else "SO_EXCLUSIVEADDRUSE"
+        listener.setsockopt(socket.SOL_SOCKET, getattr(socket, reuse), 1)
         listener.bind(address[:2])
         listener.listen(512)
         return listener
@@ -136,7 +140,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--port is {port}; it must be between 0 (any that is free) and 65535.") from None
     except OSError as error:
         raise UserError(
-            f"{host}:{port} cannot be served: {os.strerror(error.errno or 0)}. Is another server running there? --port "
+            f"{host}:{port} cannot be served: {error.strerror or error}. Is another server running there? --port "
             "takes another, 0 any that is free."
         ) from None
 
@@ -158,7 +162,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        handled = (signal.SIGTERM, signal.SIGINT)
+        handled = [signal.SIGTERM, signal.SIGINT]
+        if sys.platform == "win32":
+            handled.append(signal.SIGBREAK)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
             yield

@@ -294,7 +294,11 @@ def cpu_features() -> str:
     """Its features as LLVM writes them: "+avx512vnni,-amx-int8,..."."""
     if numba_config.CPU_FEATURES is not None:
         return str(numba_config.CPU_FEATURES)
-    return str(llvm.get_host_cpu_features().flatten())
+    with suppress(RuntimeError):  # of a system whose processors LLVM does not ask
+        if told := str(llvm.get_host_cpu_features().flatten()):
+            return told
+    # Of Apple's processors LLVM knows the name, which is enough to compile: all that run macOS have these.
+    return "+neon,+dotprod" if sys.platform == "darwin" and platform.machine() == "arm64" else ""
 
 
 def has_feature(*names: str) -> bool:
@@ -310,10 +314,10 @@ def runs(name: str, code: str, environment: dict[str, str]) -> bool:
     """
     known = cache_folder() / f"{name}.runs"
     with suppress(OSError):
-        return known.read_text() == "yes"
+        return known.read_text("ascii") == "yes"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True)
     with suppress(OSError):
-        known.write_text("yes" if done.returncode == 0 else "no")
+        known.write_text("yes" if done.returncode == 0 else "no", "ascii")
     return done.returncode == 0
 
 

@@ -5,9 +5,9 @@ Knows shapes and bytes, not what computes them.
 
 import math
 import mmap
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from sys import getrefcount
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def small_pages(shape: Shape, dtype: Any) -> Array:
     which are cleared first. Raises MemoryError.
     """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if not hasattr(mmap, "MADV_NOHUGEPAGE") or not nbytes:
+    if sys.platform != "linux" or not nbytes:  # elsewhere NumPy's zeros take small ones
         return aligned(shape, dtype, np.zeros)
     try:
         room = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -58,7 +58,7 @@ class _Memory:
 
 def _references(arrays: Sequence[Any]) -> list[int]:
     """How often each is referred to, by this list and this function among others."""
-    return [getrefcount(array) for array in arrays]
+    return [sys.getrefcount(array) for array in arrays]
 
 
 _UNUSED = _references([object()])[0]  # of what is in the list alone

@@ -15,6 +15,7 @@ from numba.np.arrayobj import populate_array
 
 WORD = ir.IntType(64)
 _I32 = ir.IntType(32)
+X86, ARM = (platform.machine().lower() in names for names in (("x86_64", "amd64"), ("aarch64", "arm64")))
 
 
 def _at(builder, address):
@@ -77,9 +78,9 @@ def pause(typing_context):
     """Tell the processor that this thread is looking again and again."""
 
     def codegen(context, builder, sig, args):
-        if platform.machine().lower() in ("x86_64", "amd64"):
+        if X86:
             builder.call(_function(builder, "llvm.x86.sse2.pause", ir.VoidType()), [])
-        elif platform.machine().lower() in ("aarch64", "arm64"):
+        elif ARM:
             builder.call(_function(builder, "llvm.aarch64.hint", ir.VoidType(), _I32), [_I32(1)])
         return context.get_dummy_value()
 
@@ -124,10 +125,12 @@ def release_lock(typing_context, lock):
 @intrinsic
 def ticks(typing_context):
     """A clock of the processor's, in units of its own."""
-    name = "llvm.readcyclecounter" if platform.machine().lower() in ("x86_64", "amd64") else "llvm.readsteadycounter"
 
     def codegen(context, builder, sig, args):
-        return builder.call(_function(builder, name, WORD), [])
+        if ARM:  # whose cycles are the system's to count, and whose clock LLVM knows by its register
+            read = _function(builder, "llvm.read_volatile_register.i64", WORD, ir.MetaDataType())
+            return builder.call(read, [builder.module.add_metadata(["CNTVCT_EL0"])])
+        return builder.call(_function(builder, "llvm.readcyclecounter", WORD), [])
 
     return types.int64(), codegen
 

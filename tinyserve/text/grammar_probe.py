@@ -8,6 +8,7 @@ grammars, and for each the reason comes out why it is refused.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ MAX_SECONDS = 10.0  # of the processor
 MAX_WAIT = 15.0  # by the clock: on a busy server whoever is being answered has the processor
 HASTE = 2.0  # seconds of the processor, after which all others come first
 MAX_MEMORY = 2 << 30  # bytes, its vocabulary among them
-STACK = 4 << 20  # half of what a thread of the server has
+STACK = 1 << 20 if sys.platform == "win32" else 4 << 20  # bytes, half of what a thread of the server has
 
 
 class Vocabulary(NamedTuple):

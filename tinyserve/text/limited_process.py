@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import logging
 import math
 import os
 import queue
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from enum import Enum, auto
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import IO, NamedTuple
@@ -25,7 +27,10 @@ from weakref import WeakSet
 
 from tinyserve.errors import TinyserveError
 
+logger = logging.getLogger("tinyserve")
+
 POLL = 0.05  # seconds between two looks whether anybody still waits
+LIMITS_MEMORY = sys.platform not in ("win32", "darwin")  # macOS has such a limit, and keeps to none
 
 # Modules come from where they come from here, and not from whatever folder this is.
 _PROGRAM = """
@@ -139,6 +144,8 @@ class LimitedProcesses:
                 if process.poll() is None:
                     return process
                 _end(process)
+        if not LIMITS_MEMORY:
+            _tell_of_memory(self._task)
         try:
             process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -149,6 +156,11 @@ class LimitedProcesses:
         with suppress(OSError):  # it has ended: asking it tells
             _write(process.stdin, self._setup)
         return process
+
+
+@cache
+def _tell_of_memory(task: str) -> None:
+    logger.info("This system limits no memory: the process that %s may take all of it until its time is over.", task)
 
 
 _all: WeakSet[LimitedProcesses] = WeakSet()
@@ -215,17 +227,19 @@ def _exchange(
 
 def _processor_seconds(pid: int) -> float:
     """What a process has taken of the processor, or the clock where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError, AttributeError):
-        return monotonic()
+    if sys.platform == "linux":
+        with suppress(OSError, IndexError, ValueError):
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return monotonic()
 
 
 def _slow_down(pid: int, niceness: int) -> None:
-    """Let others come before a process: on Linux, before each of its threads."""
+    """Let others come before a process: on Linux, before each of its threads; on Windows it stays as it is."""
+    if sys.platform == "win32":
+        return
     threads = Path(f"/proc/{pid}/task")
-    with suppress(AttributeError, OSError):
+    with suppress(OSError):
         for thread in [int(one.name) for one in threads.iterdir()] if threads.is_dir() else [pid]:
             os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
@@ -260,14 +274,15 @@ def _read(pipe: IO[bytes]) -> bytes:
 def main(module: str, room: str) -> None:
     """Answer until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; it is the parent's to answer
-    if hasattr(signal, "SIGPROF"):
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
     memory, stack = json.loads(room)
-    with suppress(ImportError, OSError, ValueError):
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(OSError, ValueError):  # macOS refuses it
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     if stack is None:
         _serve(module)
     else:
@@ -278,8 +293,11 @@ def main(module: str, room: str) -> None:
 
 
 def limit_processor(seconds: float) -> None:
-    """End this process after so many seconds of the processor, wherever it is then; 0 lets it live."""
-    if hasattr(signal, "setitimer"):
+    """End this process after so many seconds of the processor, wherever it is then; 0 lets it live.
+
+    Windows has no such clock: there the seconds that its parent waits are all there is.
+    """
+    if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
