@@ -5,7 +5,9 @@ what would not fit is refused.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from html import escape
+from operator import add
 
 Point = tuple[float, float]
 
@@ -37,7 +39,8 @@ ARROW = 7.0
 def width_of(text: str, size: float, face: str = "sans") -> float:
     """What a text takes at most."""
     small, capital, widest = ADVANCE[face]
-    return size * sum(widest if one in "mwMW→" else capital if one.isupper() else small for one in text)
+    letters = [widest if one in "mwMW→" else capital if one.isupper() else small for one in text]
+    return size * reduce(add, letters, 0.0)  # of floats, `sum` rounds otherwise since Python 3.12
 
 
 def wrapped(text: str, size: float, width: float, face: str = "mono") -> list[str]:
