@@ -809,6 +809,7 @@ print(sum(len(chunk.token_ids) for chunk in running))
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no forks")
 def test_a_child_of_a_fork_has_threads_of_its_own(folder_of: Callable[[str], Path]) -> None:
     """Also of one that comes while the engine works; the parent goes on."""
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(folder_of("llama"))]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from tinyserve.batch.run import run as run_options
 from tinyserve.batch.work import ModelOptions, WorkerOptions
 from tinyserve.engine_options import EngineOptions
 from tinyserve.errors import TinyserveError, UserError
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 
 ENGINE = EngineOptions(dtype="float32", num_threads=1, max_num_seqs=4, kv_cache_memory=50_000_000)
 

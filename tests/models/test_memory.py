@@ -183,6 +183,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     shutil.rmtree(folder)  # pytest would keep those of the last three runs
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_peak_memory_is_the_weights_and_a_tenth(dtype: str, large: Path, tmp_path: Path) -> None:
     """Counted is all resident memory (VmHWM, of Linux), over what the process had with a tiny model.

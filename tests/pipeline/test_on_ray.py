@@ -29,6 +29,9 @@ from tinyserve.errors import EngineDeadError
 from tinyserve.pipeline import micro_batches, on_ray
 from tinyserve.pipeline.on_ray import RaySlices
 
+if sys.platform != "linux":
+    pytest.skip("asks /proc", allow_module_level=True)
+
 DEEP = checkpoints.CONFIGS["granite-hybrid"] | {
     "num_hidden_layers": 8, "tie_word_embeddings": False, "layer_types": ["linear_attention", "full_attention"] * 4,
 }  # fmt: skip

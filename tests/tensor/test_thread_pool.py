@@ -280,6 +280,7 @@ def python(code: str) -> tuple[str, float]:
     return done.stdout.strip(), ended
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
 def test_the_child_of_a_fork_has_threads_of_its_own() -> None:
     """Whether or not another thread was running a program, which no longer exists in the child."""
     code = """
