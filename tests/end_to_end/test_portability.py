@@ -5,6 +5,7 @@ What comes of it on another system is played in test_other_systems.py.
 
 import ast
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def test_what_systems_lack_is_known() -> None:
         ("if hasattr(os, 'fork'):\n    pass\nelse:\n    os.fork()", {("os.fork", "win32")}),
         ("os.fork() if hasattr(os, 'fork') else 0", set()),
         ("hasattr(os, 'fork') and os.fork()", set()),
+        ("not hasattr(os, 'fork') or os.fork()", set()),
+        ("hasattr(os, 'fork') or os.fork()", {("os.fork", "win32")}),
+        ("sys.platform == 'win32' or os.fork()", set()),
+        ("sys.platform == 'win32' and os.fork()", {("os.fork", "win32")}),
         ("if sys.platform != 'win32':\n    os.fork()", set()),
         ("if sys.platform == 'win32':\n    os.fork()", {("os.fork", "win32")}),
         ("if sys.platform == 'win32' or slow:\n    pass\nelse:\n    os.fork()", set()),
@@ -141,3 +146,20 @@ def test_file_names_hold_on_other_file_systems() -> None:
             assert len(str(path.relative_to(ROOT))) < 140, path  # a folder's own path is to have room before it
         twice = [name for name, count in Counter(str(path).casefold() for path in paths).items() if count > 1]
         assert not twice
+
+
+def test_the_workflow_tries_each_python_on_each_system_with_tests_that_are_there() -> None:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = {word for one in project["classifiers"] for word in re.findall(r"Python :: (3\.\d+)$", one)}
+    matrices = [set(re.findall(r"3\.\d+", line)) for line in re.findall(r"python: \[(.*)\]", workflow)]
+    assert len(matrices) == 2 and all(promised <= tried for tried in matrices)
+    for system in ("ubuntu-latest", "ubuntu-24.04-arm", "macos-latest", "windows-latest"):
+        assert re.search(rf"(os: \[|, |runs-on: ){re.escape(system)}\b", workflow), system
+    named = re.findall(r"tests/[\w/]+(?:\.py)?", workflow)
+    assert named and all((ROOT / name).exists() for name in named)
+    on_windows = [
+        file for name in named for file in (ROOT.glob(f"{name}/*.py") if not name.endswith(".py") else [ROOT / name])
+    ]
+    for file in on_windows:
+        assert not [use for use in unguarded_uses(file.read_text(encoding="utf-8")) if use.system == "win32"], file

@@ -24,7 +24,7 @@ from typing import Any
 MODULES = ("ctypes", "filelock", "mmap", "os", "select", "signal", "socket", "sys", "time")
 ABSENT = {"win32": ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"), "darwin": ()}
 FREE = 6 << 30  # bytes that Windows says are free
-BREAK = signal.SIGUSR2  # what stands in for Ctrl-Break
+BREAK = getattr(signal, "SIGUSR2", None)  # what stands in for Ctrl-Break
 _VARIABLE = "PLAYED_SYSTEM"
 _OWN_FOLDERS = ("/proc/", "/sys/")
 _BETWEEN = (__name__, "pathlib", "io", "os")

@@ -135,10 +135,14 @@ def _is_guarded(node: ast.AST, parents: dict[ast.AST, ast.AST], module: str, nam
         if isinstance(parent, ast.If | ast.IfExp):
             if child is not parent.test and _excludes(parent, child, module, name, system):
                 return True
-        elif isinstance(parent, ast.BoolOp) and isinstance(parent.op, ast.And):
-            before = parent.values[: parent.values.index(child)]  # type: ignore[arg-type]
-            if any(_holds(one, system) is False or _asks_for(one, module, name) for one in before):
-                return True
+        elif isinstance(parent, ast.BoolOp):
+            goes_on = isinstance(parent.op, ast.And)  # to this operand, where those before it are true
+            for one in parent.values[: parent.values.index(child)]:  # type: ignore[arg-type]
+                asked = one.operand if isinstance(one, ast.UnaryOp) and isinstance(one.op, ast.Not) else one
+                if _holds(one, system) is not goes_on and _holds(one, system) is not None:
+                    return True
+                if _asks_for(asked, module, name) and (asked is one) is goes_on:
+                    return True
         elif isinstance(parent, ast.Try):
             caught = {word.id for one in parent.handlers if one.type for word in _words(one.type)}
             if child in parent.body and (_LACKS & caught or any(one.type is None for one in parent.handlers)):
