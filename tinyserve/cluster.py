@@ -194,7 +194,7 @@ def _reaped_agents() -> Iterator[None]:
     raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
     agents = " ".join(str(child.pid) for raylet in raylets for child in raylet.children())
     command = [sys.executable, "-I", "-S", "-c", _REAPER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True) as reaper:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, encoding="ascii") as reaper:
         assert reaper.stdin is not None
         reaper.stdin.write(f"{agents}\n")
         reaper.stdin.flush()

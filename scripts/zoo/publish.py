@@ -6,6 +6,7 @@ The goldens are written after it, by scripts/zoo/make_goldens.py.
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def publish(name: str, tokenizer: PreTrainedTokenizerFast, counts: dict[str, int
         name=name, kind=kind, parameters=parameters, held_out=train.HELD_OUT, vocabulary=train.VOCABULARY,
         steps=losses["step"], batch=train.BATCH, context=train.CONTEXT, rate=train.LEARNING_RATE, warmup=train.WARMUP,
         seed=train.SEED, loss=losses["loss"], validation=losses["validation_loss"],
-        perplexity=2.718281828 ** losses["validation_loss"], **counts,
+        perplexity=math.exp(losses["validation_loss"]), **counts,
     )  # fmt: skip
     (folder / "model.safetensors").chmod(0o644)
     (folder / "README.md").write_text(card, encoding="utf-8")

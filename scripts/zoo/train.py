@@ -115,7 +115,7 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))))
 
 
-def remember(model: Any) -> None:
+def initialize_time_steps(model: Any) -> None:
     """Begin a Mamba2 layer as its authors do: steps of 0.001 to 0.1, drawn by their logarithm, so that heads keep much.
 
     transformers begins with a bias of 1: a head forgets three quarters or more with each token, and so it stays.
@@ -160,7 +160,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         self.model = transformers.AutoModelForCausalLM.from_config(config(name))
-        remember(self.model)
+        initialize_time_steps(self.model)
         self.optimizers = optimizers(self.model)
         self.step = 0
         self._checkpoint = self.folder / "checkpoint.pt"

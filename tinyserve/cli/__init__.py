@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from tinyserve import __version__
-from tinyserve.cli.ask import ANY, PROGRAMS, ask_app, program
+from tinyserve.cli.ask import ANY, PROGRAMS, ask_app, family_program
 from tinyserve.cli.batch import batch
 from tinyserve.cli.bench import bench
 from tinyserve.cli.chat import chat
@@ -192,7 +192,7 @@ def run(arguments: list[str], called: str = "tinyserve") -> int:
     Typer's own entry would turn a closed pipe into exit code 1 and a usage error into four lines.
     """
     try:
-        command = typer.main.get_command(program(called) if called in PROGRAMS else app)
+        command = typer.main.get_command(family_program(called) if called in PROGRAMS else app)
         if VARIABLE in os.environ:
             return answer(command)
         if not arguments and called not in PROGRAMS:

@@ -4,6 +4,7 @@ Knows matplotlib, which is an extra; the numbers are those of the table.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], kv_dtype: str) -> None:
     FigureCanvasAgg(figure)
     parameters, cache, work = figure.subplots(1, 3)
     _parameters(parameters, rows)
-    for row, color in zip(rows, COLORS * len(rows), strict=False):
+    for row, color in zip(rows, cycle(COLORS), strict=False):
         lengths = [length for length in _LENGTHS if length <= row["max_position_embeddings"]]
         seen = [min(length, row["attention_window"] or length) for length in lengths]
-        a_token = row["kv_bytes_per_token"][kv_dtype]
+        a_token = row["kv_bytes_per_1000_tokens"][kv_dtype] / 1000
         cache.plot(
             lengths, [(row["state_bytes_per_sequence"] + a_token * n) / 1e6 for n in seen], color=color, marker=".",
             label=row["model"],

@@ -316,7 +316,7 @@ for _name, _family in FAMILIES.items():
     ask_app.command(_name, cls=FamilyCommand, short_help=_family.about)(_family_command(_name, _family))
 
 
-def program(name: str) -> typer.Typer:
+def family_program(name: str) -> typer.Typer:
     """`ask-gpt2` and the like: one command, with the options of `tinyserve ask gpt2`."""
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,

@@ -81,7 +81,6 @@ def comparison(config: ModelConfig, model: str) -> dict[str, Any]:
         "parameters": costs.parameter_count(config),
         "parameters_by_component": costs.parameters_by_component(config),
         "active_parameters": costs.active_parameter_count(config),
-        "kv_bytes_per_token": kv,
         "kv_bytes_per_1000_tokens": {dtype: KV_TOKENS * number for dtype, number in kv.items()},
         "kv_bytes_full_context": {dtype: config.max_position_embeddings * number for dtype, number in kv.items()},
         "state_bytes_per_sequence": costs.state_bytes_per_sequence(config),

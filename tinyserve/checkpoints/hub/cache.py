@@ -103,7 +103,7 @@ def commit_of(repo: str, revision: str) -> str | None:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     ref = repo_folder(repo) / "refs" / revision
-    return ref.read_text().strip() if ref.is_file() else None
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
 
 
 def find(repo: str, revision: str, file: str | None = None, *, with_tokenizer: bool = True) -> Path | None:

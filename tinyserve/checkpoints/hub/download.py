@@ -71,7 +71,7 @@ def fetch(
             if revision != listing.commit:  # written last, so that a name never points at half a download
                 ref = cache.repo_folder(repo) / "refs" / revision
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(listing.commit)
+                ref.write_text(listing.commit, encoding="utf-8")
             return path
 
 

@@ -137,7 +137,8 @@ def _scan_damaged(folder: Path) -> "CachedRepoInfo":
     refs: dict[str, set[str]] = {}
     for ref in (folder / "refs").rglob("*"):
         if ref.is_file():
-            refs.setdefault(ref.read_text().strip(), set()).add(ref.relative_to(folder / "refs").as_posix())
+            commit = ref.read_text(encoding="utf-8").strip()
+            refs.setdefault(commit, set()).add(ref.relative_to(folder / "refs").as_posix())
     revisions = set()
     for snapshot in (path for path in folder.glob("snapshots/*") if path.is_dir()):
         files = set()
